@@ -1,0 +1,78 @@
+"""From an image file to uint8 pixels: the one way in for training, evaluation, inference and export."""
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+
+from reid import ReidError
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for RGB in 0..1
+MAX_PIXELS = 50_000_000  # larger images are refused before they are decoded (decompression bombs)
+PREPROCESSING = "rgb-u8/bilinear-antialias/imagenet-mean-std/1"  # part of an index's fingerprint: change it with the code
+
+
+def decode(source):
+    """An image file as uint8 [3, h, w], RGB, upright.
+
+    source: path, bytes, or a PIL image. EXIF rotation is applied; grey, palette, CMYK, 16-bit and transparent images are
+    converted (transparency onto white), of an animation the first frame is taken. Raises ReidError (path and reason) for
+    what is not a whole image or has more than MAX_PIXELS.
+    """
+    name = source if isinstance(source, (str, Path)) else "image"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's own bomb warning: the limit below is ours
+            image = source if isinstance(source, Image.Image) else _open(source)
+            if image.width * image.height > MAX_PIXELS:
+                raise ReidError(f"{name}: {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}; make it smaller")
+            pixels = np.array(_to_rgb(image))
+    except ReidError:
+        raise
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, IndexError ...
+        reason = "no such file" if isinstance(error, FileNotFoundError) else (str(error) or type(error).__name__)
+        reason = reason.replace(str(name), "").strip(" '\"") if "cannot identify" not in reason else "not an image"
+        raise ReidError(f"{name}: cannot be read as an image ({reason})") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _open(source):
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return Image.open(io.BytesIO(source))
+    # One read: a handle kept open by a lazy decoder would add up over 100,000 files.
+    return Image.open(io.BytesIO(Path(source).read_bytes()))
+
+
+def _to_rgb(image):
+    if image.mode.startswith("I;16") or image.mode == "I":
+        image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).clip(0, 255).astype(np.uint8))
+    if "exif" in image.info or image.format in ("TIFF", "WEBP", "PNG"):
+        image = ImageOps.exif_transpose(image)
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def resize(images, size):
+    """Images of any sizes as one uint8 batch [N, 3, H, W].
+
+    images: uint8 tensors [3, h, w] (list, or a batch); size: (H, W). Bilinear, with antialiasing where it shrinks. Images
+    of one size are resized together, and each comes out the same whatever stands beside it.
+    """
+    if len({image.shape for image in images}) == 1:
+        batch = images if isinstance(images, torch.Tensor) else torch.stack(list(images))
+        return _resize_batch(batch, tuple(size))
+    return torch.cat([_resize_batch(image[None], tuple(size)) for image in images])
+
+
+def _resize_batch(batch, size):
+    if batch.shape[-2:] == size:
+        return batch.contiguous()
+    if batch.device.type == "cpu":  # has a fixed-point kernel for bytes, equal to Pillow's
+        return F.interpolate(batch, size, mode="bilinear", antialias=True)
+    return F.interpolate(batch.float(), size, mode="bilinear", antialias=True).round_().clamp_(0, 255).to(torch.uint8)

@@ -1,0 +1,139 @@
+"""Files that are either whole or absent: checkpoints, indexes and everything else a run leaves behind."""
+
+import hashlib
+import os
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from reid import ReidError
+
+try:
+    import fcntl
+except ImportError:  # Windows: leftovers of killed processes are then not swept
+    fcntl = None
+
+VERIFY_LIMIT = 256 << 20  # bytes up to which a file's checksum is compared on every load (about 0.2 s)
+
+
+@contextmanager
+def atomic_path(path):
+    """Yield a temporary path beside `path`, which replaces `path` when the block ends without an exception.
+
+    The data and the folder entry are on disk before the old file goes, so a crash leaves the old file or the new one.
+    Temporary files of processes that were killed are removed: a live writer holds a lock on its own.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{path.name}."
+    for stale in path.parent.glob(f"{prefix}*.tmp"):
+        _remove_if_abandoned(stale)
+    fd, name = tempfile.mkstemp(prefix=prefix, suffix=".tmp", dir=path.parent)
+    lock = os.fdopen(fd)
+    try:
+        if fcntl:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        else:
+            lock.close()  # Windows cannot replace an open file
+        yield Path(name)
+        with open(name, "rb") as written:  # the block may have replaced the file we opened
+            os.fsync(written.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+        _fsync_folder(path.parent)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    finally:
+        lock.close()
+
+
+def _remove_if_abandoned(path):
+    if not fcntl:
+        return
+    try:
+        if time.time() - path.stat().st_mtime < 5:  # its writer may not hold the lock yet
+            return
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
+    except OSError:
+        pass  # somebody is writing it, or has just finished
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _fsync_folder(folder):
+    if os.name == "posix":
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def checksum(obj):
+    """sha256 (hex) over a tree of dicts, lists, tensors and plain values: a flipped bit in a tensor loads silently."""
+    digest = hashlib.sha256()
+
+    def visit(node):
+        if isinstance(node, torch.Tensor):
+            digest.update(f"tensor {node.dtype} {tuple(node.shape)}".encode())
+            digest.update(node.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        elif isinstance(node, dict):
+            digest.update(f"dict {len(node)}".encode())
+            for key, value in node.items():
+                digest.update(repr(key).encode())
+                visit(value)
+        elif isinstance(node, (list, tuple)):
+            digest.update(f"list {len(node)}".encode())
+            for value in node:
+                visit(value)
+        else:
+            digest.update(f"{type(node).__name__} {node!r}".encode())
+
+    visit(obj)
+    return digest.hexdigest()
+
+
+def save(path, payload, kind, version):
+    """Write `payload` (a dict of tensors and plain values) as a file of format `kind`, whole or not at all."""
+    record = {"format": kind, "version": version, **payload}
+    record["sha256"] = checksum(record)
+    with atomic_path(path) as temporary:
+        try:
+            torch.save(record, temporary)
+        except RuntimeError as error:  # torch's zip writer hides the errno of a full disk
+            raise ReidError(f"{path}: could not be written ({str(error).splitlines()[0]}); is the disk full?") from error
+
+
+def load(path, kind, version, mmap=False, verify=None):
+    """Read a file written by `save` and return its dict. Raises ReidError for anything else.
+
+    `verify` compares the checksum; None does so for files up to VERIFY_LIMIT bytes, so that huge indexes open at once.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ReidError(f"{path}: no such file")
+    try:
+        record = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # torch answers damage with half a dozen types, text files with KeyError
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise ReidError(f"{path}: not a readable {kind} file ({reason}); it is damaged or not ours") from error
+    if not isinstance(record, dict) or record.get("format") != kind:
+        found = record.get("format", "a plain dict") if isinstance(record, dict) else type(record).__name__
+        raise ReidError(f"{path}: expected a {kind} file, found {found!r:.60}")
+    if record.get("version") != version:
+        raise ReidError(f"{path}: {kind} version {record.get('version')!r:.20}, this code reads version {version}; make it again")
+    stored = record.pop("sha256", None)
+    if verify or (verify is None and path.stat().st_size <= VERIFY_LIMIT):
+        if stored != checksum(record):
+            raise ReidError(f"{path}: checksum differs, the file is damaged; restore it or make it again")
+    return record
