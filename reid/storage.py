@@ -131,7 +131,8 @@ def load(path, kind, version, mmap=False, verify=None):
         found = record.get("format", "a plain dict") if isinstance(record, dict) else type(record).__name__
         raise ReidError(f"{path}: expected a {kind} file, found {found!r:.60}")
     if record.get("version") != version:
-        raise ReidError(f"{path}: {kind} version {record.get('version')!r:.20}, this code reads version {version}; make it again")
+        found = record.get("version")
+        raise ReidError(f"{path}: {kind} version {found!r:.20}, this code reads version {version}; make it again")
     stored = record.pop("sha256", None)
     if verify or (verify is None and path.stat().st_size <= VERIFY_LIMIT):
         if stored != checksum(record):

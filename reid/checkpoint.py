@@ -1,0 +1,147 @@
+"""Checkpoints (`.pth`): what a run leaves in `models/<run>/`, and weights that come from elsewhere."""
+
+import hashlib
+import platform
+import re
+from pathlib import Path
+
+import torch
+
+from reid import ReidError, storage
+from reid.images import PREPROCESSING
+from reid.model import build_model
+
+FORMAT, VERSION = "reid-checkpoint", 1
+
+
+def save_checkpoint(path, model, metrics, args, training=None):
+    """Write a checkpoint, whole or not at all.
+
+    metrics, args: plain values. Without `training` the weights are stored as float16 (best.pth: what inference needs and
+    the classifier); with it (a dict of optimizer, schedule and RNG states) in full precision for exact resume (last.pth).
+    """
+    dtype = torch.float16 if training is None else torch.float32
+    state = {key: value.detach().cpu().to(dtype if value.is_floating_point() else value.dtype).clone()
+             for key, value in model.state_dict().items()}
+    payload = {"config": dict(model.config), "state_dict": state, "metrics": metrics, "args": args, "versions": versions()}
+    if training is not None:
+        payload["training"] = training
+    storage.save(path, payload, FORMAT, VERSION)
+
+
+def versions():
+    """Library versions as plain strings (torch's own version object is refused by weights_only loading)."""
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "cuda": str(torch.version.cuda)}
+
+
+def checkpoint_path(exp_name, name="best.pth", models="models"):
+    """`models/<run>/<name>`; an unknown run raises ReidError that lists the runs there are."""
+    path = Path(models) / exp_name / name
+    if Path(exp_name).name != exp_name or not path.is_file():
+        known = sorted(p.parent.name for p in Path(models).glob(f"*/{name}"))
+        raise ReidError(f"--exp_name {exp_name}: no {path}; runs here: {', '.join(known) or 'none, train one with train.py'}")
+    return path
+
+
+def load_checkpoint(path):
+    """The dict of a checkpoint on the CPU: config, state_dict, metrics, args, versions (and training for last.pth)."""
+    record = storage.load(path, FORMAT, VERSION)
+    parts = {"config": dict, "state_dict": dict, "metrics": dict, "args": dict}
+    for name, kind in parts.items():
+        if not isinstance(record.get(name), kind):
+            raise ReidError(f"{path}: checkpoint has no {name}; it is damaged or not ours")
+    return record
+
+
+def restore_model(record, path="checkpoint"):
+    """The ReidModel of a loaded checkpoint, in float32. Raises ReidError where weights do not fit or are not finite."""
+    model = build_model(record["config"])
+    try:
+        model.load_state_dict(record["state_dict"])
+    except (RuntimeError, AttributeError, TypeError) as error:
+        reason = str(error).splitlines()[-1].strip()[:120]
+        raise ReidError(f"{path}: weights do not fit its own configuration ({reason})") from error
+    if not all(torch.isfinite(value).all() for value in model.state_dict().values()):
+        raise ReidError(f"{path}: weights hold NaN or infinite values; use an earlier checkpoint")
+    return model
+
+
+def fingerprint(record):
+    """16 hex digits that change with the weights that embed, the input size or the preprocessing: an index keeps them."""
+    config = {key: value for key, value in record["config"].items() if key != "classes"}
+    weights = {key: value.to(torch.float16) if value.is_floating_point() else value
+               for key, value in record["state_dict"].items()
+               if not key.startswith("classifier.") and not key.endswith("num_batches_tracked")}
+    digest = storage.checksum([PREPROCESSING, sorted(config.items()), sorted(weights.items())])
+    return hashlib.sha256(digest.encode()).hexdigest()[:16]
+
+
+def load_weights(model, weights, verbose=print):
+    """Start `model` from `weights`: "none", "imagenet" (torchvision's download), or a path.
+
+    A path may hold a checkpoint of ours, torchvision's own file, or a state dict in the manner of torchreid or layumi
+    (prefixes such as `module.` and `model.features.` are dropped). Prints what matched and what did not; raises ReidError
+    where nothing of the backbone does.
+    """
+    if weights == "none":
+        return
+    source = _imagenet(model.config["backbone"]) if weights == "imagenet" else _read_state(weights)
+    target = model.state_dict()
+    names = {_bare(key): key for key in target}
+    taken, dropped = {}, []
+    for key, value in source.items():
+        name = names.get(_bare(key))
+        if name is not None and isinstance(value, torch.Tensor) and value.shape == target[name].shape:
+            taken[name] = value
+        else:
+            dropped.append(key)
+    backbone = sum(key.startswith("body.") for key in target)
+    matched = sum(key.startswith("body.") for key in taken)
+    if matched == 0:
+        raise ReidError(f"--weights {weights}: nothing in it fits {model.config['backbone']}; is it of another backbone?")
+    model.load_state_dict(taken, strict=False)
+    if not all(torch.isfinite(value).all() for value in taken.values()):
+        raise ReidError(f"--weights {weights}: holds NaN or infinite values")
+    fresh = [key for key in target if key not in taken and not key.endswith("num_batches_tracked")]
+    verbose(f"weights {weights}: {matched} of {backbone} backbone tensors matched"
+            + (f"; not used: {_few(dropped)}" if dropped else "") + (f"; fresh: {_few(fresh)}" if fresh else ""))
+
+
+def _few(names):
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _bare(key):
+    """A tensor's name without the wrappers that different repositories put around the same network."""
+    key = re.sub(r"^(?:(?:module|model|backbone|base|body|features|classifier_backbone)\.)+", "", key)
+    key = re.sub(r"\.(norm|conv)\.(\d)\.", r".\1\2.", key)  # torchvision's oldest DenseNet files: norm.1 for norm1
+    return re.sub(r"^(?:bn|bottleneck|bnneck)\.", "neck.", key)
+
+
+def _read_state(path):
+    if not Path(path).is_file():
+        raise ReidError(f"--weights {path}: no such file; give imagenet, none or the path of a state dict")
+    try:
+        record = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise ReidError(f"--weights {path}: not a file of tensors that can be loaded safely ({reason})") from error
+    if isinstance(record, dict) and record.get("format") == FORMAT:
+        return load_checkpoint(path)["state_dict"]
+    for key in ("state_dict", "model"):
+        if isinstance(record, dict) and isinstance(record.get(key), dict):
+            record = record[key]
+    if not isinstance(record, dict):
+        raise ReidError(f"--weights {path}: holds a {type(record).__name__}, not a state dict")
+    return {str(key): value for key, value in record.items()}
+
+
+def _imagenet(backbone):
+    import torchvision.models as models
+
+    weights = {"densenet121": models.DenseNet121_Weights, "resnet50": models.ResNet50_Weights}[backbone].IMAGENET1K_V1
+    try:
+        return weights.get_state_dict(progress=True, check_hash=True)
+    except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash a RuntimeError
+        raise ReidError(f"--weights imagenet could not be downloaded from {weights.url} ({error}); check the network, or use "
+                        "--weights none (from scratch) or --weights PATH") from error

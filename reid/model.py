@@ -1,0 +1,167 @@
+"""The network: uint8 crops in, a pooled feature, a batch-norm neck, a classifier over the training identities."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from reid import ReidError
+from reid.images import MEAN, STD
+
+EMBEDDING_SIZES = {"densenet121": 1024, "resnet50": 2048}
+
+
+def default_config(classes, backbone="densenet121", height=256, width=128, last_stride=1, pool="avg"):
+    """Everything needed to build the network again; travels in the checkpoint. classes: the sorted training ids."""
+    return {"backbone": backbone, "height": height, "width": width, "last_stride": last_stride, "pool": pool,
+            "embedding_size": EMBEDDING_SIZES[backbone], "classes": classes}
+
+
+class DenseLayer(nn.Module):
+    def __init__(self, channels, growth, bottleneck):
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.conv1 = nn.Conv2d(channels, bottleneck * growth, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(bottleneck * growth)
+        self.conv2 = nn.Conv2d(bottleneck * growth, growth, 3, padding=1, bias=False)
+
+    def forward(self, parts):
+        x = self.conv1(F.relu(self.norm1(torch.cat(parts, 1)), inplace=True))
+        return self.conv2(F.relu(self.norm2(x), inplace=True))
+
+
+class DenseBlock(nn.ModuleDict):
+    def forward(self, x):
+        parts = [x]
+        for layer in self.values():
+            parts.append(layer(parts))
+        return torch.cat(parts, 1)
+
+
+class Transition(nn.Module):
+    def __init__(self, channels, stride):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels)
+        self.conv = nn.Conv2d(channels, channels // 2, 1, bias=False)
+        self.stride = stride
+
+    def forward(self, x):
+        x = self.conv(F.relu(self.norm(x), inplace=True))
+        return F.avg_pool2d(x, 2) if self.stride == 2 else x
+
+
+class DenseNet121(nn.Sequential):
+    """DenseNet-121's convolutions (Huang et al., CVPR 2017) under torchvision's names, so its weights load as they are.
+
+    Our own because importing torchvision takes as long as the rest of `inference.py`. `last_stride` 1 leaves out the last
+    pooling: a 256 x 128 crop then ends at 16 x 8 instead of 8 x 4 (Luo et al., arXiv 1903.07071).
+    """
+
+    def __init__(self, last_stride=1, growth=32, bottleneck=4, blocks=(6, 12, 24, 16)):
+        super().__init__()
+        channels = 64
+        self.conv0 = nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False)
+        self.norm0 = nn.BatchNorm2d(channels)
+        self.relu0 = nn.ReLU(inplace=True)
+        self.pool0 = nn.MaxPool2d(3, stride=2, padding=1)
+        for i, layers in enumerate(blocks, 1):
+            block = DenseBlock()
+            for j in range(layers):
+                block[f"denselayer{j + 1}"] = DenseLayer(channels + j * growth, growth, bottleneck)
+            self.add_module(f"denseblock{i}", block)
+            channels += layers * growth
+            if i < len(blocks):
+                self.add_module(f"transition{i}", Transition(channels, last_stride if i == len(blocks) - 1 else 2))
+                channels //= 2
+        self.norm5 = nn.BatchNorm2d(channels)
+        self.relu5 = nn.ReLU(inplace=True)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+
+
+def resnet50(last_stride=1):
+    """torchvision's ResNet-50 (v1.5 strides) without its head, under the names of a torchvision checkpoint."""
+    from torchvision.models import resnet  # the import that DenseNet's users do not pay for
+
+    full = resnet.resnet50()
+    if last_stride == 1:
+        full.layer4[0].conv2.stride = full.layer4[0].downsample[0].stride = (1, 1)
+    full.avgpool, full.fc = nn.Identity(), nn.Identity()
+    names = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
+    body = nn.Sequential()
+    for name in names:
+        body.add_module(name, getattr(full, name))
+    return body
+
+
+class GeM(nn.Module):
+    """Generalised mean over the map with one learnt power (Radenovic et al., arXiv 1711.02512)."""
+
+    def __init__(self):
+        super().__init__()
+        self.p = nn.Parameter(torch.tensor(3.0))
+
+    def forward(self, x):
+        return x.float().clamp(min=1e-6).pow(self.p).mean((2, 3)).pow(1 / self.p)
+
+
+class ReidModel(nn.Module):
+    """Backbone, pooling, batch-norm neck (Luo et al., arXiv 1903.07071) and classifier.
+
+    config: see `default_config`. The embedding is the neck's output, L2-normalised. The neck's bias stays zero, so that
+    classifier and cosine see the same directions.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        size = config["embedding_size"]
+        self.body = {"densenet121": DenseNet121, "resnet50": resnet50}[config["backbone"]](config["last_stride"])
+        self.pool = GeM() if config["pool"] == "gem" else None
+        self.neck = nn.BatchNorm1d(size)
+        self.neck.bias.requires_grad_(False)
+        self.classifier = nn.Linear(size, len(config["classes"]), bias=False)
+        nn.init.normal_(self.classifier.weight, std=0.001)
+        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1) * 255, persistent=False)
+
+    def features(self, images):
+        """uint8 (or float of the same 0..255 range) [N, 3, H, W] -> pooled backbone features, float32 [N, D]."""
+        x = ((images.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        x = self.body(x)
+        return self.pool(x) if self.pool else x.float().mean((2, 3))
+
+    def forward(self, images):
+        """Training: (pooled features [N, D], logits [N, classes]). Evaluation: embeddings float32 [N, D], norm 1."""
+        pooled = self.features(images)
+        neck = self.neck(pooled)
+        if self.training:
+            return pooled, self.classifier(neck)
+        return F.normalize(neck.float())
+
+
+def build_model(config):
+    """A ReidModel in float32, channels last, with fresh weights. Raises ReidError for a config it does not know."""
+    try:
+        if config["pool"] not in ("avg", "gem") or config["last_stride"] not in (1, 2):
+            raise KeyError("pool or last_stride")
+        if config["embedding_size"] != EMBEDDING_SIZES[config["backbone"]]:
+            raise KeyError("embedding_size")
+        if not all(isinstance(config[k], int) and 32 <= config[k] <= 2048 for k in ("height", "width")):
+            raise KeyError("height or width")
+        model = ReidModel(config)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ReidError(f"model configuration not understood ({error}); is the checkpoint from a newer version?") from error
+    return model.to(memory_format=torch.channels_last)
+
+
+def pick_device(name="auto"):
+    """`auto` is CUDA where there is a GPU, else the CPU. Raises ReidError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ReidError(f"--device {name} is not available here ({str(error).splitlines()[0]}); try --device cpu") from error
+    return device
