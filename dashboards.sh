@@ -1,0 +1,103 @@
+#!/usr/bin/env bash
+# TensorBoard (runs/) on port 6006 and MLflow (mlflow.db) on port 8080, from the Python environment that is active. They
+# run until Ctrl-C, TERM, the end of the terminal or the death of one; then both stop, with all their children.
+#
+#   HOST                 address to listen on (127.0.0.1); neither asks for a password, so think before 0.0.0.0
+#   TENSORBOARD_PORT, MLFLOW_PORT
+#   MLFLOW_TRACKING_URI  another store than mlflow.db, such as sqlite:////data/mlflow.db or postgresql://...
+#   MLFLOW_SERVER_ALLOWED_HOSTS, MLFLOW_SERVER_CORS_ALLOWED_ORIGINS
+#                        names under which browsers elsewhere may open MLflow (where HOST is set: this machine's own)
+#
+# Exit status: 1 could not start, or one has died; 130 Ctrl-C; 143 TERM; 129 terminal closed. Needs bash >= 4.4.
+set -u
+HOST=${HOST:-127.0.0.1} TENSORBOARD_PORT=${TENSORBOARD_PORT:-6006} MLFLOW_PORT=${MLFLOW_PORT:-8080}
+STORE=${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}
+
+die() { echo "dashboards.sh: error: $*" >&2; exit 1; }
+
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || die "bash $BASH_VERSION is too old, 4.4 is needed"
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" || exit 1
+for tool in tensorboard mlflow; do
+  command -v "$tool" >/dev/null ||
+    die "$tool is not installed; activate your environment, or run: pip install -r requirements.txt"
+done
+[[ $STORE != http?(s)://* ]] || die "MLFLOW_TRACKING_URI=$STORE is a server already: open that, or unset it for mlflow.db"
+
+# Asked before anything starts: on a taken port mlflow exits 0 after ten seconds, as if all were well.
+python3 - "$HOST" "TENSORBOARD_PORT=$TENSORBOARD_PORT" "MLFLOW_PORT=$MLFLOW_PORT" <<'PYTHON' || exit 1
+import socket, sys
+host, held = sys.argv[1], []
+for setting in sys.argv[2:]:
+    name, port = setting.split("=")
+    try:
+        held.append(socket.create_server((host, int(port))))
+    except (OSError, OverflowError, ValueError) as error:
+        reason = str(getattr(error, "strerror", None) or error).split(" (")[0]
+        sys.exit(f"dashboards.sh: error: {host} port {port}: {reason}; stop what uses it, or set {name} or HOST")
+PYTHON
+
+address=$HOST
+case $HOST in
+  127.* | localhost) ;;
+  *)  # MLflow answers other machines' browsers only under names that it was told
+    [[ $HOST != 0.0.0.0 ]] || address=localhost
+    for name in "$HOST" localhost 127.0.0.1 "$HOSTNAME" $(hostname -I 2>/dev/null); do
+      hosts=${hosts:+$hosts,}$name:$MLFLOW_PORT
+      origins=${origins:+$origins,}http://$name:$MLFLOW_PORT
+    done
+    export MLFLOW_SERVER_ALLOWED_HOSTS=${MLFLOW_SERVER_ALLOWED_HOSTS:-$hosts}
+    export MLFLOW_SERVER_CORS_ALLOWED_ORIGINS=${MLFLOW_SERVER_CORS_ALLOWED_ORIGINS:-$origins} ;;
+esac
+export MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true
+export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false  # with --workers 1: 2 processes instead of 10
+
+logs=$(mktemp -d) || exit 1
+groups=()
+
+start() {  # job control gives each its own process group, as setsid would (macOS has no setsid)
+  set -m
+  "$@" </dev/null >"$logs/$1" 2>&1 &
+  set +m
+  groups+=("$!")
+}
+
+stop() {  # the whole groups: without their leaders, workers would live on
+  trap '' HUP INT QUIT TERM
+  groups+=($(jobs -p))  # one whose start was cut short by a signal
+  kill -TERM -- "${groups[@]/#/-}"
+  for _ in {1..50}; do
+    kill -0 -- "${groups[@]/#/-}" || break
+    sleep 0.1
+  done
+  kill -KILL -- "${groups[@]/#/-}"
+  rm -rf -- "$logs"
+} 2>/dev/null
+
+answers() (  # any HTTP reply will do
+  exec 3<>"/dev/tcp/$address/$1" && printf 'GET /health HTTP/1.0\r\nHost: localhost\r\n\r\n' >&3 &&
+    read -r -t 5 reply <&3 && [[ $reply == HTTP/* ]]
+) 2>/dev/null
+
+both_live() { kill -0 "${groups[0]}" && kill -0 "${groups[1]}"; } 2>/dev/null
+
+trap stop EXIT
+trap 'exit 129' HUP
+trap 'exit 130' INT
+trap 'exit 131' QUIT
+trap 'exit 143' TERM
+
+echo "Starting TensorBoard and MLflow, which takes about ten seconds (Ctrl-C stops both) ..."
+start tensorboard --logdir runs --host "$HOST" --port "$TENSORBOARD_PORT"
+start mlflow server --backend-store-uri "$STORE" --host "$HOST" --port "$MLFLOW_PORT" --workers 1
+until answers "$TENSORBOARD_PORT" && answers "$MLFLOW_PORT" || ! both_live; do
+  sleep 0.2
+done
+if both_live; then
+  echo "TensorBoard  http://$address:$TENSORBOARD_PORT"
+  echo "MLflow       http://$address:$MLFLOW_PORT"
+  wait -n "${groups[@]}"
+fi
+dead=tensorboard
+! kill -0 "${groups[0]}" 2>/dev/null || dead=mlflow
+tail -n 3 -- "$logs/$dead" >&2
+die "$dead has stopped by itself (its last lines are above)"
