@@ -14,19 +14,31 @@ from reid.model import build_model
 FORMAT, VERSION = "reid-checkpoint", 1
 
 
-def save_checkpoint(path, model, metrics, args, training=None):
-    """Write a checkpoint, whole or not at all.
+def checkpoint_payload(model, metrics, args, training=None):
+    """The dict of a checkpoint, copied to the CPU so that training may go on while it is written.
 
     metrics, args: plain values. Without `training` the weights are stored as float16 (best.pth: what inference needs and
     the classifier); with it (a dict of optimizer, schedule and RNG states) in full precision for exact resume (last.pth).
     """
-    dtype = torch.float16 if training is None else torch.float32
-    state = {key: value.detach().cpu().to(dtype if value.is_floating_point() else value.dtype).clone()
-             for key, value in model.state_dict().items()}
-    payload = {"config": dict(model.config), "state_dict": state, "metrics": metrics, "args": args, "versions": versions()}
-    if training is not None:
-        payload["training"] = training
-    storage.save(path, payload, FORMAT, VERSION)
+    state = _copy(model.state_dict(), torch.float16 if training is None else torch.float32)
+    payload = {"config": dict(model.config), "state_dict": state, "metrics": metrics, "args": dict(args)}
+    return payload | {"versions": versions()} | ({"training": _copy(training)} if training is not None else {})
+
+
+def save_checkpoint(path, model, metrics, args, training=None):
+    """Write a checkpoint, whole or not at all; see `checkpoint_payload`."""
+    storage.save(path, checkpoint_payload(model, metrics, args, training), FORMAT, VERSION)
+
+
+def _copy(node, dtype=None):
+    """The tree with its tensors on the CPU, cloned (a view would drag its whole storage along), floats as `dtype`."""
+    if isinstance(node, torch.Tensor):
+        return node.detach().to("cpu", dtype if dtype and node.is_floating_point() else node.dtype, copy=True)
+    if isinstance(node, dict):
+        return {key: _copy(value, dtype) for key, value in node.items()}
+    if isinstance(node, (list, tuple)):
+        return type(node)(_copy(value, dtype) for value in node)
+    return node
 
 
 def versions():

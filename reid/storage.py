@@ -64,6 +64,20 @@ def _remove_if_abandoned(path):
         pass  # somebody is writing it, or has just finished
 
 
+def lock(path, message):
+    """Hold `path` locked while the returned object lives; the system lets go of it when the process ends, however it ends."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "w")
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise ReidError(f"{path.parent}: {message}; wait for it, or choose another --exp_name") from error
+    return file
+
+
 def _umask():
     mask = os.umask(0)
     os.umask(mask)

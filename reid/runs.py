@@ -1,0 +1,163 @@
+"""A training run: its name and folder, what it trains on, what it saves, and how it goes on after a stop."""
+
+import argparse
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from reid import ReidError, storage, world
+from reid.checkpoint import FORMAT, VERSION, checkpoint_payload, load_checkpoint
+from reid.data import DISTRACTOR, read_split
+
+
+class LabelledImages(NamedTuple):
+    files: list
+    labels: torch.Tensor  # int64 [N], positions in the sorted list of classes
+
+
+def load_training_set(roots, train_all):
+    """(train, val or None, classes) of one or several grouped datasets.
+
+    classes: the sorted ids, or "<root's name>/<id>" of several roots, whose ids are kept apart. Ids -1 and 0 are nobody's.
+    """
+    def read(split):
+        files, names = [], []
+        for root in roots:
+            records = read_split(root, split)
+            records = records.select(records.pids > DISTRACTOR)
+            files += records.files()
+            names += [pid if len(roots) == 1 else f"{Path(root).name}/{pid}" for pid in records.pids.tolist()]
+        return files, names
+
+    if len({Path(root).name for root in roots}) < len(roots):
+        raise ReidError(f"--data_root {' '.join(roots)}: two roots with the same name; their ids could not be told apart")
+    files, names = read("train")
+    if all((Path(root) / "val").is_dir() for root in roots):
+        val_files, val_names = read("val")
+    elif train_all:
+        val_files, val_names = [], []
+    else:
+        missing = next(Path(root) / "val" for root in roots if not (Path(root) / "val").is_dir())
+        raise ReidError(f"{missing}: no such folder; make it with data_prep.py, or train without it with --train_all")
+    if train_all:
+        files, names, val_files, val_names = files + val_files, names + val_names, [], []
+    classes = sorted(set(names))
+    label = {name: i for i, name in enumerate(classes)}
+    strangers = sorted(set(val_names) - set(classes), key=str)
+    if strangers:
+        raise ReidError(f"val/ has identities that train/ has not: {strangers[:3]}; make both with data_prep.py")
+    train = LabelledImages(files, torch.tensor([label[name] for name in names]))
+    val = LabelledImages(val_files, torch.tensor([label[name] for name in val_names])) if val_files else None
+    return train, val, classes
+
+
+class Run:
+    """`models/<name>/`, held by a lock for as long as this process lives.
+
+    With --resume the settings are those of the run: one given differently on the command line, other than the
+    `operational` ones, raises ReidError.
+    """
+
+    def __init__(self, args, parser, operational):
+        self.state, self.best = None, None
+        if args.resume and not args.exp_name:
+            raise ReidError("--resume needs the --exp_name of the run to go on with")
+        if not args.exp_name:
+            from reid.tracking import new_run_name
+
+            args.exp_name = world.share(new_run_name() if world.rank == 0 else None)
+        if Path(args.exp_name).name != args.exp_name or args.exp_name.startswith("."):
+            raise ReidError(f"--exp_name {args.exp_name}: a plain name is needed, it becomes a folder")
+        self.name, self.folder = args.exp_name, Path("models") / args.exp_name
+        if args.resume:
+            self.state = load_checkpoint(self.folder / "last.pth")
+            args = self._settings_of_the_run(args, parser, operational)
+        elif any((self.folder / name).exists() for name in ("last.pth", "best.pth")):
+            raise ReidError(f"--exp_name {self.name}: {self.folder} exists; add --resume to go on, or choose another name")
+        self.args = args
+        self.lock = storage.lock(self.folder / ".lock", f"another process is training {self.name}") if world.rank == 0 else None
+        self.writer, self.writing = ThreadPoolExecutor(1), None
+        self.tracker_id = (self.state or {}).get("training", {}).get("tracker_id")
+
+    def _settings_of_the_run(self, args, parser, operational):
+        saved = self.state["args"]
+        for key, value in vars(args).items():
+            if key in operational or key not in saved:
+                continue
+            if value != parser.get_default(key) and value != saved[key]:
+                raise ReidError(f"--resume goes on with --{key} {saved[key]}, not {value}; leave it out, or start a new run")
+        kept = {key: value for key, value in vars(args).items() if key in operational or key not in saved}
+        if "training" not in self.state:
+            raise ReidError(f"{self.folder / 'last.pth'}: holds no training state, so it cannot be resumed")
+        return argparse.Namespace(**{**saved, **kept})
+
+    def restore(self, engine):
+        """Bring the engine to where the run stopped; returns (epoch, step within it) to go on at."""
+        if not self.state:
+            return 0, 0
+        training = self.state["training"]
+        try:
+            engine.load_state(self.state["state_dict"], training)
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            reason = str(error).splitlines()[0][:120]
+            raise ReidError(f"{self.folder / 'last.pth'}: does not fit this training set or code ({reason})") from error
+        self.best = training["best"]
+        self.state = None  # the weights in it are no longer needed
+        return training["epoch"], training["step"]
+
+    @contextmanager
+    def tracking(self):
+        """The tracker of this run on rank 0, None on the others; it is told how the run ended."""
+        if world.rank:
+            yield None
+            return
+        from reid.tracking import Tracker
+
+        with Tracker(self.name, vars(self.args), run_id=self.tracker_id, tags={"exp_tag": self.args.exp_tag}) as tracker:
+            self.tracker_id = tracker.run_id
+            yield tracker
+
+    def epoch_done(self, engine, epoch, metrics, tracker, best=None):
+        """Save and log. `best` says whether these weights are the best; None: compare on val/."""
+        if world.rank:
+            return
+        if best is None and "val/accuracy" in metrics:
+            score = (metrics["val/accuracy"], -metrics["val/loss"])
+            best = self.best is None or score > tuple(self.best)
+            self.best = list(score) if best else self.best
+        self.save_last(engine, epoch, 0, metrics)
+        if best:
+            self._write("best.pth", engine.best_model, metrics | {"epoch": epoch})
+        tracker.log(metrics, epoch)
+        if best:
+            self.wait()
+            tracker.artifact_reference(self.folder / "best.pth")
+        values = ", ".join(f"{name.removeprefix('train/')} {value:.4g}" for name, value in metrics.items())
+        print(f"epoch {epoch}/{self.args.num_epochs}: {values}", flush=True)
+
+    def save_last(self, engine, epoch, step, metrics=None):
+        """Write last.pth: `epoch` epochs and `step` steps of the next are done."""
+        if world.rank == 0:
+            training = engine.state() | {"epoch": epoch, "step": step, "best": self.best, "tracker_id": self.tracker_id}
+            self._write("last.pth", engine.model, metrics or {}, training)
+
+    def _write(self, name, model, metrics, training=None):
+        """In the background, from a copy: the next epoch does not wait for the disk."""
+        payload = checkpoint_payload(model, metrics, vars(self.args), training)
+        self.wait()
+        self.writing = self.writer.submit(storage.save, self.folder / name, payload, FORMAT, VERSION)
+
+    def wait(self):
+        """Until the last write is on disk; what went wrong in it is raised here."""
+        if self.writing:
+            writing, self.writing = self.writing, None
+            writing.result()
+
+    def finish(self):
+        self.wait()
+        if world.rank == 0:
+            print(f"done: {self.folder / 'best.pth'}; evaluate with: python eval.py --exp_name {self.name} --save_index")
+        world.stop()

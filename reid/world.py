@@ -1,0 +1,69 @@
+"""One process or several (`torchrun`): who we are, and the few things that ranks tell each other."""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+from reid import ReidError
+
+rank, ranks, device = 0, 1, None
+
+
+def start(device_name="auto"):
+    """Join torchrun's process group, if there is one, and return (rank, ranks). Each rank takes the GPU of its local rank."""
+    global rank, ranks, device
+    if "RANK" not in os.environ or dist.is_initialized():
+        return rank, ranks
+    cuda = device_name != "cpu" and torch.cuda.is_available()
+    if cuda:
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= torch.cuda.device_count():
+            raise ReidError(f"more processes than the {torch.cuda.device_count()} GPUs here; lower --nproc_per_node")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if cuda else "gloo")
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    return rank, ranks
+
+
+def stop():
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def share(obj):
+    """Rank 0's object (plain values, tensors), on every rank."""
+    box = [obj]
+    if ranks > 1:
+        dist.broadcast_object_list(box, device=device)
+    return box[0]
+
+
+def gather(tensor):
+    """[N, ...] of every rank (same shapes) as [ranks * N, ...], rank 0's first. Only our own part carries a gradient: with
+    the loss times `ranks` and gradients averaged, that is the gradient of the loss over the whole batch."""
+    if ranks == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(ranks)]
+    dist.all_gather(parts, tensor.detach().contiguous())
+    parts[rank] = tensor
+    return torch.cat(parts)
+
+
+def average_(tensors):
+    """Replace float tensors by their mean over the ranks, in one message."""
+    if ranks == 1 or not tensors:
+        return
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat)
+    for tensor, mean in zip(tensors, flat.div_(ranks).split([tensor.numel() for tensor in tensors])):
+        tensor.copy_(mean.view_as(tensor))
+
+
+def total(tensor):
+    """Sum over the ranks."""
+    if ranks > 1:
+        dist.all_reduce(tensor)
+    return tensor

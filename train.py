@@ -1,0 +1,158 @@
+"""Train a re-identification model: `python train.py` is the whole recipe, and every setting is on the next screen.
+
+Writes models/<run>/{best,last}.pth, runs/<run> (TensorBoard) and an MLflow run; <run> is MLflow's generated name.
+Several GPUs: torchrun --nproc_per_node N train.py
+"""
+
+import argparse
+import signal
+import time
+
+import torch
+from tqdm import tqdm
+
+from reid import augment, run, world
+from reid.cache import ImageCache
+from reid.checkpoint import load_weights
+from reid.data import pk_batches
+from reid.engine import Engine
+from reid.model import EMBEDDING_SIZES, build_model, default_config, pick_device
+from reid.runs import Run, load_training_set
+
+
+def get_args_parser():
+    parser = argparse.ArgumentParser("train.py", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    # the run
+    add("--exp_name", help="name of the run; default: a new name from MLflow, such as masked-hog-908")
+    add("--exp_tag", default="", help="a note kept with the MLflow run")
+    add("--resume", action="store_true", help="go on with --exp_name from models/<run>/last.pth, with that run's settings")
+    add("--seed", type=int, default=0, help="of the weights, the batches and the augmentation")
+    # data
+    add("--data_root", nargs="+", default=["data/market-1501-grouped"], help="grouped dataset; several are trained on jointly")
+    add("--train_all", action="store_true", help="val/ joins train/, and the last epoch is the best")
+    add("--cache", choices=["auto", "device", "host", "none"], default="auto", help="where the decoded images stay")
+    add("--num_data_loaders", type=int, default=4, help="threads that decode images")
+    # network
+    add("--backbone", choices=list(EMBEDDING_SIZES), default="densenet121")
+    add("--weights", default="imagenet", help="imagenet (downloaded by torchvision), none (from scratch), or a file")
+    add("--height", type=int, default=256)
+    add("--width", type=int, default=128)
+    add("--last_stride", type=int, choices=[1, 2], default=1, help="1 keeps the last map twice as large")
+    add("--pool", choices=["avg", "gem"], default="avg")
+    # batches and augmentation
+    add("--batch_size", type=int, default=64, help="over all GPUs")
+    add("--num_instances", type=int, default=4, help="images of each identity in a batch (the K of the PK sampler)")
+    add("--flip", type=float, default=0.5, help="probability")
+    add("--erase", type=float, default=0.5, help="probability of random erasing")
+    add("--jitter", type=float, default=0.0, help="brightness, contrast and saturation scaled by up to 1 +- this")
+    add("--gray", type=float, default=0.0, help="probability of grayscale")
+    # loss
+    add("--smoothing", type=float, default=0.1, help="label smoothing")
+    add("--triplet", type=float, default=1.0, help="weight of the batch-hard triplet loss")
+    add("--margin", type=float, default=0.3, help="of the triplet loss")
+    add("--teacher", help="checkpoint to distil from, e.g. models/<run>/best.pth, trained on the same identities")
+    add("--distill", type=float, default=1.0, help="weight of the distillation loss, with --teacher")
+    # schedule
+    add("--num_epochs", type=int, default=60)
+    add("--lr", type=float, default=0.05, help="peak of the cosine, SGD with Nesterov momentum 0.9")
+    add("--warmup_epochs", type=float, default=5)
+    add("--weight_decay", type=float, default=5e-4)
+    add("--ema", type=float, default=0.0, help="decay per step of averaged weights, e.g. 0.999; 0 is off")
+    add("--freeze_bn", action="store_true", help="keep the backbone's batch-norm statistics, for tiny batches")
+    add("--eval_freq", type=int, default=5, help="epochs between evaluations on val/")
+    # machine
+    add("--device", default="auto", help="auto, cuda, cuda:1, cpu")
+    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
+    add("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile; auto: on a GPU, for 10 epochs or more")
+    return parser
+
+
+OPERATIONAL = {"exp_name", "resume", "data_root", "cache", "num_data_loaders", "device", "compile", "eval_freq"}
+
+
+def main(args):
+    rank, ranks = world.start(args.device)
+    run_ = Run(args, get_args_parser(), OPERATIONAL)  # the name, the folder and its lock, and what --resume finds there
+    args = run_.args
+    device = world.device or pick_device(args.device)
+    torch.manual_seed(args.seed)
+
+    size = (args.height, args.width)
+    train_set, val_set, classes = load_training_set(args.data_root, args.train_all)
+    # rows of every epoch are known beforehand, so a set that cannot fill a batch fails here and not after the decoding
+    steps = len(pk_batches(train_set.labels, args.batch_size, args.num_instances, args.seed, 0))
+    cache = ImageCache(train_set.files, size, device, args.cache, args.num_data_loaders)
+    val_cache = ImageCache(val_set.files, size, device, args.cache, args.num_data_loaders) if val_set else None
+
+    model = build_model(default_config(classes, args.backbone, args.height, args.width, args.last_stride, args.pool))
+    if not run_.state:
+        load_weights(model, args.weights, verbose=print if rank == 0 else lambda line: None)
+    engine = Engine(model, args, steps, device)
+    if rank == 0:
+        print(f"{run_.name}: {len(cache):,} images of {len(classes)} identities, {steps} steps an epoch, "
+              f"images on {cache.where}; {engine.describe()}", flush=True)
+    epoch, first_step = run_.restore(engine)
+
+    stop = StopSignal(enabled=ranks == 1)
+    with run_.tracking() as tracker:
+        while epoch < args.num_epochs:
+            rows = pk_batches(train_set.labels, args.batch_size, args.num_instances, args.seed, epoch)
+            generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
+            params = augment.draw(rows.numel(), size, generator, args.flip, args.erase, args.jitter, args.gray)
+            params = params.reshape(*rows.shape, -1)
+            mine = slice(rank * args.batch_size // ranks, (rank + 1) * args.batch_size // ranks)
+            rows, params = rows[first_step:, mine], params[first_step:, mine].to(device)
+            labels = train_set.labels[rows].to(device)
+
+            engine.train()
+            started, done = time.perf_counter(), first_step
+            batches = tqdm(cache.batches(rows), f"epoch {epoch + 1}/{args.num_epochs}", len(rows), disable=True if rank else None)
+            for i, images in enumerate(batches):
+                engine.step(images, params[i], labels[i], epoch * steps + first_step + i)
+                done += 1
+                if stop.asked:
+                    break
+            metrics = engine.end_epoch(epoch * steps + first_step)
+            metrics["train/images_per_s"] = (done - first_step) * args.batch_size / (time.perf_counter() - started)
+            if stop.asked:
+                run_.save_last(engine, epoch, done)
+                raise KeyboardInterrupt
+            epoch, first_step = epoch + 1, 0
+
+            last = epoch == args.num_epochs
+            if val_cache and (last or epoch % args.eval_freq == 0):
+                metrics |= engine.validate(val_cache, val_set.labels)
+            if tracker and epoch == 1:
+                tracker.image("train/augmented", sheet(cache, rows, params), 0)
+            run_.epoch_done(engine, epoch, metrics, tracker, best=last if args.train_all else None)
+        if tracker and val_cache:
+            tracker.projector(*engine.embed(val_cache, val_set.labels))
+    run_.finish()
+
+
+class StopSignal:
+    """Ctrl-C and TERM ask for a stop after the current step, so that what is saved is a whole step. The second one kills."""
+
+    def __init__(self, enabled):
+        self.asked = False
+        for name in (signal.SIGINT, signal.SIGTERM) if enabled else ():
+            try:
+                signal.signal(name, self.ask)
+            except ValueError:  # not in the main thread, as when a test or a notebook calls main()
+                return
+
+    def ask(self, number, _frame):
+        self.asked = True
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+def sheet(cache, rows, params):
+    """The first 32 augmented images of an epoch as one picture, uint8 [3, 4H, 8W]."""
+    images = augment.apply(cache[rows[0]], params[0]).to(torch.uint8).cpu()[:32]
+    rows_of_images = [torch.cat(list(images[i : i + 8]), 2) for i in range(0, len(images) - len(images) % 8, 8)]
+    return torch.cat(rows_of_images or [torch.cat(list(images), 2)], 1)
+
+
+if __name__ == "__main__":
+    run(get_args_parser(), main)
