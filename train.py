@@ -107,7 +107,7 @@ def main(args):
 
             engine.train()
             started, done = time.perf_counter(), first_step
-            batches = tqdm(cache.batches(rows), f"epoch {epoch + 1}/{args.num_epochs}", len(rows), disable=True if rank else None)
+            batches = tqdm(cache.batches(rows), f"epoch {epoch + 1}/{args.num_epochs}", len(rows), disable=rank > 0 or None)
             for i, images in enumerate(batches):
                 engine.step(images, params[i], labels[i], epoch * steps + first_step + i)
                 done += 1

@@ -1,0 +1,168 @@
+"""Evaluate a run: embed query and gallery, rank, and print Rank-k, mAP and what else there is to know.
+
+`python eval.py --save_index` keeps the embeddings in index/<run>.pt; `python eval.py --load_index` embeds nothing.
+Several GPUs: torchrun --nproc_per_node N eval.py --save_index
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from reid import ReidError, __version__, metrics, run, storage, world
+from reid.checkpoint import checkpoint_path, fingerprint, load_checkpoint, versions
+from reid.data import read_split
+from reid.extract import Extractor
+from reid.index import GalleryIndex
+
+
+def get_args_parser():
+    parser = argparse.ArgumentParser("eval.py", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--exp_name", default="masked-hog-908", help="run whose models/<run>/best.pth is evaluated")
+    add("--data_root", default="data/market-1501-grouped", help="grouped dataset with query/ and gallery/")
+    add("--load_index", action="store_true", help="take the embeddings from the index, embed nothing")
+    add("--save_index", action="store_true", help="keep the embeddings in the index")
+    add("--gallery_uri", help="the index; default: index/<run>.pt")
+    add("--json", metavar="PATH", help="write everything that was measured")
+    # how to score
+    add("--rerank", action="store_true", help="also with k-reciprocal re-ranking")
+    add("--spacetime", action="store_true", help="also with camera and time, learnt on the training identities")
+    add("--protocol", choices=["market", "nocam"], default="market", help="nocam: only the query's own file is ignored")
+    add("--multi_query", action="store_true", help="average the queries of one identity and camera")
+    add("--fmr", type=float, default=1e-3, help="false-match rate of the threshold that is stored with the index")
+    # how to embed
+    add("--mirror", action=argparse.BooleanOptionalAction, default=True, help="average each image with its mirror image")
+    add("--device", default="auto", help="auto, cuda, cuda:1, cpu")
+    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
+    add("--engine", choices=["torch", "openvino"], default="torch", help="openvino: faster on a CPU (requirements-openvino.txt)")
+    add("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile on a GPU; auto: for large galleries")
+    add("--batch_size", type=int, help="default: 32 on a CPU, 512 on a GPU")
+    add("--strict", action="store_true", help="stop at the first image that cannot be read, instead of leaving it out")
+    return parser
+
+
+def main(args):
+    rank, ranks = world.start(args.device)
+    checkpoint = checkpoint_path(args.exp_name)
+    record = load_checkpoint(checkpoint)
+    uri = args.gallery_uri or f"index/{args.exp_name}.pt"
+    index = load_index(args, uri, fingerprint(record)) if args.load_index else build_index(args, checkpoint, rank, ranks)
+    if rank:  # the other ranks have done their part of the embedding
+        return world.stop()
+    queries = index.queries
+    data = gather_data(queries, index, args)
+    print(f"{args.exp_name} on {args.data_root}: {len(queries):,} queries, {len(index):,} images in the gallery, "
+          f"{'mirrored images averaged' if index.mirror else 'no mirrored images'}", flush=True)
+
+    scorers = {"visual": None} | extra_scorers(args, data, queries, index)
+    results = {name: metrics.evaluate(*data.values(), scores=scores, protocol=args.protocol) if scores is None else
+               metrics.evaluate(None, None, *list(data.values())[2:], scores=scores, protocol=args.protocol)
+               for name, scores in scorers.items()}
+    print_results(results)
+    roc = metrics.roc(*data.values(), rates=sorted({1e-4, 1e-3, 1e-2, args.fmr}), protocol=args.protocol)
+    index.threshold, index.false_match_rate = roc.threshold[args.fmr], args.fmr
+    for rate, tpr in roc.tpr.items():
+        print(f"same person found at false-match rate {rate:g}: {100 * tpr:.2f} % (cosine above {roc.threshold[rate]:.4f})")
+
+    if args.save_index:
+        index.save(uri)
+        print(f"index saved: {uri} ({Path(uri).stat().st_size / 2**20:.1f} MiB)")
+    if args.json:
+        write_json(args, record, results, roc, index)
+    left_out = len(index.bad) + len(queries.bad)
+    for file, reason in queries.bad + index.bad:
+        print(f"left out: {file}: {reason}", file=sys.stderr)
+    if left_out:
+        print(f"eval.py: {left_out} images could not be read and were left out (exit status 3)", file=sys.stderr)
+    world.stop()
+    return 3 if left_out else 0
+
+
+def build_index(args, checkpoint, rank, ranks):
+    """Embed gallery and queries of the dataset."""
+    gallery, queries = read_split(args.data_root, "gallery"), read_split(args.data_root, "query")
+    extractor = Extractor(checkpoint, world.device or args.device, args.precision, args.engine, args.compile, args.mirror,
+                          args.batch_size)
+    if rank == 0:
+        print(extractor.describe(), flush=True)
+    options = {"strict": args.strict, "rank": rank, "world": ranks, "progress": rank == 0}
+    index = GalleryIndex.build(extractor, gallery, **options)
+    index.queries = GalleryIndex.build(extractor, queries, **options)
+    if rank == 0 and not (len(index) and len(index.queries)):
+        raise ReidError(f"{args.data_root}: not one image of its {'gallery' if not len(index) else 'query'} could be read")
+    return index
+
+
+def load_index(args, uri, wanted):
+    """The saved index, if it is of these weights, this dataset and these settings."""
+    index = GalleryIndex.load(uri, wanted)
+    again = f"make it again: python eval.py --save_index --exp_name {args.exp_name} --data_root {args.data_root}"
+    if index.queries is None:
+        raise ReidError(f"{uri}: has a gallery but no queries; {again}")
+    if Path(index.data_root).resolve() != Path(args.data_root).resolve():
+        raise ReidError(f"{uri}: made of {index.data_root}, not of {args.data_root}; {again}")
+    if index.mirror != args.mirror:
+        raise ReidError(f"{uri}: made {'with' if index.mirror else 'without'} mirrored images; give "
+                        f"{'--mirror' if index.mirror else '--no-mirror'}, or {again}")
+    return index
+
+
+def gather_data(queries, gallery, args):
+    """The arguments of reid.metrics: embeddings, ids, cameras; with --multi_query one row a tracklet."""
+    q_emb, q_pids, q_camids = queries.embeddings.float(), queries.pids, queries.camids
+    if args.multi_query:
+        q_emb, q_pids, q_camids, _ = metrics.pool_queries(q_emb, q_pids, q_camids)
+    return {"q_emb": q_emb, "g_emb": gallery.embeddings.float(), "q_pids": q_pids, "q_camids": q_camids,
+            "g_pids": gallery.pids, "g_camids": gallery.camids}
+
+
+def extra_scorers(args, data, queries, gallery):
+    """{"+rerank": scores, ...} as asked for; scores are callables(start, stop) -> float32 [stop - start, G]."""
+    scorers = {}
+    if args.rerank:
+        from reid.rerank import estimate_bytes, rerank
+
+        need = estimate_bytes(len(data["q_emb"]), len(data["g_emb"]))
+        print(f"re-ranking: about {need / 2**20:,.0f} MiB of memory", flush=True)
+        scorers["+rerank"] = rerank(data["q_emb"], data["g_emb"]).scores
+    return scorers
+
+
+def print_results(results):
+    """One row per way of scoring; match rate and Rank-k are different things and stand apart."""
+    heads = ["mAP", "mAP trapezoid", "Rank-1", "Rank-5", "Rank-10", "Rank-20", "mINP", "match rate at 1 / 5 / 10"]
+    width = max(len(name) for name in results) + 2
+    print(" " * width + "  ".join(heads))
+    for name, result in results.items():
+        values = [result.mAP, result.mAP_trapezoid, *(result.rank[k] for k in (1, 5, 10, 20)), result.mINP]
+        cells = [f"{100 * value:{len(head)}.2f}" for value, head in zip(values, heads)]
+        print(name.ljust(width) + "  ".join([*cells, " / ".join(f"{100 * result.match_rate[k - 1]:.2f}" for k in (1, 5, 10))]))
+    result = next(iter(results.values()))
+    print(f"{result.valid:,} queries valid, {sum(result.skipped.values()):,} skipped"
+          + "".join(f"; {count:,}: {reason}" for reason, count in result.skipped.items()))
+
+
+def write_json(args, record, results, roc, index):
+    """Everything that was measured, and what it was measured with."""
+    def plain(value):
+        if isinstance(value, torch.Tensor):
+            return [None if x != x else x for x in value.tolist()]
+        return {str(key): plain(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+    document = {
+        "exp_name": args.exp_name, "version": __version__, "fingerprint": index.fingerprint, "versions": versions(),
+        "arguments": vars(args), "training_arguments": record["args"],
+        "counts": {"queries": len(index.queries), "gallery": len(index), "left_out": len(index.bad) + len(index.queries.bad)},
+        "results": {name: {key: plain(value) for key, value in vars(result).items()} for name, result in results.items()},
+        "roc": {"tpr": plain(roc.tpr), "threshold": plain(roc.threshold)},
+    }
+    with storage.atomic_path(args.json) as temporary:
+        temporary.write_text(json.dumps(document, indent=1))
+    print(f"results written: {args.json}")
+
+
+if __name__ == "__main__":
+    run(get_args_parser(), main)

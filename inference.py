@@ -1,0 +1,153 @@
+"""Find people: rank a gallery of crops by their likeness to query crops.
+
+python inference.py --query_paths crop.jpg --topk 10
+python inference.py --gallery my/crops --query_paths 'my/queries/*.png' --output ranking.png
+"""
+
+import argparse
+import glob
+import json
+import sys
+from pathlib import Path
+
+from reid import ReidError, run, storage
+from reid.checkpoint import checkpoint_path
+from reid.data import UNKNOWN_PID, Name, folder_pid, list_images, parse_name, read_folder, read_split
+from reid.extract import Extractor
+from reid.index import GalleryIndex
+
+CANDIDATES = 200  # rows of the gallery that re-ranking looks at
+
+
+def get_args_parser():
+    parser = argparse.ArgumentParser("inference.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--query_paths", nargs="+", help="images, folders or globs; default: the first query of --data_root")
+    add("--topk", type=int, default=5, help="results for each query (default: 5)")
+    add("--exp_name", default="masked-hog-908", help="run whose models/<run>/best.pth embeds (default: masked-hog-908)")
+    # the gallery
+    add("--data_root", default="data/market-1501-grouped", help="grouped dataset whose gallery/ is searched")
+    add("--gallery", metavar="DIR", help="search any folder of images instead")
+    add("--load_index", action="store_true", help="take the gallery from the index, embed only the queries")
+    add("--save_index", action="store_true", help="keep the gallery's embeddings in the index")
+    add("--gallery_uri", help="the index; default: index/<run>.pt")
+    add("--cameras", type=int, nargs="+", help="search these cameras only")
+    add("--rerank", action="store_true", help=f"re-rank the best {CANDIDATES} (k-reciprocal encoding)")
+    # what comes out
+    add("--output", metavar="PNG", help="draw the ranked lists")
+    add("--json", metavar="PATH", help="write the ranked lists")
+    # other things to do
+    add("--serve", action="store_true", help="open a search page instead")
+    add("--host", default="127.0.0.1", help="address of the search page (default: this machine only)")
+    add("--port", type=int, default=8000)
+    add("--export", choices=["onnx"], help="write models/<run>/best.onnx instead, checked against PyTorch")
+    # how to embed
+    add("--mirror", action=argparse.BooleanOptionalAction, help="average each image with its mirror image (default: as the "
+        "index; on for a new one)")
+    add("--device", default="auto", help="auto, cuda, cuda:1, cpu")
+    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
+    add("--engine", choices=["torch", "openvino"], default="torch", help="openvino: faster on a CPU (requirements-openvino.txt)")
+    add("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile on a GPU; auto: for large galleries")
+    add("--batch_size", type=int, help="default: 32 on a CPU, 512 on a GPU")
+    add("--strict", action="store_true", help="stop at the first image that cannot be read, instead of leaving it out")
+    return parser
+
+
+def main(args):
+    if args.topk < 1:
+        raise ReidError(f"--topk {args.topk}: at least 1 result is needed")
+    checkpoint = checkpoint_path(args.exp_name)
+    query_files = find_queries(args) if not (args.serve or args.export) else []
+    extractor = Extractor(checkpoint, args.device, args.precision, args.engine, args.compile,
+                          True if args.mirror is None else args.mirror, args.batch_size)
+    index = open_gallery(args, extractor)
+    print(f"{extractor.describe()}; {len(index):,} images in the gallery", flush=True)
+
+    embeddings, kept, bad = extractor.embed_records(query_files, strict=args.strict, progress=False)
+    scores, rows = search(args, index, embeddings)
+    rankings = [ranking(args, index, query_files[i], s, r) for i, s, r in zip(kept.tolist(), scores, rows)]
+    for item in rankings:
+        print_ranking(item, index)
+    if args.json:
+        with storage.atomic_path(args.json) as temporary:
+            temporary.write_text(json.dumps({"exp_name": args.exp_name, "fingerprint": index.fingerprint,
+                                             "threshold": index.threshold, "rankings": rankings}, indent=1))
+        print(f"results written: {args.json}")
+    for file, reason in index.bad + bad:
+        print(f"left out: {file}: {reason}", file=sys.stderr)
+    if bad and not rankings:
+        raise ReidError("none of the queries could be read")
+    return 3 if index.bad or bad else 0
+
+
+def find_queries(args):
+    """The query files that --query_paths names; nothing found for a path raises ReidError."""
+    if not args.query_paths:
+        return read_split(args.data_root, "query").files()[:1]
+    found = []
+    for path in args.query_paths:
+        if Path(path).is_dir():
+            names = [Path(path) / name for name in list_images(path)]
+        else:  # the shell may have left the pattern to us; a file may also be called "a[1].jpg"
+            names = [Path(path)] if Path(path).exists() else [Path(name) for name in sorted(glob.glob(path, recursive=True))]
+        if not names:
+            raise ReidError(f"--query_paths {path}: no such image")
+        found += names
+    return found
+
+
+def open_gallery(args, extractor):
+    """The index that is searched: loaded, or made of a folder."""
+    uri = args.gallery_uri or f"index/{args.exp_name}.pt"
+    if args.load_index:
+        index = GalleryIndex.load(uri, extractor)
+        if args.mirror is None:
+            extractor.mirror = index.mirror
+        return index
+    records = read_folder(args.gallery) if args.gallery else read_split(args.data_root, "gallery")
+    index = GalleryIndex.build(extractor, records, strict=args.strict)
+    if not len(index):
+        raise ReidError(f"{args.gallery or args.data_root}: not one image of the gallery could be read")
+    if args.save_index:
+        index.save(uri)
+        print(f"index saved: {uri}")
+    return index
+
+
+def search(args, index, embeddings):
+    """(scores, rows) [Q, topk]: by cosine, or with --rerank the best CANDIDATES in their new order."""
+    if not args.rerank:
+        return index.search(embeddings, args.topk, camids=args.cameras)
+    from reid.rerank import rerank
+
+    _, candidates = index.search(embeddings, max(args.topk, CANDIDATES), camids=args.cameras)
+    scores, rows = [], []
+    for query, found in zip(embeddings, candidates):
+        found = found[found >= 0]
+        new = rerank(query[None], index.embeddings[found].float()).scores(0, 1)[0]
+        best, order = new.sort(descending=True, stable=True)
+        scores.append(best[: args.topk])
+        rows.append(found[order[: args.topk]])
+    return scores, rows
+
+
+def ranking(args, index, file, scores, rows):
+    """What was found for one query, as plain values."""
+    name = parse_name(file.name)
+    if Path(args.data_root).resolve() in file.resolve().parents:  # a grouped dataset: the folder is the identity
+        name = Name(folder_pid(file.parent.name), *(name[1:] if name else (-1,) * 3))
+    found = [(score, row) for score, row in zip(scores.tolist(), rows.tolist()) if row >= 0]
+    hits = [{"position": i, "path": str(Path(index.data_root) / index.paths[row]), "score": score,
+             "pid": int(index.pids[row]), "camid": int(index.camids[row])} for i, (score, row) in enumerate(found, 1)]
+    return {"query": str(file), "pid": name.pid if name else UNKNOWN_PID, "camid": name.camid if name else -1, "hits": hits}
+
+
+def print_ranking(item, index):
+    print(f"\nquery {item['query']}")
+    for hit in item["hits"]:
+        verdict = "" if index.threshold is None else "  match" if hit["score"] > index.threshold else "  unknown"
+        print(f"{hit['position']:>4}  {hit['score']:.4f}  {hit['path']}{verdict}")
+
+
+if __name__ == "__main__":
+    run(get_args_parser(), main)
