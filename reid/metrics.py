@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from reid import ReidError
-from reid.ranking import Task, blocks, make_task, rank
+from reid.ranking import Task, blocks, make_task, rank, refuse_nan
 
 REASONS = (  # why a query is not averaged in; `EvalResult.reason` holds positions in here
     "valid",
@@ -172,6 +172,7 @@ def roc(*data, rates=(1e-4, 1e-3, 1e-2), bins=200, **options) -> RocResult:
     top, same, floor, pairs = task.q.pids.new_empty(0, dtype=torch.float32), [], -torch.inf, 0
     everything = listed = 0
     for use, (_, block, rows, cols, kind) in zip(has_id, blocks(task, [gallery])):
+        refuse_nan(block)
         score = block[rows, cols]
         same.append(score[kind == 0])
         wanted = use[rows]

@@ -72,8 +72,6 @@ def make_task(q_emb, g_emb, q_pids, q_camids, g_pids, g_camids, *, q_ids=None, g
             part = part[:, low:high]
         if part.dtype != torch.float32:
             raise ReidError(f"embeddings or scores are {part.dtype}: pass float32")
-        if part.numel() and part.max().isnan():
-            raise ReidError(f"scores of queries {start} to {stop - 1} contain NaN: look for a broken model or image")
         return part.detach()
 
     # Small blocks keep the buffers small; but below 64 queries the gallery is read from memory too often.
@@ -90,12 +88,18 @@ def _side(name: str, device: torch.device, *labels) -> Side:
     return Side(*labels)
 
 
-def _equal_pairs(wanted: Tensor, keys: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    """All (row, column) with wanted[row] == key of the column, row by row; keys sorted, order their columns."""
-    first = torch.searchsorted(keys, wanted)
-    count = torch.searchsorted(keys, wanted, right=True) - first
-    rows = torch.repeat_interleave(count)
-    return rows, order[torch.arange(len(rows), device=rows.device) + (first - count.cumsum(0) + count)[rows]]
+class _Join:
+    """All pairs (row, column) with wanted[row] == keys[column], for any range of rows."""
+
+    def __init__(self, wanted: Tensor, keys: Tensor):
+        keys, self.order = keys.sort(stable=True)
+        self.first = torch.searchsorted(keys, wanted)
+        self.count = torch.searchsorted(keys, wanted, right=True) - self.first
+
+    def __getitem__(self, part: slice) -> tuple[Tensor, Tensor]:
+        first, count = self.first[part], self.count[part]
+        rows = torch.repeat_interleave(count)
+        return rows, self.order[torch.arange(len(rows), device=rows.device) + (first - count.cumsum(0) + count)[rows]]
 
 
 def blocks(task: Task, galleries: list[Tensor]):
@@ -108,26 +112,32 @@ def blocks(task: Task, galleries: list[Tensor]):
     every = torch.cat(galleries)
     low, high = (int(every.min()), int(every.max()) + 1) if len(every) else (0, 0)
     subsets = [Side(*(None if c is None else c[columns] for c in task.g)) for columns in galleries]
-    by_pid = [g.pids.sort(stable=True) for g in subsets]
-    by_id = [None if g.ids is None else g.ids.sort(stable=True) for g in subsets]
+    # no junk is left in the gallery, so -1 keeps invalid queries from matching anything
+    by_pid = [_Join(task.q.pids.where(task.q.pids > 0, -1), g.pids) for g in subsets]
+    by_id = [None if g.ids is None else _Join(task.q.ids, g.ids) for g in subsets]
     for start in range(0, len(task.q.pids), task.block):
-        q = Side(*(None if c is None else c[start:start + task.block] for c in task.q))
+        part = slice(start, start + task.block)
+        q = Side(*(None if c is None else c[part] for c in task.q))
         full = task.scores(start, start + len(q.pids), low, high)
         for number, (columns, g) in enumerate(zip(galleries, subsets)):
-            # no junk is left in the gallery, so -1 keeps invalid queries from matching anything
-            rows, cols = _equal_pairs(q.pids.where(q.pids > 0, -1), *by_pid[number])
+            rows, cols = by_pid[number][part]
             kind = torch.zeros_like(rows)
             if task.own_camera:
                 kind[(q.camids[rows] == g.camids[cols]) & (g.camids[cols] >= 0)] = 1
             if q.ids is not None:
                 kind[q.ids[rows] == g.ids[cols]] = 2
-                other_rows, other_cols = _equal_pairs(q.ids, *by_id[number])
+                other_rows, other_cols = by_id[number][part]
                 other = q.pids[other_rows] != g.pids[other_cols]
                 kind = torch.cat([kind, torch.full_like(other_rows[other], 3)])
                 rows, order = torch.cat([rows, other_rows[other]]).sort(stable=True)
                 cols, kind = torch.cat([cols, other_cols[other]])[order], kind[order]
-            part = full if len(columns) == high - low else full.index_select(1, columns - low)
-            yield number, part, rows, cols, kind
+            block = full if len(columns) == high - low else full.index_select(1, columns - low)
+            yield number, block, rows, cols, kind
+
+
+def refuse_nan(scores: Tensor) -> None:
+    if scores.isnan().any():
+        raise ReidError("scores contain NaN: look for a broken model or image")
 
 
 def _sort_rows(block: Tensor) -> Tensor:
@@ -153,6 +163,7 @@ def _places(block: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     if not len(rows):
         return rows
     ordered = _sort_rows(block)
+    refuse_nan(ordered[:, -1])  # where NaN sorts to
     score = block[rows, cols]
     count = torch.bincount(rows, minlength=len(block))
     slot = torch.arange(len(rows), device=rows.device) - (count.cumsum(0) - count)[rows]
