@@ -26,13 +26,13 @@ def decode(source):
     name = source if isinstance(source, (str, Path)) else "image"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own bomb warning: the limit below is ours
+            warnings.simplefilter("ignore")  # Pillow warns of bombs at another size
             image = source if isinstance(source, Image.Image) else _open(source)
             if image.width * image.height > MAX_PIXELS:
-                raise ReidError(f"{name}: {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}; make it smaller")
+                raise Image.DecompressionBombError
             pixels = np.array(_to_rgb(image))
-    except ReidError:
-        raise
+    except Image.DecompressionBombError as error:
+        raise ReidError(f"{name}: more than {MAX_PIXELS:,} pixels; make it smaller") from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, IndexError ...
         reason = "no such file" if isinstance(error, FileNotFoundError) else (str(error) or type(error).__name__)
         reason = reason.replace(str(name), "").strip(" '\"") if "cannot identify" not in reason else "not an image"

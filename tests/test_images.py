@@ -1,0 +1,115 @@
+"""Every kind of image file that users have, good and bad."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from reid import ReidError
+from reid.images import MAX_PIXELS, decode, resize
+
+
+def picture(mode="RGB", size=(20, 30)):
+    """A smooth picture, so that lossy formats stay near it."""
+    x, y = np.meshgrid(np.linspace(0, 255, size[0]), np.linspace(0, 255, size[1]))
+    return Image.fromarray(np.stack([x, y, 255 - x], -1).astype(np.uint8)).convert(mode)
+
+
+def near(pixels, reference, tolerance):
+    difference = np.abs(pixels.permute(1, 2, 0).numpy().astype(int) - np.asarray(reference.convert("RGB")).astype(int))
+    return difference.mean() < tolerance
+
+
+@pytest.mark.parametrize("mode, name, options", [
+    ("RGB", "a.jpg", {}), ("RGB", "a.jpg", {"progressive": True}), ("L", "a.jpg", {}), ("CMYK", "a.jpg", {}), ("RGB", "a.png", {}),
+    ("P", "a.png", {}), ("P", "a.gif", {}), ("L", "a.png", {}), ("1", "a.png", {}), ("RGBA", "a.png", {}), ("LA", "a.png", {}),
+    ("RGB", "a.bmp", {}), ("RGB", "a.webp", {}), ("RGB", "a.tif", {}), ("CMYK", "a.tif", {}),
+])
+def test_formats_and_modes(tmp_path, mode, name, options):
+    path = tmp_path / name
+    picture(mode).save(path, **options)
+    pixels = decode(path)
+    assert pixels.shape == (3, 30, 20) and pixels.dtype == torch.uint8
+    assert near(pixels, picture(mode), 40 if mode == "1" else 12)
+
+
+def test_sixteen_bits(tmp_path):
+    values = np.linspace(0, 65535, 600).reshape(30, 20).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    assert np.abs(decode(tmp_path / "a.png")[0].numpy().astype(int) - values // 257).max() <= 1
+
+
+def test_transparency_becomes_white(tmp_path):
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "a.png")
+    assert (decode(tmp_path / "a.png") == 255).all()
+
+
+def test_first_frame_of_an_animation(tmp_path):
+    red, blue = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
+    red.save(tmp_path / "a.gif", save_all=True, append_images=[blue])
+    assert decode(tmp_path / "a.gif")[:, 0, 0].tolist() == [255, 0, 0]
+
+
+def test_exif_rotation(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: 90 degrees clockwise to look upright
+    picture().save(tmp_path / "a.jpg", exif=exif, quality=95)
+    assert decode(tmp_path / "a.jpg").shape == (3, 20, 30)
+    assert near(decode(tmp_path / "a.jpg"), picture().rotate(-90, expand=True), 6)
+
+
+def test_small_wide_and_misnamed(tmp_path):
+    Image.new("RGB", (1, 1), "red").save(tmp_path / "one.png")
+    assert decode(tmp_path / "one.png").shape == (3, 1, 1)
+    Image.new("RGB", (20_000, 3)).save(tmp_path / "wide.png")
+    assert resize([decode(tmp_path / "wide.png")], (256, 128)).shape == (1, 3, 256, 128)
+    picture().save(tmp_path / "png.jpg", format="png")
+    assert near(decode(tmp_path / "png.jpg"), picture(), 1)
+
+
+def test_bytes_and_pil_images():
+    buffer = io.BytesIO()
+    picture().save(buffer, "png")
+    assert torch.equal(decode(buffer.getvalue()), decode(picture()))
+
+
+def bomb(width, height):
+    """A PNG that says it is huge, with next to no data."""
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+
+
+def test_bad_files_raise_one_line_with_the_path(tmp_path):
+    picture(size=(64, 128)).save(tmp_path / "whole.jpg")
+    whole = (tmp_path / "whole.jpg").read_bytes()
+    (tmp_path / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "header.jpg").write_bytes(whole[:20])
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    (tmp_path / "text.jpg").write_text("not an image")
+    (tmp_path / "bomb.png").write_bytes(bomb(50_000, 50_000))
+    (tmp_path / "dangling.jpg").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "folder.jpg").mkdir()
+    for name in ("truncated.jpg", "header.jpg", "empty.jpg", "text.jpg", "bomb.png", "dangling.jpg", "folder.jpg", "missing.jpg"):
+        with pytest.raises(ReidError) as caught:
+            decode(tmp_path / name)
+        assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(ReidError, match="more than 50,000,000 pixels"):
+        decode(tmp_path / "bomb.png")
+    assert 50_000 * 50_000 > MAX_PIXELS
+
+
+def test_resize_is_pillows_and_does_not_depend_on_neighbours():
+    small, large = picture(size=(64, 128)), picture(size=(300, 500))
+    mixed = resize([decode(small), decode(large)], (256, 128))
+    for pixels, image in zip(mixed, (small, large)):
+        reference = np.asarray(image.resize((128, 256), Image.Resampling.BILINEAR)).astype(int)
+        assert np.abs(pixels.permute(1, 2, 0).numpy() - reference).max() <= 1
+    assert torch.equal(mixed[0], resize([decode(small)], (256, 128))[0])
+    assert torch.equal(mixed[:1].expand(2, -1, -1, -1), resize([decode(small)] * 2, (256, 128)))
