@@ -4,6 +4,7 @@ import hashlib
 import os
 import tempfile
 import time
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -137,7 +138,9 @@ def load(path, kind, version, mmap=False, verify=None):
     if not path.is_file():
         raise ReidError(f"{path}: no such file")
     try:
-        record = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on what damaged bytes look like
+            record = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch answers damage with half a dozen types, text files with KeyError
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise ReidError(f"{path}: not a readable {kind} file ({reason}); it is damaged or not ours") from error

@@ -1,0 +1,145 @@
+"""Checkpoints of ours, and weights from elsewhere."""
+
+import pytest
+import torch
+
+from reid import ReidError, storage
+from reid.checkpoint import (
+    FORMAT,
+    VERSION,
+    checkpoint_path,
+    fingerprint,
+    load_checkpoint,
+    load_weights,
+    restore_model,
+    save_checkpoint,
+)
+from reid.model import build_model, default_config
+
+CONFIG = default_config([2, 7, 11], height=64, width=32)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return build_model(CONFIG)
+
+
+@pytest.fixture
+def path(model, tmp_path):
+    save_checkpoint(tmp_path / "models" / "run" / "best.pth", model, {"val/accuracy": 0.5}, {"lr": 0.05})
+    return tmp_path / "models" / "run" / "best.pth"
+
+
+def test_round_trip_in_half_precision(model, path):
+    record = load_checkpoint(path)
+    assert record["config"]["classes"] == [2, 7, 11] and record["args"] == {"lr": 0.05}
+    restored = restore_model(record)
+    for key, value in model.state_dict().items():
+        assert torch.allclose(value, restored.state_dict()[key], atol=1e-3)
+    assert path.stat().st_size < 16 * 2**20
+
+
+def test_full_precision_for_resume(model, path):
+    save_checkpoint(path, model, {}, {}, training={"epoch": 3})
+    record = load_checkpoint(path)
+    assert record["training"] == {"epoch": 3}
+    assert all(torch.equal(value, record["state_dict"][key]) for key, value in model.state_dict().items())
+
+
+def test_fingerprint_follows_what_embeds(model, path):
+    record = load_checkpoint(path)
+    first = fingerprint(record)
+    assert len(first) == 16 and first == fingerprint(load_checkpoint(path))
+    record["state_dict"]["classifier.weight"] += 1
+    assert fingerprint(record) == first
+    record["config"]["height"] = 128
+    assert fingerprint(record) != first
+    record["config"]["height"] = 64
+    record["state_dict"]["body.conv0.weight"][0] += 1
+    assert fingerprint(record) != first
+
+
+def test_unknown_run_names_the_runs_there_are(path):
+    models = path.parent.parent
+    assert checkpoint_path("run", models=models) == path
+    with pytest.raises(ReidError, match=r"--exp_name nobody: no .*best\.pth; runs here: run"):
+        checkpoint_path("nobody", models=models)
+    with pytest.raises(ReidError):
+        checkpoint_path("../models/run", models=models)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda r: r["config"].update(backbone="vgg"), "configuration"),
+    (lambda r: r["config"].pop("height"), "configuration"),
+    (lambda r: r["config"].update(height=10**9), "configuration"),
+    (lambda r: r["config"].update(backbone="resnet50"), "configuration"),
+    (lambda r: r["state_dict"].pop("neck.weight"), "do not fit"),
+    (lambda r: r["state_dict"].update({"neck.weight": torch.zeros(3)}), "do not fit"),
+    (lambda r: r["state_dict"]["neck.weight"].fill_(float("nan")), "NaN"),
+])
+def test_a_checkpoint_that_contradicts_itself(path, change, message):
+    record = load_checkpoint(path)
+    change(record)
+    with pytest.raises(ReidError, match=message):
+        restore_model(record)
+
+
+def test_parts_missing(path):
+    storage.save(path, {"config": {}}, FORMAT, VERSION)
+    with pytest.raises(ReidError, match="no state_dict"):
+        load_checkpoint(path)
+
+
+def fresh():
+    torch.manual_seed(1)
+    return build_model(CONFIG)
+
+
+def renamed(model, rename, wrap=lambda state: state):
+    return wrap({rename(key): value for key, value in model.state_dict().items()})
+
+
+@pytest.mark.parametrize("style", [
+    lambda m: renamed(m, lambda k: k.replace("body.", "features.")),  # torchvision
+    lambda m: renamed(m, lambda k: "module." + k.replace("body.", "features."), lambda s: {"state_dict": s, "epoch": 3}),  # torchreid
+    lambda m: renamed(m, lambda k: k.replace("body.", "model.features.")),  # layumi
+    lambda m: renamed(m, lambda k: k.replace("body.", "features.").replace(".norm1.", ".norm.1.").replace(".conv2.", ".conv.2.")),
+])
+def test_weights_from_elsewhere(model, tmp_path, capsys, style):
+    torch.save(style(model), tmp_path / "other.pth")
+    target = fresh()
+    load_weights(target, str(tmp_path / "other.pth"))
+    assert torch.equal(target.body.denseblock4.denselayer16.conv2.weight, model.body.denseblock4.denselayer16.conv2.weight)
+    backbone = sum(key.startswith("body.") for key in model.state_dict())
+    assert f"{backbone} of {backbone} backbone tensors matched" in capsys.readouterr().out
+
+
+def test_weights_of_a_torchvision_model_give_its_features(tmp_path):
+    from torchvision.models import densenet121
+
+    theirs = densenet121(num_classes=5).eval()
+    torch.save(theirs.state_dict(), tmp_path / "tv.pth")
+    target = build_model(default_config([1, 2], height=64, width=32, last_stride=2)).eval()
+    lines = []
+    load_weights(target, str(tmp_path / "tv.pth"), lines.append)
+    assert "not used: classifier.weight" in lines[0]
+    x = torch.randint(256, (2, 3, 64, 32)).float()
+    with torch.inference_mode():
+        expected = theirs.features((x - target.mean) / target.std).relu().mean((2, 3))
+        assert torch.allclose(target.features(x), expected, atol=1e-5)
+
+
+def test_classifier_of_other_identities_is_left_out(model, path):
+    target = build_model(default_config([1, 2, 3, 4], height=64, width=32))
+    lines = []
+    load_weights(target, str(path), lines.append)
+    assert "not used: classifier.weight" in lines[0] and "fresh: classifier.weight" in lines[0]
+
+
+def test_weights_that_do_not_fit(tmp_path):
+    torch.save({"layer1.weight": torch.zeros(3)}, tmp_path / "other.pth")
+    (tmp_path / "text.pth").write_text("hello")
+    for name, message in (("other.pth", "nothing in it fits"), ("text.pth", "loaded safely"), ("missing.pth", "no such file")):
+        with pytest.raises(ReidError, match=message):
+            load_weights(fresh(), str(tmp_path / name))
