@@ -54,9 +54,9 @@ export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false  # with --workers 1: 2 processes
 logs=$(mktemp -d) || exit 1
 groups=()
 
-start() {  # job control gives each its own process group, as setsid would (macOS has no setsid)
+start() {  # NAME COMMAND...; job control gives each its own process group, as setsid would (macOS has no setsid)
   set -m
-  "$@" </dev/null >"$logs/$1" 2>&1 &
+  "${@:2}" </dev/null >"$logs/$1" 2>&1 &
   set +m
   groups+=("$!")
 }
@@ -73,6 +73,11 @@ stop() {  # the whole groups: without their leaders, workers would live on
   rm -rf -- "$logs"
 } 2>/dev/null
 
+mlflow_server() {  # a training that starts at the same moment must not make the tables of a new mlflow.db as well
+  [[ $STORE != sqlite:///mlflow.db || -e mlflow.db ]] || python3 -c 'from reid.tracking import open_store; open_store()' &&
+    exec mlflow server --backend-store-uri "$STORE" --host "$HOST" --port "$MLFLOW_PORT" --workers 1
+}
+
 answers() (  # any HTTP reply will do
   exec 3<>"/dev/tcp/$address/$1" && printf 'GET /health HTTP/1.0\r\nHost: localhost\r\n\r\n' >&3 &&
     read -r -t 5 reply <&3 && [[ $reply == HTTP/* ]]
@@ -87,8 +92,8 @@ trap 'exit 131' QUIT
 trap 'exit 143' TERM
 
 echo "Starting TensorBoard and MLflow, which takes about ten seconds (Ctrl-C stops both) ..."
-start tensorboard --logdir runs --host "$HOST" --port "$TENSORBOARD_PORT"
-start mlflow server --backend-store-uri "$STORE" --host "$HOST" --port "$MLFLOW_PORT" --workers 1
+start tensorboard tensorboard --logdir runs --host "$HOST" --port "$TENSORBOARD_PORT"
+start mlflow mlflow_server
 until answers "$TENSORBOARD_PORT" && answers "$MLFLOW_PORT" || ! both_live; do
   sleep 0.2
 done
