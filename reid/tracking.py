@@ -55,10 +55,14 @@ def open_store():
         client = mlflow.MlflowClient(uri)
         client.search_experiments(max_results=1)
     except Exception as error:  # MLflow lets those of SQLAlchemy, of requests and of database drivers through
-        shown = re.sub("//[^/]*@", "//", uri)  # without a password
-        advice = "mend it, or set MLFLOW_TRACKING_URI to another store (unset, it is mlflow.db in this folder)"
-        raise ReidError(f"MLflow at {shown}: {_reason(error)}; {advice}") from error
+        raise _unusable(uri, error) from error
     return client, uri
+
+
+def _unusable(uri, error):
+    shown = re.sub("//[^/]*@", "//", uri)  # without a password
+    advice = "mend it, or set MLFLOW_TRACKING_URI to another store (unset, it is mlflow.db in this folder)"
+    return ReidError(f"MLflow at {shown}: {_reason(error)}; {advice}")
 
 
 class Tracker:
@@ -82,13 +86,13 @@ class Tracker:
         self._folder.mkdir(parents=True, exist_ok=True)
         params = {name: str(value) for name, value in params.items()}
         tags = _environment() | (tags or {})
-        run = self._reopen(run_id) if run_id else None
-        if run:
-            known = run.data.params
-            tags |= {f"resumed.{name}": value for name, value in params.items() if known.get(name, value) != value}
-            params = {name: value for name, value in params.items() if name not in known}
-        else:
-            run = self._create(run_name)
+        try:
+            run = (self._reopen(run_id) if run_id else None) or self._create(run_name)
+        except Exception as error:
+            raise _unusable(uri, error) from error
+        known = run.data.params
+        tags |= {f"resumed.{name}": value for name, value in params.items() if known.get(name, value) != value}
+        params = {name: value for name, value in params.items() if name not in known}
         self.run_id = run.info.run_id
         self._send(params=params, tags=tags)
         self._monitor = _system_monitor(self.run_id, uri)
@@ -160,11 +164,14 @@ class Tracker:
         return self._board
 
     def _create(self, run_name):
+        from mlflow.exceptions import MlflowException
         from mlflow.tracking.context.registry import resolve_tags  # user, source file, git commit
 
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "human-reid"
-        experiment = self.client.get_experiment_by_name(name)
-        number = experiment.experiment_id if experiment else self.client.create_experiment(name)
+        try:
+            number = self.client.create_experiment(name)
+        except MlflowException:  # it is there, perhaps since a moment ago
+            number = self.client.get_experiment_by_name(name).experiment_id
         return self.client.create_run(number, run_name=run_name, tags=resolve_tags())
 
     def _reopen(self, run_id):

@@ -199,6 +199,14 @@ def test_a_store_that_cannot_be_used_is_one_line(folder, monkeypatch, uri, words
     assert "secret" not in str(caught.value)
 
 
+def test_a_deleted_experiment_is_one_line(folder, monkeypatch):
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "old")
+    client, _ = open_store()
+    client.delete_experiment(client.create_experiment("old"))
+    with pytest.raises(ReidError, match="active"):
+        Tracker("none", {})
+
+
 def test_a_rival_that_makes_the_database_first_wins_and_any_folder_name_will_do(folder, monkeypatch):
     open_store()[0].create_experiment("rival")
     place = folder / "50%20 of #1?"
