@@ -93,9 +93,10 @@ def _summary(task: Task, table: dict[str, Tensor], ks) -> EvalResult:
         why = ", ".join(f"{text}: {count}" for text, count in skipped.items())
         raise ReidError(f"none of the {len(pids)} queries can be evaluated ({why}): check that query and gallery "
                         "belong together" + ", or use the nocam protocol" * (3 in reason))
-    match_rate = table["hits"][1:] / valid
+    match_rate = table["hits"][1:].double() / valid
     length = len(match_rate)
-    cmc = torch.bincount(table["first"].clamp(max=length + 1), minlength=length + 2)[1:-1].cumsum(0) / valid
+    first = torch.bincount(table["first"].clamp(max=length + 1), minlength=length + 2)[1:-1]
+    cmc = first.double().cumsum(0) / valid
     return EvalResult(
         *(float(table[name][good].mean()) for name in ("ap", "trapezoid", "inp")), {k: float(cmc[k - 1]) for k in ks},
         cmc, match_rate, match_rate.cumsum(0) / torch.arange(1, length + 1), valid, skipped,

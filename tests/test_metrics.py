@@ -152,11 +152,12 @@ def test_equals_the_slow_loop(seed, protocol, levels):
     for got, position in ((result.mAP, 0), (result.mAP_trapezoid, 1), (result.mINP, 2)):
         assert got == pytest.approx(sum(value[position] for value in valid) / len(valid), abs=1e-12)
     assert result.ap[result.reason == 0].tolist() == pytest.approx([value[0] for value in valid], abs=1e-12)
-    for k in range(1, 21):
-        ranked = [value[3] for value in valid]
-        assert result.cmc[k - 1] == pytest.approx(sum(any(r[:k]) for r in ranked) / len(valid))
-        assert result.match_rate[k - 1] == pytest.approx(sum(any(r[k - 1:k]) for r in ranked) / len(valid))
-        assert result.precision[k - 1] == pytest.approx(sum(sum(r[:k]) / k for r in ranked) / len(valid))
+    ranked = [value[3] for value in valid]
+    for curve, share in ((result.cmc, lambda right, k: any(right[:k])),
+                         (result.match_rate, lambda right, k: any(right[k - 1:k])),
+                         (result.precision, lambda right, k: sum(right[:k]) / k)):
+        expected = [sum(share(right, k) for right in ranked) / len(ranked) for k in range(1, 21)]
+        assert curve.tolist() == pytest.approx(expected, abs=1e-12, rel=0)
 
 
 def clustered(seed=0, queries=40, gallery=300, people=12, dim=16):
