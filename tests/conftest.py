@@ -1,5 +1,7 @@
-"""Shared pieces of the tests: where the repository is, and where real data may be (tests that need it skip without it)."""
+"""Shared pieces of the tests: the repository, people it draws, and real data where a machine has some (else tests skip)."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,3 +21,13 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip("real data (../shared) is not on this machine")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def people(root, tmp_path_factory):
+    """A small grouped dataset of people that the project draws itself."""
+    folder = tmp_path_factory.mktemp("people") / "synthetic"
+    command = [sys.executable, str(root / "data_prep.py"), "--synthetic", "--num_ids", "16", "--output", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
