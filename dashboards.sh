@@ -21,7 +21,8 @@ for tool in tensorboard mlflow; do
   command -v "$tool" >/dev/null ||
     die "$tool is not installed; activate your environment, or run: pip install -r requirements.txt"
 done
-[[ $STORE != http?(s)://* ]] || die "MLFLOW_TRACKING_URI=$STORE is a server already: open that, or unset it for mlflow.db"
+[[ $STORE != http?(s)://* ]] ||
+  die "MLFLOW_TRACKING_URI=$STORE is a server already: open that, or unset it for mlflow.db"
 
 # Asked before anything starts: on a taken port mlflow exits 0 after ten seconds, as if all were well.
 python3 - "$HOST" "TENSORBOARD_PORT=$TENSORBOARD_PORT" "MLFLOW_PORT=$MLFLOW_PORT" <<'PYTHON' || exit 1
@@ -51,8 +52,7 @@ esac
 export MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true
 export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false  # with --workers 1: 2 processes instead of 10
 
-logs=$(mktemp -d) || exit 1
-groups=()
+groups=() logs=
 
 start() {  # NAME COMMAND...; job control gives each its own process group, as setsid would (macOS has no setsid)
   set -m
@@ -73,14 +73,17 @@ stop() {  # the whole groups: without their leaders, workers would live on
   rm -rf -- "$logs"
 } 2>/dev/null
 
-mlflow_server() {  # a training that starts at the same moment must not make the tables of a new mlflow.db as well
-  [[ $STORE != sqlite:///mlflow.db || -e mlflow.db ]] || python3 -c 'from reid.tracking import open_store; open_store()' &&
-    exec mlflow server --backend-store-uri "$STORE" --host "$HOST" --port "$MLFLOW_PORT" --workers 1
+mlflow_server() {
+  if [[ $STORE == sqlite:///mlflow.db && ! -e mlflow.db ]]; then  # a training may be making the same tables just now
+    python3 -c 'from reid.tracking import open_store; open_store()' || exit 1
+  fi
+  exec mlflow server --backend-store-uri "$STORE" --host "$HOST" --port "$MLFLOW_PORT" --workers 1
 }
 
-answers() (  # any HTTP reply will do
-  exec 3<>"/dev/tcp/$address/$1" && printf 'GET /health HTTP/1.0\r\nHost: localhost\r\n\r\n' >&3 &&
-    read -r -t 5 reply <&3 && [[ $reply == HTTP/* ]]
+page() (  # PORT PATH: the answer to a GET, header and all
+  exec 3<>"/dev/tcp/$address/$1" && printf 'GET %s HTTP/1.0\r\nHost: localhost:%s\r\n\r\n' "$2" "$1" >&3 || return
+  read -r -t 5 -d '' answer <&3
+  printf '%s' "$answer"
 ) 2>/dev/null
 
 both_live() { kill -0 "${groups[0]}" && kill -0 "${groups[1]}"; } 2>/dev/null
@@ -91,15 +94,20 @@ trap 'exit 130' INT
 trap 'exit 131' QUIT
 trap 'exit 143' TERM
 
+logs=$(mktemp -d) || exit 1
 echo "Starting TensorBoard and MLflow, which takes about ten seconds (Ctrl-C stops both) ..."
 start tensorboard tensorboard --logdir runs --host "$HOST" --port "$TENSORBOARD_PORT"
 start mlflow mlflow_server
-until answers "$TENSORBOARD_PORT" && answers "$MLFLOW_PORT" || ! both_live; do
+until [[ $(page "$TENSORBOARD_PORT" /) == HTTP/* && $(page "$MLFLOW_PORT" /health) == HTTP/* ]] || ! both_live; do
   sleep 0.2
 done
 if both_live; then
+  # straight to the runs: MLflow's front page is about language models, and would open the experiment as one of those
+  experiment=$(page "$MLFLOW_PORT" "/api/2.0/mlflow/experiments/get-by-name?experiment_name=human-reid")
+  [[ $experiment =~ \"experiment_id\":\ *\"([0-9]+) ]] &&
+    runs="/#/experiments/${BASH_REMATCH[1]}/runs?workflowType=machine_learning"
   echo "TensorBoard  http://$address:$TENSORBOARD_PORT"
-  echo "MLflow       http://$address:$MLFLOW_PORT"
+  echo "MLflow       http://$address:$MLFLOW_PORT${runs-}"
   wait -n "${groups[@]}"
 fi
 dead=tensorboard

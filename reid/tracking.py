@@ -23,6 +23,7 @@ from reid import ReidError
 from reid.checkpoint import versions
 from reid.images import resize
 
+EXPERIMENT = "human-reid"
 PROJECTOR_ROWS, SPRITE = 2000, 64  # more rows make the projector's page crawl; side of a thumbnail in pixels
 
 
@@ -167,7 +168,7 @@ class Tracker:
         from mlflow.exceptions import MlflowException
         from mlflow.tracking.context.registry import resolve_tags  # user, source file, git commit
 
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "human-reid"
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
         try:
             number = self.client.create_experiment(name)
         except MlflowException:  # it is there, perhaps since a moment ago
@@ -236,7 +237,7 @@ def _database(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(".tmp", "mlflow-", path.parent, ignore_cleanup_errors=True) as folder:
             fresh = Path(folder) / path.name
-            _mlflow().MlflowClient(_address(fresh)).search_experiments(max_results=1)
+            _mlflow().MlflowClient(_address(fresh)).create_experiment(EXPERIMENT)
             try:
                 path.hardlink_to(fresh)
             except FileExistsError:

@@ -121,9 +121,9 @@ def start(tmp_path, root, database):
 
 def test_both_pages_show_a_run_while_it_trains_and_the_end_of_the_terminal_ends_all(start, tmp_path, monkeypatch):
     dashboards = start(fresh=True)
-    dashboards.read("MLflow  ")
-    for name in dashboards.ports:
-        assert f"http://127.0.0.1:{dashboards.ports[name]}\n" in dashboards.text
+    dashboards.read("learning\n")
+    for name, path in ("TENSORBOARD_PORT", "\n"), ("MLFLOW_PORT", "/#/experiments/1/runs?workflowType=machine_learning\n"):
+        assert f"http://127.0.0.1:{dashboards.ports[name]}{path}" in dashboards.text
     assert "TensorBoard" in dashboards.page("TENSORBOARD_PORT") and "MLflow" in dashboards.page("MLFLOW_PORT")
     assert len(dashboards.processes()) <= 6  # bash, tensorboard and its data server, mlflow and its one worker
 
@@ -144,7 +144,7 @@ def test_both_pages_show_a_run_while_it_trains_and_the_end_of_the_terminal_ends_
 
 def test_the_death_of_mlflow_ends_all_its_workers_too(start):
     dashboards = start()
-    dashboards.read("MLflow  ")
+    dashboards.read("learning\n")
     assert dashboards.find("uvicorn")
     os.kill(dashboards.find("mlflow server"), signal.SIGKILL)
     assert dashboards.ended() == 1
