@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from reid import ReidError, run, storage
+from reid import ReidError, run, storage, viz
 from reid.checkpoint import checkpoint_path
 from reid.data import UNKNOWN_PID, Name, folder_pid, list_images, parse_name, read_folder, read_split
 from reid.extract import Extractor
@@ -34,7 +34,8 @@ def get_args_parser():
     add("--cameras", type=int, nargs="+", help="search these cameras only")
     add("--rerank", action="store_true", help=f"re-rank the best {CANDIDATES} (k-reciprocal encoding)")
     # what comes out
-    add("--output", metavar="PNG", help="draw the ranked lists")
+    add("--output", metavar="PNG", help="draw the ranked lists; more queries than fit go on numbered sheets")
+    add("--positions", type=int, nargs="+", metavar="K", help="draw these positions only, such as 1 5 10 15")
     add("--json", metavar="PATH", help="write the ranked lists")
     # other things to do
     add("--serve", action="store_true", help="open a search page instead")
@@ -56,6 +57,8 @@ def get_args_parser():
 def main(args):
     if args.topk < 1:
         raise ReidError(f"--topk {args.topk}: at least 1 result is needed")
+    if args.output:
+        viz.picture_format(args.output)  # a wrong name is said now, not after the work
     checkpoint = checkpoint_path(args.exp_name)
     query_files = find_queries(args) if not (args.serve or args.export) else []
     extractor = Extractor(checkpoint, args.device, args.precision, args.engine, args.compile,
@@ -68,6 +71,12 @@ def main(args):
     rankings = [ranking(args, index, query_files[i], s, r) for i, s, r in zip(kept.tolist(), scores, rows)]
     for item in rankings:
         print_ranking(item, index)
+    if args.output:
+        drawn = [viz.Ranking(item["query"], Path(item["query"]).name, item["pid"], item["camid"], [
+            viz.Hit(hit["path"], Path(hit["path"]).name, hit["pid"], hit["camid"], hit["score"]) for hit in item["hits"]])
+            for item in rankings]
+        written = viz.draw_ranking(args.output, drawn, args.positions, index.threshold)
+        print(f"pictures written: {', '.join(map(str, written))}")
     if args.json:
         with storage.atomic_path(args.json) as temporary:
             temporary.write_text(json.dumps({"exp_name": args.exp_name, "fingerprint": index.fingerprint,

@@ -126,8 +126,8 @@ def main(args):
             if tracker and epoch == 1:
                 tracker.image("train/augmented", sheet(cache, rows, params), 0)
             run_.epoch_done(engine, epoch, metrics, tracker, best=last if args.train_all else None)
-        if tracker and val_cache:
-            tracker.projector(*engine.embed(val_cache, val_set.labels))
+        if tracker:
+            tracker.projector(*engine.embed(cache, train_set.labels))
     run_.finish()
 
 

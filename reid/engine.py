@@ -232,10 +232,10 @@ class Engine:
         return {"val/accuracy": correct / count, "val/loss": loss / count}
 
     @torch.inference_mode()
-    def embed(self, cache, labels, limit=2000):
-        """Embeddings [n, D], labels [n] and images uint8 [n, 3, H, W] of the first `limit` images, for the projector."""
+    def embed(self, cache, labels, limit=1000):
+        """Embeddings [n, D], labels [n] and images uint8 [n, 3, H, W] of whole identities, about `limit` images."""
         model = self.best_model.eval()
-        rows = torch.arange(min(limit, len(cache)))
+        rows = labels.argsort(stable=True)[:limit]
         images = torch.cat([cache[part].cpu() for part in rows.split(128)])
         parts = []
         for part in images.split(128):
