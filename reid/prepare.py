@@ -116,8 +116,8 @@ def finished(output, source):
 def fill(root, images, source, counts=None):
     """Write the images of a source below `root`, take out the validation images and stamp the tree.
 
-    counts: what a complete dataset holds (as MARKET_COUNTS), None for any. Raises ReidError where they differ, where
-    there are no images, and where two different files have the same place.
+    counts: what a complete dataset holds (as MARKET_COUNTS), None for any. Raises ReidError where they differ, and where
+    two different files have the same place.
     """
     folders = set()
     for split, person, name, content in tqdm(images, desc="grouping", unit=" images", disable=None):
@@ -126,16 +126,14 @@ def fill(root, images, source, counts=None):
             folder.mkdir(parents=True, exist_ok=True)
             folders.add(folder)
         _place(content, folder / name)
-    if not folders:
-        raise ReidError(f"{source}: no image named like 0002_c1s1_000451_03.jpg in a folder {', '.join(FOLDERS)}")
     _hold_out(root)
     found = {split: len(list_images(root / split)) for split in SPLITS}
     if counts:
         special = {"junk": len(list_images(root / "gallery" / "-1")),
                    "distractors": len(list_images(root / "gallery" / "0000"))}
         if found | special != counts:
-            raise ReidError(f"{source}: found {_listing(found | special)}, but Market-1501 has {_listing(counts)}; get a "
-                            "complete copy, or accept another dataset of this layout with --any_counts")
+            raise ReidError(f"found {_listing(found | special)}; Market-1501 has {_listing(counts)}: get a complete copy, "
+                            "or accept another dataset of its layout with --any_counts")
     for split in SPLITS:
         (root / split).mkdir(exist_ok=True)
     (root / STAMP).write_text(json.dumps({"source": source, "images": found}, indent=1) + "\n")
@@ -198,26 +196,34 @@ def from_archive(path):
     The folders may lie at any depth. Left out: every other folder, links, devices, and names that are not an image's.
     Raises ReidError for what cannot be read, is encrypted, or unpacks to more than photographs can.
     """
-    path = Path(path)
-    if path.is_dir():
-        for where, folders, names in os.walk(path.resolve()):
-            folders.sort()
-            for name in sorted(names):
-                file = Path(where, name)
-                if (wanted := _wanted(f"{file.parent.name}/{name}")) and file.is_file():  # not a dangling link
-                    yield *wanted, file
-        return
-    if not path.is_file():
+    path, empty = Path(path), True
+    if not path.exists():
         raise ReidError(f"{path}: no such file or folder")
     try:
-        with open(path, "rb") as file:
-            magic = file.read(2)  # the name says nothing about a download, and lies about a web page
-        yield from _zip_images(path) if magic == b"PK" else _tar_images(path, DECOMPRESS.get(magic, open))
+        for image in _folder_images(path) if path.is_dir() else _archive_images(path):
+            empty = False
+            yield image
     except ReidError:
         raise
     except Exception as error:  # the archive readers raise a dozen types, among them MemoryError and struct.error
         raise ReidError(f"{path}: cannot be unpacked ({str(error) or type(error).__name__}); not a whole "
                         ".zip, .tar, .tar.gz or .tar.xz archive, get it again") from error
+    if empty:
+        raise ReidError(f"{path}: no image named like 0002_c1s1_000451_03.jpg in a folder {' or '.join(FOLDERS)}")
+
+
+def _folder_images(path):
+    for where, folders, names in os.walk(path.resolve()):
+        folders.sort()
+        for file in (Path(where, name) for name in sorted(names)):
+            if (wanted := _wanted(f"{file.parent.name}/{file.name}")) and file.is_file():  # not a dangling link
+                yield *wanted, file
+
+
+def _archive_images(path):
+    with open(path, "rb") as file:
+        magic = file.read(2)  # the name says nothing about a download, and lies about a web page
+    return _zip_images(path) if magic == b"PK" else _tar_images(path, DECOMPRESS.get(magic, open))
 
 
 def _wanted(member):
