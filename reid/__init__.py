@@ -29,7 +29,9 @@ def run(parser, main):
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT):
             raise
-        status = fail(parser.prog, f"{error.filename or 'write'}: {error.strerror}; free some space or choose another folder")
+        denied = error.errno in (errno.EACCES, errno.EPERM)
+        advice = "check its permissions" if denied else "free some space or choose another folder"
+        status = fail(parser.prog, f"{error.filename or 'write'}: {error.strerror}; {advice}")
     sys.exit(status)
 
 
