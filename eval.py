@@ -31,7 +31,7 @@ def get_args_parser():
     add("--rerank", action="store_true", help="also with k-reciprocal re-ranking")
     add("--spacetime", action="store_true", help="also with camera and time, learnt on the training identities")
     add("--protocol", choices=["market", "nocam"], default="market", help="nocam: only the query's own file is ignored")
-    add("--multi_query", action="store_true", help="average the queries of one identity and camera")
+    add("--multi_query", action="store_true", help="average all images of a query's identity from its camera")
     add("--fmr", type=float, default=1e-3, help="false-match rate of the threshold that is stored with the index")
     # how to embed
     add("--mirror", action=argparse.BooleanOptionalAction, default=True, help="average each image with its mirror image")
@@ -111,10 +111,14 @@ def load_index(args, uri, wanted):
 
 
 def gather_data(queries, gallery, args):
-    """The arguments of reid.metrics: embeddings, ids, cameras; with --multi_query one row a tracklet."""
+    """The arguments of reid.metrics: embeddings, ids, cameras."""
     q_emb, q_pids, q_camids = queries.embeddings.float(), queries.pids, queries.camids
-    if args.multi_query:
-        q_emb, q_pids, q_camids, _ = metrics.pool_queries(q_emb, q_pids, q_camids)
+    if args.multi_query:  # the gallery's images of a query's identity and camera are never ranked for it, so they may help
+        own = {pair for pair in zip(q_pids.tolist(), q_camids.tolist()) if pair[0] > 0 <= pair[1]}
+        helpers = torch.tensor([pair in own for pair in zip(gallery.pids.tolist(), gallery.camids.tolist())])
+        q_emb, q_pids, q_camids, _ = metrics.pool_queries(
+            torch.cat([q_emb, gallery.embeddings[helpers].float()]), torch.cat([q_pids, gallery.pids[helpers]]),
+            torch.cat([q_camids, gallery.camids[helpers]]))
     return {"q_emb": q_emb, "g_emb": gallery.embeddings.float(), "q_pids": q_pids, "q_camids": q_camids,
             "g_pids": gallery.pids, "g_camids": gallery.camids}
 

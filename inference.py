@@ -60,11 +60,19 @@ def main(args):
     if args.output:
         viz.picture_format(args.output)  # a wrong name is said now, not after the work
     checkpoint = checkpoint_path(args.exp_name)
-    query_files = find_queries(args) if not (args.serve or args.export) else []
-    extractor = Extractor(checkpoint, args.device, args.precision, args.engine, args.compile,
-                          True if args.mirror is None else args.mirror, args.batch_size)
+    if args.export:
+        return export(args, checkpoint)
+    if args.serve:
+        from reid import serve  # FastAPI: only the page's users pay for the import
+
+        listener = serve.listen(args.host, args.port)  # a taken port is said before the gallery is embedded
+    query_files = [] if args.serve else find_queries(args)
+    extractor = Extractor(checkpoint, args.device, args.precision, args.engine, args.compile, args.mirror is not False,
+                          args.batch_size)
     index = open_gallery(args, extractor)
     print(f"{extractor.describe()}; {len(index):,} images in the gallery", flush=True)
+    if args.serve:
+        return serve.serve(serve.create_app(extractor, index, host=args.host), listener)
 
     embeddings, kept, bad = extractor.embed_records(query_files, strict=args.strict, progress=False)
     scores, rows = search(args, index, embeddings)
@@ -87,6 +95,15 @@ def main(args):
     if bad and not rankings:
         raise ReidError("none of the queries could be read")
     return 3 if index.bad or bad else 0
+
+
+def export(args, checkpoint):
+    """Write best.onnx beside the checkpoint, after comparing its output with PyTorch's on the query images."""
+    from reid.export import export_onnx
+
+    output = checkpoint.with_suffix(".onnx")
+    lowest = export_onnx(checkpoint, output, find_queries(args)[:64], args.mirror is not False)
+    print(f"{output}: written; lowest cosine to PyTorch {lowest:.6f}")
 
 
 def find_queries(args):
