@@ -1,10 +1,15 @@
 """Shared pieces of the tests: the repository, people it draws, and real data where a machine has some (else tests skip)."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+# Tests run beside each other, and threads that wait for a core that another test has are slower than none.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
