@@ -27,7 +27,7 @@ def commands(text):
 
 
 def test_there_is_something_to_test(readme):
-    assert len(list(commands(readme))) >= 15
+    assert len(list(commands(readme))) >= 12
 
 
 def test_every_command_line_is_understood(readme, root):
