@@ -1,0 +1,57 @@
+"""One way to open and keep a gallery, wherever its URI says it is: an index file, a Milvus file, server or cluster."""
+
+from reid.index import GalleryIndex
+from reid.milvus_client import is_engine
+
+
+def open_gallery(uri, run, extractor=None):
+    """A gallery to search: GalleryIndex for index/<run>.pt, MilvusGallery for name.db and http(s)://host:port.
+
+    Both have search, remove, add, count, fingerprint, mirror, threshold, data_root, bad and close, and tell of a row number
+    that `search` returned by paths[row], pids[row], camids[row] and embeddings[rows]. One of other weights raises ReidError.
+    """
+    return _engine().open(uri, run, extractor) if is_engine(uri) else GalleryIndex.load(uri, extractor)
+
+
+def build_gallery(uri, run, extractor, records, save, index_type="FLAT", **options):
+    """Embed `records` and return their gallery, kept at `uri` if `save`: an engine's rows are then never in memory as a
+    whole. options: strict, progress, rank, world."""
+    if save and is_engine(uri):
+        return _engine().build(uri, run, extractor, records, index_type=index_type, **options)
+    index = GalleryIndex.build(extractor, records, **options)
+    if save and len(index) and options.get("rank", 0) == 0:
+        index.save(uri)
+    return index
+
+
+def load_index(uri, run, wanted):
+    """The gallery and its queries in memory, as `eval.py` needs them: every score counts there."""
+    if not is_engine(uri):
+        return GalleryIndex.load(uri, wanted)
+    gallery = _engine().open(uri, run, wanted)
+    index = gallery.download()
+    gallery.close()
+    queries = _engine().open(uri, run, wanted, part="queries")
+    index.queries = queries.download()
+    queries.close()
+    return index
+
+
+def save_index(index, uri, run):
+    """Keep an index with its queries and its threshold at `uri`."""
+    if not is_engine(uri):
+        return index.save(uri)
+    for part, rows in (("", index), ("queries", index.queries)):
+        if rows is not None:
+            made_of = rows.fingerprint, rows.mirror, rows.embeddings.shape[1], rows.data_root
+            gallery = _engine().create(uri, run, *made_of, part=part)
+            gallery.add(rows.embeddings, rows.records())
+            gallery.threshold, gallery.false_match_rate = rows.threshold, rows.false_match_rate
+            gallery.save()
+            gallery.close()
+
+
+def _engine():
+    from reid.milvus import MilvusGallery
+
+    return MilvusGallery
