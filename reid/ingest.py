@@ -72,8 +72,10 @@ def reserve(gallery, records, rank=0, ranks=1):
         told, _ = gallery.engine.settings()
         listing = f"{number(json.dumps(list(records.paths)).encode()):x}"
         if listing != told["listing"]:
-            told = {"start": told["next"], "next": told["next"] + len(records), "listing": listing}
+            cameras = sorted({*told["cameras"], *records.camids.unique().tolist()})
+            told = {"start": told["next"], "next": told["next"] + len(records), "listing": listing, "cameras": cameras}
             gallery.engine.set(**told)
+            gallery.cameras = cameras
     return world.share(told["start"] if rank == 0 else None) if ranks > 1 else told["start"]
 
 

@@ -23,8 +23,9 @@ class MilvusGallery:
 
     A row number (`rows` of `search`, argument of `remove`) is the primary key: 63 bits of the hash of the image's path, so
     writing an image twice leaves one row. `paths[row]`, `pids[row]`, `camids[row]`, `seqs[row]`, `frames[row]` tell of a
-    row, `embeddings[rows]` is float32 [n, D]; rows of the last search are in memory, others are fetched.
-    fingerprint, preprocessing, mirror, data_root, threshold, false_match_rate: as in GalleryIndex. bad: [(file, reason)].
+    row, `embeddings[rows]` is float32 [n, D]; rows of the last search are in memory, others are fetched. (Above 2^53: send
+    them as text to a browser.) cameras: sorted list of the camera ids, -1 (unknown) included. fingerprint, preprocessing,
+    mirror, data_root, threshold, false_match_rate, bad: as in GalleryIndex.
     """
 
     queries = None
@@ -77,7 +78,7 @@ class MilvusGallery:
             else:
                 self.engine.make(dim, index_type, format=FORMAT, fingerprint=fingerprint, preprocessing=PREPROCESSING,
                                   mirror=bool(mirror), data_root=str(data_root), threshold=None, false_match_rate=None,
-                                  start=0, next=0, listing="")
+                                  cameras=[], start=0, next=0, listing="")
             self._restore()
         except BaseException:
             self.close()
@@ -106,7 +107,8 @@ class MilvusGallery:
         if values["format"] != FORMAT:
             raise ReidError(f"{self.uri}: another format ({values['format']}); make it again: "
                             + rebuild_command(self.uri, self.run))
-        for name in ("fingerprint", "preprocessing", "mirror", "data_root", "index_type", "threshold", "false_match_rate"):
+        for name in ("fingerprint", "preprocessing", "mirror", "data_root", "index_type", "threshold", "false_match_rate",
+                     "cameras"):
             setattr(self, name, values[name])
 
     def _is_stale(self, fingerprint):
@@ -139,6 +141,9 @@ class MilvusGallery:
 
     count = property(__len__)
 
+    def __contains__(self, row):
+        return row in self._known or row in self.fetch([row], ["key"])
+
     def search(self, embeddings, topk, camids=None, exclude=None, frames=None):
         """The `topk` most similar rows of each query: (scores float32 [Q, k], rows int64 [Q, k]), best first.
 
@@ -159,7 +164,7 @@ class MilvusGallery:
         fetch = min(need + TIES if exact else 10 * need, DEPTH)
         scores = torch.full((len(embeddings), topk), -torch.inf)
         rows = torch.full((len(embeddings), topk), -1)
-        self._known.clear()
+        self._known = {}  # replaced, not cleared: another thread may be reading what its own search found
         for part in torch.arange(len(embeddings)).split(max(1, REPLY // (fetch * (200 if exact else 4 * self.dim)))):
             for i, hits in zip(part.tolist(), self._search(embeddings[part].float(), need, fetch, condition)):
                 kept = [(score, row) for score, _, row in sorted(hits) if row not in excluded[i]][:topk]
@@ -258,19 +263,22 @@ class _Column:
         row, known = int(row), self.gallery._known
         if row not in known:
             known |= self.gallery.fetch([row])
+        if row not in known:
+            raise ReidError(f"{self.gallery.uri}: no row {row}; it was removed")
         return known[row][self.field]
 
 
 class _Vectors:
-    """The embeddings of rows, float32 [n, D], asked for by row numbers (int64 [n])."""
+    """The embeddings of rows, asked for by row numbers: float32 [n, D] for int64 [n], float32 [D] for one."""
 
     def __init__(self, gallery):
         self.gallery = gallery
 
     def __getitem__(self, rows):
-        rows = torch.as_tensor(rows).tolist()
-        found = self.gallery.fetch(rows, ["vector"])
-        return torch.tensor([found[row]["vector"] for row in rows]).reshape(len(rows), self.gallery.dim)
+        rows = torch.as_tensor(rows)
+        found = self.gallery.fetch(rows.reshape(-1).tolist(), ["vector"])
+        vectors = [found[row]["vector"] for row in rows.reshape(-1).tolist()]
+        return torch.tensor(vectors).reshape(*rows.shape, self.gallery.dim)
 
 
 def where(camids=None, frames=None):
