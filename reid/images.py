@@ -1,6 +1,8 @@
 """From an image file to uint8 pixels: the one way in for training, evaluation, inference and export."""
 
 import io
+import os
+import stat
 import warnings
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from reid import ReidError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for RGB in 0..1
 MAX_PIXELS = 50_000_000  # larger images are refused before they are decoded (decompression bombs)
+MAX_BYTES = 256 << 20  # larger files are refused before they are read; no image of MAX_PIXELS needs more
 PREPROCESSING = "rgb-u8/bilinear-antialias/imagenet-mean-std/1"  # part of an index's fingerprint: change it with the code
 
 
@@ -43,6 +46,11 @@ def decode(source):
 def _open(source):
     if isinstance(source, (bytes, bytearray, memoryview)):
         return Image.open(io.BytesIO(source))
+    found = os.stat(source)
+    if not stat.S_ISREG(found.st_mode):  # a pipe would never end, a link to /dev/zero neither
+        raise OSError("is a folder" if stat.S_ISDIR(found.st_mode) else "not a regular file")
+    if found.st_size > MAX_BYTES:
+        raise OSError(f"{found.st_size:,} bytes, more than {MAX_BYTES:,}")
     # One read: a handle kept open by a lazy decoder would add up over 100,000 files.
     return Image.open(io.BytesIO(Path(source).read_bytes()))
 
