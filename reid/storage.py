@@ -118,6 +118,26 @@ def checksum(obj):
     return digest.hexdigest()
 
 
+def _check_plain(node, depth=0):
+    """Raise ValueError for what `save` never writes: other types, lists that hold themselves, tensors without their bytes.
+
+    A strided view of one stored number can claim petabytes, which the first copy of it would ask for.
+    """
+    if depth > 50:
+        raise ValueError("nested too deeply")
+    if isinstance(node, torch.Tensor):
+        if node.layout != torch.strided or node.device.type != "cpu" or node.is_quantized \
+                or node.numel() * node.element_size() > node.untyped_storage().nbytes():
+            raise ValueError("a tensor without its bytes")
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            _check_plain(key, depth + 1)
+            _check_plain(value, depth + 1)
+    elif isinstance(node, (list, tuple, set)):
+        for value in node:
+            _check_plain(value, depth + 1)
+
+
 def save(path, payload, kind, version):
     """Write `payload` (a dict of tensors and plain values) as a file of format `kind`, whole or not at all."""
     record = {"format": kind, "version": version, **payload}
@@ -141,6 +161,7 @@ def load(path, kind, version, mmap=False, verify=None):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on what damaged bytes look like
             record = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        _check_plain(record)
     except Exception as error:  # torch answers damage with half a dozen types, text files with KeyError
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise ReidError(f"{path}: not a readable {kind} file ({reason}); it is damaged or not ours") from error
