@@ -105,6 +105,8 @@ class Run:
             reason = str(error).splitlines()[0][:120]
             raise ReidError(f"{self.folder / 'last.pth'}: does not fit this training set or code ({reason})") from error
         self.best = training["best"]
+        if training.get("is_best") and world.rank == 0:  # the run may have been killed before best.pth followed last.pth
+            self._write("best.pth", engine.best_model, self.state["metrics"] | {"epoch": training["epoch"]})
         self.state = None  # the weights in it are no longer needed
         return training["epoch"], training["step"]
 
@@ -128,7 +130,7 @@ class Run:
             score = (metrics["val/accuracy"], -metrics["val/loss"])
             best = self.best is None or score > tuple(self.best)
             self.best = list(score) if best else self.best
-        self.save_last(engine, epoch, 0, metrics)
+        self.save_last(engine, epoch, 0, metrics, bool(best))
         if best:
             self._write("best.pth", engine.best_model, metrics | {"epoch": epoch})
         tracker.log(metrics, epoch)
@@ -138,10 +140,11 @@ class Run:
         values = ", ".join(f"{name.removeprefix('train/')} {value:.4g}" for name, value in metrics.items())
         print(f"epoch {epoch}/{self.args.num_epochs}: {values}", flush=True)
 
-    def save_last(self, engine, epoch, step, metrics=None):
-        """Write last.pth: `epoch` epochs and `step` steps of the next are done."""
+    def save_last(self, engine, epoch, step, metrics=None, is_best=False):
+        """Write last.pth: `epoch` epochs and `step` steps of the next are done; `is_best`: best.pth will be the same weights."""
         if world.rank == 0:
-            training = engine.state() | {"epoch": epoch, "step": step, "best": self.best, "tracker_id": self.tracker_id}
+            training = engine.state() | {"epoch": epoch, "step": step, "best": self.best, "is_best": is_best,
+                                         "tracker_id": self.tracker_id}
             self._write("last.pth", engine.model, metrics or {}, training)
 
     def _write(self, name, model, metrics, training=None):
