@@ -1,0 +1,149 @@
+#!/usr/bin/env bash
+# Builds the inference image where no container registry can be reached, runs it, and says how large and how fast it is.
+#
+#   sudo apt-get install docker.io debootstrap
+#   sudo benchmarks/container.sh [WHEELS]
+#
+# WHEELS: a folder with a CPU torch wheel for this Python; without it, torch is fetched from where Dockerfile says. The base
+# image is a minimal Debian with the Python that runs here, in the place of python:3.12-slim. A Docker daemon of its own is
+# started and stopped; everything lies in a temporary folder (CONTAINER_DIR=... keeps it, and the next run is quicker).
+# Containers have neither network nor capabilities, and a root file system that cannot be written to.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+wheels=${1:+$(realpath "$1")}
+dir=${CONTAINER_DIR:-$(mktemp -d)}
+docker=(/usr/bin/docker -H "unix://$dir/sock")
+image=reid-inference started=() failed=0
+mkdir -p "$dir"
+
+cleanup() {
+  local pid
+  "${docker[@]}" ps -aq | xargs -r "${docker[@]}" rm -f
+  for pid in "${started[@]}"; do kill "$pid" && wait "$pid"; done
+  [[ -n ${CONTAINER_DIR:-} ]] || rm -rf "$dir"
+} >/dev/null 2>&1
+trap cleanup EXIT
+
+until_ready() {  # SECONDS COMMAND...
+  local end=$((SECONDS + $1))
+  until "${@:2}" >/dev/null 2>&1; do
+    ((SECONDS < end)) || { echo "not ready after $1 s: ${*:2}" >&2; return 1; }
+    sleep 0.3
+  done
+}
+
+seconds() {  # LABEL COMMAND...: the command's output goes to a log, its time to the terminal
+  local begin=$EPOCHREALTIME
+  if ! "${@:2}" >"$dir/log" 2>&1; then tail -n 20 "$dir/log" >&2; return 1; fi
+  printf '%-58s %7.1f s\n' "$1" "$(bc <<<"$EPOCHREALTIME - $begin")"
+}
+
+root_fs() {  # Debian, and Python as python:3.12-slim has it: in /usr/local, without tests and bytecode
+  local root=$dir/root python
+  python=$(python3 -c 'import sys; print(sys.base_prefix)')
+  rm -rf "$root"
+  debootstrap --variant=minbase --include=ca-certificates,libbz2-1.0,libffi8,liblzma5,libreadline8,libsqlite3-0,libssl3,zlib1g \
+    bookworm "$root"
+  rm -rf "$root"/var/cache/apt/* "$root"/var/lib/apt/lists/*
+  tar -C "$python" --exclude='*/site-packages' --exclude='*/test' --exclude=__pycache__ --exclude='*/config-3*' -cf - \
+    lib bin/python bin/python3 bin/"$(basename "$(realpath "$python/bin/python3")")" | tar -C "$root/usr/local" --no-same-owner -xf -
+  chroot "$root" /sbin/ldconfig
+  PYTHONDONTWRITEBYTECODE=1 chroot "$root" /usr/local/bin/python3 -m ensurepip --default-pip
+  cp -L "${SSL_CERT_FILE:-/etc/ssl/certs/ca-certificates.crt}" "$root/etc/ssl/certs/ca-certificates.crt"
+}
+
+base_image() {
+  root_fs
+  tar -C "$dir/root" -cf - . | "${docker[@]}" import --change 'ENV PATH=/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin' \
+    --change 'ENV PIP_CERT=/etc/ssl/certs/ca-certificates.crt' --change 'CMD ["python3"]' - reid-base
+  rm -rf "$dir/root"
+}
+
+build() {
+  "${docker[@]}" build --network host --build-arg BASE_IMAGE=reid-base "${torch[@]}" --target inference -t "$image" .
+}
+
+locked=(--network none --read-only --cap-drop ALL --security-opt no-new-privileges)
+run() { "${docker[@]}" run --rm "${locked[@]}" "$@"; }
+
+check() {  # LABEL COMMAND...
+  if "${@:2}" >"$dir/log" 2>&1; then echo "ok      $1"; else echo "FAILED  $1"; tail -n 8 "$dir/log"; failed=1; fi
+}
+
+hits() {  # NUMBER COMMAND...: so many lines of results
+  [[ $("${@:2}" | tee /dev/stderr | grep -cE '^ +[0-9]+  -?[01]\.[0-9]{4}  ') == "$1" ]]
+}
+
+fails_with() {  # STATUS PATTERN COMMAND...: with that status and one line, never a traceback
+  local status=0 said
+  said=$("${@:3}" 2>&1) || status=$?
+  echo "status $status: $said"
+  [[ $status == "$1" && $said =~ $2 && $said != *$'\n'* ]]
+}
+
+healthy() { [[ $("${docker[@]}" inspect -f '{{.State.Health.Status}}' "$server") == healthy ]]; }
+
+search_page() {  # the page and a search by upload, asked from inside, since there is no network
+  "${docker[@]}" exec -i "$server" python - "$@" <<'PYTHON'
+import json, sys
+from glob import glob
+from urllib.request import Request, urlopen
+assert b"<html" in urlopen("http://127.0.0.1:8000/", timeout=60).read()
+crop = open(glob(sys.argv[1])[0], "rb").read()
+found = json.load(urlopen(Request("http://127.0.0.1:8000/search?topk=7", data=crop), timeout=60))
+assert [r["position"] for r in found["results"]] == list(range(1, 8)), found
+PYTHON
+}
+
+stops() {  # at once and in order: docker would kill it after 60 s
+  local begin=$SECONDS
+  "${docker[@]}" stop -t 60 "$server" && ((SECONDS - begin < 30)) &&
+    [[ $("${docker[@]}" inspect -f '{{.State.ExitCode}}' "$server") == 0 ]]
+}
+
+dockerd --data-root "$dir/dock" --exec-root "$dir/exec" -p "$dir/pid" -H "unix://$dir/sock" --bridge=none --iptables=false \
+  --ip6tables=false >"$dir/dockerd.log" 2>&1 &
+started+=($!)
+until_ready 60 "${docker[@]}" info
+
+torch=()
+if [[ -n $wheels ]]; then
+  mkdir -p "$dir/index/torch" && cp "$wheels"/torch-*.whl "$dir/index/torch"
+  port=$(python3 -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])')
+  python3 -m http.server -d "$dir/index" -b 127.0.0.1 "$port" >/dev/null 2>&1 &
+  started+=($!)
+  until_ready 20 python3 -c "from urllib.request import urlopen; urlopen('http://127.0.0.1:$port/torch/')"
+  torch=(--build-arg "TORCH_INDEX=http://127.0.0.1:$port")
+fi
+
+"${docker[@]}" image inspect reid-base >/dev/null 2>&1 || seconds "base image (debootstrap, $(python3 --version))" base_image
+seconds "build" build
+seconds "build again, everything cached" build
+for name in reid-base "$image"; do
+  printf '%-58s %7.0f MB\n' "size of $name" "$("${docker[@]}" image inspect -f '{{.Size}}' "$name" |
+    awk '{print $1 / 1e6}')"
+done
+"${docker[@]}" history --format '{{.Size}}\t{{.CreatedBy}}' --no-trunc "$image" | cut -c -110 | grep -v '^0B'
+
+seconds "default query, first" run "$image"
+seconds "default query, again" run "$image"
+
+crops=$dir/crops out=$dir/out queries='/crops/*_c1*.jpg'
+rm -rf "$crops" "$out" && mkdir "$out" && chown 1234 "$out"
+"${docker[@]}" cp "$("${docker[@]}" create "$image"):/app/data/synthetic/query/0041" "$crops"
+number=$(find "$crops" -name '*_c1*.jpg' | wc -l)
+check "the default query has 5 answers" hits 5 run "$image"
+check "crops of a volume, --topk 10" hits $((10 * number)) run -v "$crops:/crops:ro" "$image" --query_paths "$queries" --topk 10
+check "a gallery of one's own" hits 3 run -v "$crops:/crops:ro" --entrypoint python "$image" inference.py --gallery /crops \
+  --query_paths "$(find "$crops" -name '*_c1*.jpg' -printf '/crops/%f\n' | head -n 1)" --topk 3
+check "any user, --output to a volume" run --user 1234 -v "$out:/out" "$image" --output /out/ranking.png
+check "which is a picture" grep -q PNG "$out/ranking.png"
+check "a missing query is one line" fails_with 1 'no such image' run "$image" --query_paths /nowhere.jpg
+check "the user is not root" [ "$(run --entrypoint id "$image" -u)" = 1000 ]
+check "and cannot change code or gallery" fails_with 1 'denied' "${docker[@]}" run --rm --network none --entrypoint touch \
+  "$image" /app/reid/model.py
+server=$("${docker[@]}" run -d "${locked[@]}" --health-interval 2s "$image" --serve --host 0.0.0.0)
+check "--serve becomes healthy" until_ready 120 healthy
+check "the page and POST /search" search_page 'data/synthetic/query/0041/*_c1*.jpg'
+check "it stops when asked to, status 0" stops
+exit "$failed"
