@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from reid import ReidError, images
-from reid.data import UNKNOWN_PID
+from reid.data import UNKNOWN, UNKNOWN_PID
 from reid.viz import verdict, who
 
 try:
@@ -63,6 +63,7 @@ class Searcher:
 
     def __init__(self, extractor, index):
         self.extractor, self.index = extractor, index
+        self.cameras = sorted(set(index.camids.unique().tolist()) - {UNKNOWN})
         self.jobs = queue.Queue(WAITING)
         self.thread = threading.Thread(target=self._work, name="search", daemon=True)
 
@@ -76,6 +77,17 @@ class Searcher:
         """End the thread when what is in the queue is done."""
         self.jobs.put(None)
         self.thread.join()
+
+    def check(self, row):
+        """`row`, if the gallery has it."""
+        if not 0 <= row < len(self.index):
+            raise HTTPException(404, f"row {row}: the gallery has {len(self.index):,} images, the first is 0")
+        return row
+
+    def describe(self, row):
+        """What is known of a gallery image, as plain values."""
+        path, pid = self.index.paths[row], int(self.index.pids[row])
+        return {"row": row, "path": path, "pid": pid, "camid": int(self.index.camids[row]), "label": who(pid, path)}
 
     def _work(self):
         while (job := self.jobs.get()) is not None:
@@ -115,9 +127,9 @@ def create_app(extractor, index, data_root=None, host="127.0.0.1", topk_limit=20
     """
     data_root = Path(data_root or index.data_root)
     searcher, decoders = Searcher(extractor, index), ThreadPoolExecutor(2, "decode")  # two: 50 megapixels are 300 MB
-    cameras = sorted(set(index.camids.unique().tolist()) - {-1})
-    page, policy = _page({"images": len(index), "cameras": cameras, "model": extractor.describe(), "topk_limit": topk_limit,
-                          "threshold": index.threshold, "upload_limit": UPLOAD_LIMIT, "version": secrets.token_hex(4)})
+    page, policy = _page({"images": len(index), "cameras": searcher.cameras, "model": extractor.describe(),
+                          "threshold": index.threshold, "topk_limit": topk_limit, "upload_limit": UPLOAD_LIMIT,
+                          "version": secrets.token_hex(4)})  # row numbers mean other images after a restart
 
     @asynccontextmanager
     async def lifespan(app):
@@ -130,31 +142,6 @@ def create_app(extractor, index, data_root=None, host="127.0.0.1", topk_limit=20
     _harden(app, policy, host)
     topk_query, camera_query = Query(min(20, topk_limit), ge=1, le=topk_limit), Query([])
 
-    async def answer(query, topk, wanted):
-        started = time.perf_counter()
-        if strange := sorted(set(wanted) - set(cameras)):
-            raise HTTPException(400, f"camera {strange[0]}: the gallery knows {', '.join(map(str, cameras)) or 'none'}")
-        try:
-            found = await asyncio.wrap_future(searcher.submit(query, topk, wanted))
-        except queue.Full as error:
-            raise HTTPException(503, "too many searches at once, try again", {"Retry-After": "2"}) from error
-        known = describe(query) if isinstance(query, int) else None
-        pid = known["pid"] if known else UNKNOWN_PID
-        results = [{"position": i, "score": score, **describe(row), "verdict": verdict(pid, int(index.pids[row])),
-                    "match": None if index.threshold is None else score > index.threshold}
-                   for i, (score, row) in enumerate(found, 1)]
-        return {"query": known, "results": results, "threshold": index.threshold,
-                "seconds": round(time.perf_counter() - started, 4)}
-
-    def describe(row):
-        path, pid = index.paths[row], int(index.pids[row])
-        return {"row": row, "path": path, "pid": pid, "camid": int(index.camids[row]), "label": who(pid, path)}
-
-    def check(row):
-        if not 0 <= row < len(index):
-            raise HTTPException(404, f"row {row}: the gallery has {len(index):,} images, the first is 0")
-        return row
-
     @app.get("/", response_class=HTMLResponse)
     async def home():
         return HTMLResponse(page, headers={"Cache-Control": "no-store"})
@@ -164,21 +151,16 @@ def create_app(extractor, index, data_root=None, host="127.0.0.1", topk_limit=20
         body = await _read(request)
         pixels = await asyncio.get_running_loop().run_in_executor(
             decoders, lambda: images.resize([images.decode(body)], extractor.size)[0])
-        return await answer(pixels, topk, camera)
+        return await _answer(searcher, pixels, topk, camera)
 
     @app.get("/search")
     async def search_row(row: int, topk: int = topk_query, camera: list[int] = camera_query):
-        return await answer(check(row), topk, camera)
+        return await _answer(searcher, searcher.check(row), topk, camera)
 
     @app.get("/image/{row}")
     def picture(row: int):
-        path = PurePosixPath(index.paths[check(row)])
-        if path.is_absolute() or ".." in path.parts:  # an index may come from anybody
-            raise HTTPException(404, f"row {row}: its file lies outside the data root")
-        try:
-            return Response(_jpeg(data_root / path), media_type="image/jpeg", headers={"Cache-Control": "private, max-age=86400"})
-        except ReidError as error:
-            raise HTTPException(404, f"row {row}: its file is missing or damaged") from error
+        return Response(_picture(searcher, data_root, row), media_type="image/jpeg",
+                        headers={"Cache-Control": "private, max-age=86400"})
 
     @app.get("/healthz")
     async def healthz():
@@ -188,6 +170,24 @@ def create_app(extractor, index, data_root=None, host="127.0.0.1", topk_limit=20
         return JSONResponse(state, 200 if alive else 503)
 
     return app
+
+
+async def _answer(searcher, query, topk, cameras):
+    """The JSON of a search. query: as in Job."""
+    started, threshold = time.perf_counter(), searcher.index.threshold
+    if strange := sorted(set(cameras) - set(searcher.cameras)):
+        raise HTTPException(400, f"camera {strange[0]}: the gallery knows {', '.join(map(str, searcher.cameras)) or 'none'}")
+    try:
+        found = await asyncio.wrap_future(searcher.submit(query, topk, cameras))
+    except queue.Full as error:
+        raise HTTPException(503, "too many searches at once, try again", {"Retry-After": "2"}) from error
+    known = searcher.describe(query) if isinstance(query, int) else None
+    results = []
+    for position, (score, row) in enumerate(found, 1):
+        hit = {"position": position, "score": score, **searcher.describe(row)}
+        hit["verdict"] = verdict(known["pid"] if known else UNKNOWN_PID, hit["pid"])
+        results.append(hit | {"match": None if threshold is None else score > threshold})
+    return {"query": known, "results": results, "threshold": threshold, "seconds": round(time.perf_counter() - started, 4)}
 
 
 def _harden(app, policy, host):
@@ -244,9 +244,15 @@ async def _read(request):
     return bytes(body)
 
 
-def _jpeg(file):
-    """A gallery image for the browser: through our own decoder, so nothing but an image ever leaves, upright and small."""
-    picture = Image.fromarray(images.decode(file).permute(1, 2, 0).contiguous().numpy())
+def _picture(searcher, data_root, row):
+    """JPEG bytes of a gallery image: through our own decoder, so nothing but an image ever leaves, upright and small."""
+    path = PurePosixPath(searcher.index.paths[searcher.check(row)])
+    if path.is_absolute() or ".." in path.parts:  # an index may come from anybody
+        raise HTTPException(404, f"row {row}: its file lies outside the data root")
+    try:
+        picture = Image.fromarray(images.decode(data_root / path).permute(1, 2, 0).contiguous().numpy())
+    except ReidError as error:
+        raise HTTPException(404, f"row {row}: its file is missing or damaged") from error
     picture.thumbnail((PICTURE, PICTURE))
     out = io.BytesIO()
     picture.save(out, "JPEG", quality=92)

@@ -40,14 +40,15 @@ class Colours:
     size, batch_size = SIZE, 32
 
     def __init__(self):
-        self.batches, self.gate, self.failure = [], threading.Event(), None
+        self.batches, self.gate, self.entered, self.failure = [], threading.Event(), threading.Event(), None
         self.gate.set()
 
     def describe(self):
         return "colours 16x8"
 
     def embed(self, pixels):
-        self.gate.wait(30)
+        self.entered.set()
+        self.gate.wait(60)
         self.batches.append(len(pixels))
         if self.failure:
             raise self.failure
@@ -82,6 +83,14 @@ class Site:
 
     def get(self, path, **params):
         return requests.get(self.url(path), params=params, timeout=60)
+
+    def until_waiting(self, count):
+        """Returns as soon as so many searches are in the queue."""
+        for _ in range(6000):
+            if self.get("/healthz").json()["waiting"] >= count:
+                return
+            time.sleep(0.01)
+        raise AssertionError(f"never were {count} searches waiting")
 
     def raw(self, path, host=None):
         """GET with the path as it stands: requests would tidy it up."""
@@ -281,8 +290,7 @@ def test_64_clients(site, gallery, index):
 
     with ThreadPoolExecutor(64) as pool:
         answers = [pool.submit(ask, client) for client in range(64)]
-        while site.get("/healthz").json()["waiting"] < 20:
-            time.sleep(0.01)
+        site.until_waiting(20)
         site.extractor.gate.set()
         for answer in answers:
             found, expected = answer.result()
@@ -296,11 +304,9 @@ def test_one_too_many_is_sent_away(index, crop, monkeypatch):
     with Site(index) as running, ThreadPoolExecutor(2) as pool:
         running.extractor.gate.clear()
         first = pool.submit(running.post, crop)  # is being embedded
-        while running.get("/healthz").json()["waiting"] or not running.server.server_state.tasks:
-            time.sleep(0.01)
+        assert running.extractor.entered.wait(60)
         answers = [first, pool.submit(running.post, crop)]
-        while running.get("/healthz").json()["waiting"] < 1:
-            time.sleep(0.01)
+        running.until_waiting(1)
         refused = running.post(crop)
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "2")
         running.extractor.gate.set()
@@ -350,9 +356,7 @@ def test_stops_in_order(root, gallery, tmp_path, stop):
 class Browser:
     """A few commands of the WebDriver protocol (https://www.w3.org/TR/webdriver2/) to chromedriver."""
 
-    def __init__(self, driver, chromium, profile):
-        self.process = subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, text=True)
-        port = next(m[1] for line in self.process.stdout if (m := re.search(r"successfully on port (\d+)", line)))
+    def __init__(self, port, chromium, profile):
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
                  "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
                  f"--user-data-dir={profile}"]
@@ -391,26 +395,20 @@ class Browser:
         self.wait("!document.body.classList.contains('busy') && document.querySelector('#title').textContent == 'Results'")
         return self.js("return Array.from(document.querySelectorAll('.card'), (c) => Number(c.dataset.row))")
 
-    def screenshot(self):
-        return base64.b64decode(self("GET", "/screenshot"))
-
-    def quit(self):
-        try:
-            self("DELETE", "")
-        finally:
-            self.process.terminate()
-            self.process.wait()
-            self.process.stdout.close()
-
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     driver, chromium = shutil.which("chromedriver"), shutil.which("chromium") or shutil.which("google-chrome")
     if not driver or not chromium:
         pytest.skip("chromium and chromedriver are not installed")
-    running = Browser(driver, chromium, tmp_path_factory.mktemp("profile"))
-    yield running
-    running.quit()
+    with subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            port = next(m[1] for line in process.stdout if (m := re.search(r"successfully on port (\d+)", line)))
+            running = Browser(port, chromium, tmp_path_factory.mktemp("profile"))
+            yield running
+            running("DELETE", "")
+        finally:
+            process.terminate()
 
 
 def test_page_search_by_upload(browser, site, index, crop, tmp_path):
