@@ -8,7 +8,7 @@ from reid import ReidError, ingest
 from reid.data import Records
 from reid.images import PREPROCESSING
 from reid.index import GalleryIndex
-from reid.milvus_client import INDEXES, Collection, collection_name, is_file, rebuild_command
+from reid.milvus_client import INDEXES, QUANTIZED, Collection, collection_name, is_file, rebuild_command
 
 FORMAT = "reid-gallery/1"
 FIELDS = ("path", "pid", "camid", "seq", "frame", "position")  # what is told of a hit
@@ -149,8 +149,9 @@ class MilvusGallery:
 
         embeddings: float32 [Q, D] of norm 1. camids: cameras to keep; frames: (first, last) frame to keep; both are filtered
         by the engine. exclude: row to leave out for each query, int64 [Q] (-1: none), or a list of lists. Equal scores stand
-        in the order in which the images came. FLAT is exact; other indexes fetch 10 x topk rows and score them again in
-        float32. Where fewer than topk rows are left, score is -inf and row -1. topk is at most 16,384 with all that.
+        in the order in which the images came. FLAT is exact; other indexes fetch 10 x topk rows, and those of a quantized
+        one are scored again in float32 here (4 KiB a row travel; the others score in float32 themselves). Where fewer than
+        topk rows are left, score is -inf and row -1. At most 16,384 rows can be asked for.
         """
         return self._top(embeddings, topk, where(camids, frames), exclude)
 
@@ -160,12 +161,12 @@ class MilvusGallery:
         need = topk + max(map(len, excluded), default=0)
         if need > DEPTH:
             raise ReidError(f"topk {topk}: Milvus returns at most {DEPTH:,} rows for a query, {need:,} are needed")
-        exact = self.index_type == "FLAT"
-        fetch = min(need + TIES if exact else 10 * need, DEPTH)
+        fetch = min(need + TIES if self.index_type == "FLAT" else 10 * need, DEPTH)
         scores = torch.full((len(embeddings), topk), -torch.inf)
         rows = torch.full((len(embeddings), topk), -1)
         self._known = {}  # replaced, not cleared: another thread may be reading what its own search found
-        for part in torch.arange(len(embeddings)).split(max(1, REPLY // (fetch * (200 if exact else 4 * self.dim)))):
+        bytes_of_hit = 4 * self.dim if self.index_type in QUANTIZED else 200
+        for part in torch.arange(len(embeddings)).split(max(1, REPLY // (fetch * bytes_of_hit))):
             for i, hits in zip(part.tolist(), self._search(embeddings[part].float(), need, fetch, condition)):
                 kept = [(score, row) for score, _, row in sorted(hits) if row not in excluded[i]][:topk]
                 for place, (score, row) in enumerate(kept):
@@ -174,17 +175,18 @@ class MilvusGallery:
 
     def _search(self, embeddings, need, fetch, condition):
         """[(-score, position, row)] for each query, unordered; fetches more where the list ends within equal scores."""
-        exact = self.index_type == "FLAT"
+        quantized = self.index_type in QUANTIZED
         found = self.engine.call("search", data=list(embeddings.numpy()), limit=fetch, filter=condition, anns_field="vector",
-                           output_fields=[*FIELDS, *([] if exact else ["vector"])],
+                           output_fields=[*FIELDS, *(["vector"] if quantized else [])],
                            search_params={"metric_type": "IP", "params": INDEXES[self.index_type][1](fetch)})
         answers = []
         for query, hits in zip(embeddings, found):
             for hit in hits:
                 self._known[hit["key"]] = {field: hit["entity"][field] for field in FIELDS}
-            scores = [hit["distance"] for hit in hits] if exact or not hits else (
-                torch.tensor([hit["entity"]["vector"] for hit in hits]) @ query).tolist()
-            if exact and len(hits) == fetch < DEPTH and scores[-1] == scores[need - 1]:
+            scores = [hit["distance"] for hit in hits]
+            if quantized and hits:
+                scores = (torch.tensor([hit["entity"]["vector"] for hit in hits]) @ query).tolist()
+            if self.index_type == "FLAT" and len(hits) == fetch < DEPTH and scores[-1] == scores[need - 1]:
                 answers += self._search(query[None], need, min(4 * fetch, DEPTH), condition)
             else:
                 answers.append([(-score, hit["entity"]["position"], hit["key"]) for score, hit in zip(scores, hits)])

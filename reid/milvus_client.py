@@ -22,6 +22,7 @@ INDEXES = {  # name -> (parameters of the build, parameters of a search that fet
     "IVF_FLAT": ({"nlist": 1024}, lambda n: {"nprobe": 64}),
     "IVF_SQ8": ({"nlist": 1024}, lambda n: {"nprobe": 64}),
 }
+QUANTIZED = ("IVF_SQ8",)  # their own scores are rough
 SAFE = "every row acknowledged so far is kept, and the same command run again goes on with what is missing"
 
 
