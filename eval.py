@@ -7,15 +7,25 @@ Several GPUs: torchrun --nproc_per_node N eval.py --save_index
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from reid import ReidError, __version__, metrics, run, storage, world
-from reid.checkpoint import checkpoint_path, fingerprint, load_checkpoint, versions
+from reid import ReidError, __version__, gallery, metrics, rerank, run, spacetime, storage, world
+from reid.checkpoint import (
+    checkpoint_path,
+    fingerprint,
+    load_checkpoint,
+    load_spacetime,
+    save_spacetime,
+    versions,
+)
 from reid.data import read_split
 from reid.extract import Extractor
 from reid.index import GalleryIndex
+
+SPACETIME_PEOPLE = 200  # training identities whose embeddings tell how much camera and time should weigh
 
 
 def get_args_parser():
@@ -25,7 +35,7 @@ def get_args_parser():
     add("--data_root", default="data/market-1501-grouped", help="grouped dataset with query/ and gallery/")
     add("--load_index", action="store_true", help="take the embeddings from the index, embed nothing")
     add("--save_index", action="store_true", help="keep the embeddings in the index")
-    add("--gallery_uri", help="the index; default: index/<run>.pt")
+    add("--gallery_uri", help="the index: a file (default: index/<run>.pt), or Milvus as name.db or http://host:19530")
     add("--json", metavar="PATH", help="write everything that was measured")
     # how to score
     add("--rerank", action="store_true", help="also with k-reciprocal re-ranking")
@@ -49,7 +59,10 @@ def main(args):
     checkpoint = checkpoint_path(args.exp_name)
     record = load_checkpoint(checkpoint)
     uri = args.gallery_uri or f"index/{args.exp_name}.pt"
-    index = load_index(args, uri, fingerprint(record)) if args.load_index else build_index(args, checkpoint, rank, ranks)
+    if args.load_index:
+        index = load_index(args, uri, fingerprint(record))
+    else:
+        index = build_index(args, checkpoint, rank, ranks)
     if rank:  # the other ranks have done their part of the embedding
         return world.stop()
     queries = index.queries
@@ -57,7 +70,7 @@ def main(args):
     print(f"{args.exp_name} on {args.data_root}: {len(queries):,} queries, {len(index):,} images in the gallery, "
           f"{'mirrored images averaged' if index.mirror else 'no mirrored images'}", flush=True)
 
-    scorers = {"visual": None} | extra_scorers(args, data, queries, index)
+    scorers = {"visual": None} | extra_scorers(args, checkpoint, data, queries, index)
     results = {name: metrics.evaluate(*data.values(), scores=scores, protocol=args.protocol) if scores is None else
                metrics.evaluate(None, None, *list(data.values())[2:], scores=scores, protocol=args.protocol)
                for name, scores in scorers.items()}
@@ -68,8 +81,8 @@ def main(args):
         print(f"same person found at false-match rate {rate:g}: {100 * tpr:.2f} % (cosine above {roc.threshold[rate]:.4f})")
 
     if args.save_index:
-        index.save(uri)
-        print(f"index saved: {uri} ({Path(uri).stat().st_size / 2**20:.1f} MiB)")
+        gallery.save_index(index, uri, args.exp_name)
+        print(f"index saved: {uri}")
     if args.json:
         write_json(args, record, results, roc, index)
     left_out = len(index.bad) + len(queries.bad)
@@ -83,22 +96,26 @@ def main(args):
 
 def build_index(args, checkpoint, rank, ranks):
     """Embed gallery and queries of the dataset."""
-    gallery, queries = read_split(args.data_root, "gallery"), read_split(args.data_root, "query")
-    extractor = Extractor(checkpoint, world.device or args.device, args.precision, args.engine, args.compile, args.mirror,
-                          args.batch_size)
+    images, queries = read_split(args.data_root, "gallery"), read_split(args.data_root, "query")
+    extractor = make_extractor(args, checkpoint)
     if rank == 0:
         print(extractor.describe(), flush=True)
     options = {"strict": args.strict, "rank": rank, "world": ranks, "progress": rank == 0}
-    index = GalleryIndex.build(extractor, gallery, **options)
+    index = GalleryIndex.build(extractor, images, **options)
     index.queries = GalleryIndex.build(extractor, queries, **options)
     if rank == 0 and not (len(index) and len(index.queries)):
         raise ReidError(f"{args.data_root}: not one image of its {'gallery' if not len(index) else 'query'} could be read")
     return index
 
 
+def make_extractor(args, checkpoint):
+    return Extractor(checkpoint, world.device or args.device, args.precision, args.engine, args.compile, args.mirror,
+                     args.batch_size)
+
+
 def load_index(args, uri, wanted):
     """The saved index, if it is of these weights, this dataset and these settings."""
-    index = GalleryIndex.load(uri, wanted)
+    index = gallery.load_index(uri, args.exp_name, wanted)
     again = f"make it again: python eval.py --save_index --exp_name {args.exp_name} --data_root {args.data_root}"
     if index.queries is None:
         raise ReidError(f"{uri}: has a gallery but no queries; {again}")
@@ -110,29 +127,60 @@ def load_index(args, uri, wanted):
     return index
 
 
-def gather_data(queries, gallery, args):
+def gather_data(queries, index, args):
     """The arguments of reid.metrics: embeddings, ids, cameras."""
     q_emb, q_pids, q_camids = queries.embeddings.float(), queries.pids, queries.camids
     if args.multi_query:  # the gallery's images of a query's identity and camera are never ranked for it, so they may help
         own = {pair for pair in zip(q_pids.tolist(), q_camids.tolist()) if pair[0] > 0 <= pair[1]}
-        helpers = torch.tensor([pair in own for pair in zip(gallery.pids.tolist(), gallery.camids.tolist())])
+        helpers = torch.tensor([pair in own for pair in zip(index.pids.tolist(), index.camids.tolist())])
         q_emb, q_pids, q_camids, _ = metrics.pool_queries(
-            torch.cat([q_emb, gallery.embeddings[helpers].float()]), torch.cat([q_pids, gallery.pids[helpers]]),
-            torch.cat([q_camids, gallery.camids[helpers]]))
-    return {"q_emb": q_emb, "g_emb": gallery.embeddings.float(), "q_pids": q_pids, "q_camids": q_camids,
-            "g_pids": gallery.pids, "g_camids": gallery.camids}
+            torch.cat([q_emb, index.embeddings[helpers].float()]), torch.cat([q_pids, index.pids[helpers]]),
+            torch.cat([q_camids, index.camids[helpers]]))
+    return {"q_emb": q_emb, "g_emb": index.embeddings.float(), "q_pids": q_pids, "q_camids": q_camids,
+            "g_pids": index.pids, "g_camids": index.camids}
 
 
-def extra_scorers(args, data, queries, gallery):
+def extra_scorers(args, checkpoint, data, queries, index):
     """{"+rerank": scores, ...} as asked for; scores are callables(start, stop) -> float32 [stop - start, G]."""
-    scorers = {}
+    scorers, q_emb, g_emb = {}, data["q_emb"], data["g_emb"]
     if args.rerank:
-        from reid.rerank import estimate_bytes, rerank
-
-        need = estimate_bytes(len(data["q_emb"]), len(data["g_emb"]))
+        need = rerank.estimate_bytes(len(q_emb), len(g_emb), g_emb.shape[1])
         print(f"re-ranking: about {need / 2**20:,.0f} MiB of memory", flush=True)
-        scorers["+rerank"] = rerank(data["q_emb"], data["g_emb"]).scores
+        scorers["+rerank"] = rerank.rerank(q_emb, g_emb).scores
+    if args.spacetime:
+        if args.multi_query:
+            raise ReidError("--spacetime needs the time of each query, which --multi_query averages over: give one of them")
+        evidence = learn_spacetime(args, checkpoint)
+        of_queries, of_gallery = ((part.camids, part.seqs, part.frames) for part in (queries, index))
+
+        def fused(start, stop):
+            odds = evidence.prob(*(column[start:stop] for column in of_queries), *of_gallery)
+            return evidence.fuse(q_emb[start:stop] @ g_emb.T, odds)
+
+        scorers["+spacetime"] = fused
+        if args.rerank:
+            bonus = evidence.bonus(*(torch.cat(columns) for columns in zip(of_queries, of_gallery)))
+            scorers["+both"] = rerank.rerank(q_emb, g_emb, bonus=bonus).scores
     return scorers
+
+
+def learn_spacetime(args, checkpoint):
+    """models/<run>/spacetime.pt; learnt from the training identities where it is not there yet, never from the test set."""
+    path = checkpoint.with_name("spacetime.pt")
+    if path.exists():
+        return load_spacetime(path, args.data_root)
+    train = read_split(args.data_root, "train")
+    people = train.pids.unique()
+    some = train.select(torch.isin(train.pids, people[:: max(1, len(people) // SPACETIME_PEOPLE)]))
+    print(f"camera and time: learning from {len(people)} training identities", flush=True)
+    embeddings, kept, _ = make_extractor(args, checkpoint).embed_records(some.files())
+    some = some.select(kept)
+    evidence = spacetime.fit(train.pids, train.camids, train.seqs, train.frames)
+    weight = spacetime.fit_weight(embeddings, some.pids, some.camids, some.seqs, some.frames)
+    evidence = replace(evidence, weight=weight)
+    save_spacetime(path, evidence, args.data_root)
+    print(f"camera and time: saved as {path}")
+    return evidence
 
 
 def print_results(results):

@@ -10,11 +10,13 @@ import json
 import sys
 from pathlib import Path
 
-from reid import ReidError, run, storage, viz
-from reid.checkpoint import checkpoint_path
-from reid.data import UNKNOWN_PID, Name, folder_pid, list_images, parse_name, read_folder, read_split
+import torch
+
+from reid import ReidError, rerank, run, storage, viz
+from reid.checkpoint import checkpoint_path, load_spacetime
+from reid.data import UNKNOWN, UNKNOWN_PID, Name, folder_pid, list_images, parse_name, read_folder, read_split
 from reid.extract import Extractor
-from reid.index import GalleryIndex
+from reid.gallery import build_gallery, open_gallery
 
 CANDIDATES = 200  # rows of the gallery that re-ranking looks at
 
@@ -30,9 +32,10 @@ def get_args_parser():
     add("--gallery", metavar="DIR", help="search any folder of images instead")
     add("--load_index", action="store_true", help="take the gallery from the index, embed only the queries")
     add("--save_index", action="store_true", help="keep the gallery's embeddings in the index")
-    add("--gallery_uri", help="the index; default: index/<run>.pt")
+    add("--gallery_uri", help="the index: a file (default: index/<run>.pt), or Milvus as name.db or http://host:19530")
     add("--cameras", type=int, nargs="+", help="search these cameras only")
     add("--rerank", action="store_true", help=f"re-rank the best {CANDIDATES} (k-reciprocal encoding)")
+    add("--spacetime", action="store_true", help="also weigh camera and time, as learnt by eval.py --spacetime")
     # what comes out
     add("--output", metavar="PNG", help="draw the ranked lists; more queries than fit go on numbered sheets")
     add("--positions", type=int, nargs="+", metavar="K", help="draw these positions only, such as 1 5 10 15")
@@ -69,14 +72,16 @@ def main(args):
     query_files = [] if args.serve else find_queries(args)
     extractor = Extractor(checkpoint, args.device, args.precision, args.engine, args.compile, args.mirror is not False,
                           args.batch_size)
-    index = open_gallery(args, extractor)
+    index = gallery_of(args, extractor)
     print(f"{extractor.describe()}; {len(index):,} images in the gallery", flush=True)
     if args.serve:
         return serve.serve(serve.create_app(extractor, index, host=args.host), listener)
 
     embeddings, kept, bad = extractor.embed_records(query_files, strict=args.strict, progress=False)
-    scores, rows = search(args, index, embeddings)
-    rankings = [ranking(args, index, query_files[i], s, r) for i, s, r in zip(kept.tolist(), scores, rows)]
+    files = [query_files[i] for i in kept.tolist()]
+    names = [name_of(file, args.data_root) for file in files]
+    scores, rows = search(args, index, embeddings, names)
+    rankings = [ranking(index, *item) for item in zip(files, names, scores, rows)]
     for item in rankings:
         print_ranking(item, index)
     if args.output:
@@ -122,50 +127,60 @@ def find_queries(args):
     return found
 
 
-def open_gallery(args, extractor):
-    """The index that is searched: loaded, or made of a folder."""
+def gallery_of(args, extractor):
+    """The gallery that is searched: loaded, or made of a folder."""
     uri = args.gallery_uri or f"index/{args.exp_name}.pt"
     if args.load_index:
-        index = GalleryIndex.load(uri, extractor)
+        index = open_gallery(uri, args.exp_name, extractor)
         if args.mirror is None:
             extractor.mirror = index.mirror
         return index
     records = read_folder(args.gallery) if args.gallery else read_split(args.data_root, "gallery")
-    index = GalleryIndex.build(extractor, records, strict=args.strict)
+    index = build_gallery(uri, args.exp_name, extractor, records, args.save_index, strict=args.strict)
     if not len(index):
         raise ReidError(f"{args.gallery or args.data_root}: not one image of the gallery could be read")
     if args.save_index:
-        index.save(uri)
         print(f"index saved: {uri}")
     return index
 
 
-def search(args, index, embeddings):
-    """(scores, rows) [Q, topk]: by cosine, or with --rerank the best CANDIDATES in their new order."""
-    if not args.rerank:
+def search(args, index, embeddings, names):
+    """(scores, rows), lists of Q tensors: by cosine, or the best CANDIDATES in the order that other evidence gives them."""
+    if not (args.rerank or args.spacetime):
         return index.search(embeddings, args.topk, camids=args.cameras)
-    from reid.rerank import rerank
-
+    path = checkpoint_path(args.exp_name).with_name("spacetime.pt")
+    evidence = load_spacetime(path, args.data_root) if args.spacetime else None
     _, candidates = index.search(embeddings, max(args.topk, CANDIDATES), camids=args.cameras)
     scores, rows = [], []
-    for query, found in zip(embeddings, candidates):
+    for query, name, found in zip(embeddings, names, candidates):
         found = found[found >= 0]
-        new = rerank(query[None], index.embeddings[found].float()).scores(0, 1)[0]
+        gallery = index.embeddings[found].float()
+        told = [torch.tensor([value, *(int(column[row]) for row in found.tolist())])
+                for value, column in zip(name[1:], (index.camids, index.seqs, index.frames))]
+        if args.rerank:
+            new = rerank.rerank(query[None], gallery, bonus=evidence and evidence.bonus(*told)).scores(0, 1)[0]
+        else:
+            odds = evidence.prob(*(column[:1] for column in told), *(column[1:] for column in told))
+            new = evidence.fuse(query[None] @ gallery.T, odds)[0]
         best, order = new.sort(descending=True, stable=True)
         scores.append(best[: args.topk])
         rows.append(found[order[: args.topk]])
     return scores, rows
 
 
-def ranking(args, index, file, scores, rows):
+def name_of(file, data_root):
+    """What is known of a query: by its name, and in a grouped dataset by its folder."""
+    name = parse_name(file.name) or Name(UNKNOWN_PID, UNKNOWN)
+    grouped = Path(data_root).resolve() in file.resolve().parents
+    return name._replace(pid=folder_pid(file.parent.name)) if grouped else name
+
+
+def ranking(index, file, name, scores, rows):
     """What was found for one query, as plain values."""
-    name = parse_name(file.name)
-    if Path(args.data_root).resolve() in file.resolve().parents:  # a grouped dataset: the folder is the identity
-        name = Name(folder_pid(file.parent.name), *(name[1:] if name else (-1,) * 3))
     found = [(score, row) for score, row in zip(scores.tolist(), rows.tolist()) if row >= 0]
     hits = [{"position": i, "path": str(Path(index.data_root) / index.paths[row]), "score": score,
              "pid": int(index.pids[row]), "camid": int(index.camids[row])} for i, (score, row) in enumerate(found, 1)]
-    return {"query": str(file), "pid": name.pid if name else UNKNOWN_PID, "camid": name.camid if name else -1, "hits": hits}
+    return {"query": str(file), "pid": name.pid, "camid": name.camid, "hits": hits}
 
 
 def print_ranking(item, index):

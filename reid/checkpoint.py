@@ -9,7 +9,8 @@ import torch
 
 from reid import ReidError, storage
 from reid.images import PREPROCESSING
-from reid.model import build_model
+from reid.model import build_model, check_config
+from reid.spacetime import SpaceTime
 
 FORMAT, VERSION = "reid-checkpoint", 1
 
@@ -62,6 +63,12 @@ def load_checkpoint(path):
     for name, kind in parts.items():
         if not isinstance(record.get(name), kind):
             raise ReidError(f"{path}: checkpoint has no {name}; it is damaged or not ours")
+    if not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in record["state_dict"].items()):
+        raise ReidError(f"{path}: state_dict holds more than named tensors; it is damaged or not ours")
+    try:
+        check_config(record["config"])
+    except ReidError as error:
+        raise ReidError(f"{path}: {error}") from error
     return record
 
 
@@ -70,12 +77,27 @@ def restore_model(record, path="checkpoint"):
     model = build_model(record["config"])
     try:
         model.load_state_dict(record["state_dict"])
-    except (RuntimeError, AttributeError, TypeError) as error:
+    except (RuntimeError, AttributeError, TypeError, IndexError) as error:
         reason = str(error).splitlines()[-1].strip()[:120]
         raise ReidError(f"{path}: weights do not fit its own configuration ({reason})") from error
     if not all(torch.isfinite(value).all() for value in model.state_dict().values()):
         raise ReidError(f"{path}: weights hold NaN or infinite values; use an earlier checkpoint")
     return model
+
+
+def save_spacetime(path, evidence, data_root):
+    """Keep a reid.spacetime.SpaceTime beside its checkpoint, with the dataset whose cameras and clocks it knows."""
+    storage.save(path, {"data_root": Path(data_root).name, "evidence": evidence.state()}, "reid-spacetime", 1)
+
+
+def load_spacetime(path, data_root):
+    """The SpaceTime of `save_spacetime`; raises ReidError where there is none or it is of another dataset."""
+    if not Path(path).exists():
+        raise ReidError(f"{path}: not there; learn it with: python eval.py --spacetime --exp_name {Path(path).parent.name}")
+    record = storage.load(path, "reid-spacetime", 1)
+    if record["data_root"] != Path(data_root).name:
+        raise ReidError(f"{path}: knows the cameras of {record['data_root']}, not of {data_root}; remove it to learn anew")
+    return SpaceTime.from_state(record["evidence"])
 
 
 def fingerprint(record):
