@@ -82,18 +82,19 @@ def main(args):
     names = [name_of(file, args.data_root) for file in files]
     scores, rows = search(args, index, embeddings, names)
     rankings = [ranking(index, *item) for item in zip(files, names, scores, rows)]
+    threshold = None if args.rerank or args.spacetime else index.threshold  # it is a cosine, their scores are not
     for item in rankings:
-        print_ranking(item, index)
+        print_ranking(item, threshold)
     if args.output:
         drawn = [viz.Ranking(item["query"], Path(item["query"]).name, item["pid"], item["camid"], [
             viz.Hit(hit["path"], Path(hit["path"]).name, hit["pid"], hit["camid"], hit["score"]) for hit in item["hits"]])
             for item in rankings]
-        written = viz.draw_ranking(args.output, drawn, args.positions, index.threshold)
+        written = viz.draw_ranking(args.output, drawn, args.positions, threshold)
         print(f"pictures written: {', '.join(map(str, written))}")
     if args.json:
         with storage.atomic_path(args.json) as temporary:
             temporary.write_text(json.dumps({"exp_name": args.exp_name, "fingerprint": index.fingerprint,
-                                             "threshold": index.threshold, "rankings": rankings}, indent=1))
+                                             "threshold": threshold, "rankings": rankings}, indent=1))
         print(f"results written: {args.json}")
     for file, reason in index.bad + bad:
         print(f"left out: {file}: {reason}", file=sys.stderr)
@@ -183,10 +184,10 @@ def ranking(index, file, name, scores, rows):
     return {"query": str(file), "pid": name.pid, "camid": name.camid, "hits": hits}
 
 
-def print_ranking(item, index):
+def print_ranking(item, threshold):
     print(f"\nquery {item['query']}")
     for hit in item["hits"]:
-        verdict = "" if index.threshold is None else "  match" if hit["score"] > index.threshold else "  unknown"
+        verdict = "" if threshold is None else "  match" if hit["score"] > threshold else "  unknown"
         print(f"{hit['position']:>4}  {hit['score']:.4f}  {hit['path']}{verdict}")
 
 
