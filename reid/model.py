@@ -140,8 +140,8 @@ class ReidModel(nn.Module):
         return F.normalize(neck.float())
 
 
-def build_model(config):
-    """A ReidModel in float32, channels last, with fresh weights. Raises ReidError for a config it does not know."""
+def check_config(config):
+    """Raise ReidError for a config that `build_model` does not know."""
     try:
         if config["pool"] not in ("avg", "gem") or config["last_stride"] not in (1, 2):
             raise KeyError("pool or last_stride")
@@ -149,10 +149,17 @@ def build_model(config):
             raise KeyError("embedding_size")
         if not all(isinstance(config[k], int) and 32 <= config[k] <= 2048 for k in ("height", "width")):
             raise KeyError("height or width")
-        model = ReidModel(config)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ReidError(f"model configuration not understood ({error}); is the checkpoint from a newer version?") from error
-    return model.to(memory_format=torch.channels_last)
+        if not isinstance(config["classes"], (list, tuple)) or not all(isinstance(key, str) for key in config):
+            raise KeyError("classes")
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:  # a file may hold any type
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise ReidError(f"model configuration not understood ({reason}); is the checkpoint from a newer version?") from error
+
+
+def build_model(config):
+    """A ReidModel in float32, channels last, with fresh weights. Raises ReidError for a config it does not know."""
+    check_config(config)
+    return ReidModel(config).to(memory_format=torch.channels_last)
 
 
 def pick_device(name="auto"):
