@@ -16,6 +16,8 @@ def run(parser, main):
     What users get wrong ends as one line on stderr and exit status 1, Ctrl-C as 130: never as a traceback.
     """
     args = parser.parse_args()
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file name may hold what the terminal's encoding has not
     try:
         status = main(args) or 0
         sys.stdout.flush()
