@@ -25,6 +25,7 @@ def embed(gallery, extractor, records, strict=False, progress=True, rank=0, rank
     Each of `ranks` processes does every ranks-th image.
     """
     offset = reserve(gallery, records, rank, ranks)
+    gallery.bad.clear()
     written, started = 0, time.monotonic()
     mine = torch.arange(rank, len(records), ranks)
     bar = tqdm(total=len(mine), unit="row", disable=not progress)
@@ -42,13 +43,14 @@ def embed(gallery, extractor, records, strict=False, progress=True, rank=0, rank
                 bar.update(len(rows))
         written += pending.result() if pending else 0
     bar.close()
-    meet(ranks)
+    parts = gather((written, gallery.bad), ranks)
+    written, gallery.bad = sum(part[0] for part in parts), [left_out for part in parts for left_out in part[1]]
     if rank == 0:
         gallery.engine.call("flush")
     if progress:
         seconds = time.monotonic() - started
         print(f"{gallery.uri}: {written:,} rows written in {seconds:.1f} s ({written / max(seconds, 1e-9):,.0f} rows/s), "
-              f"{len(mine) - written:,} were there or left out", flush=True)
+              f"{len(records) - written:,} were there or left out", flush=True)
     return written
 
 
@@ -126,10 +128,12 @@ def number(data):
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") >> 1
 
 
-def meet(ranks):
-    """Wait until every process is here."""
+def gather(obj, ranks):
+    """The `obj` of every process, when all are here."""
+    parts = [obj] * ranks
     if ranks > 1:
-        dist.barrier()
+        dist.all_gather_object(parts, obj)
+    return parts
 
 
 def _batches(stream):

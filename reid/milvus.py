@@ -93,7 +93,7 @@ class MilvusGallery:
         self = None
         if rank == 0:
             self = cls.create(uri, run, extractor.fingerprint, extractor.mirror, extractor.dim, records.root, index_type)
-        ingest.meet(world)
+        ingest.gather(None, world)  # the others open what rank 0 has made
         self = self or cls.open(uri, run, extractor)
         ingest.embed(self, extractor, records, strict, progress, rank, world)
         return self

@@ -190,7 +190,7 @@ def test_ranks_write_their_parts(tmp_path, monkeypatch):
     records, extractor = folder(tmp_path / "data", 50), FakeExtractor()
     gallery = MilvusGallery.create(str(tmp_path / "milvus.db"), RUN, PRINT, True, DIM, records.root)
     monkeypatch.setattr(ingest.world, "share", lambda obj: 0)
-    monkeypatch.setattr(ingest, "meet", lambda ranks: None)
+    monkeypatch.setattr(ingest, "gather", lambda obj, ranks: [obj])
     assert [ingest.embed(gallery, extractor, records, progress=False, rank=rank, ranks=3) for rank in range(3)] == [17, 17, 16]
     assert extractor.embedded == 50 and list(gallery.download().paths) == records.paths
     with pytest.raises(ReidError, match="one process at a time"):
