@@ -3,6 +3,7 @@
     GET  /                     the page (reid/serve.html)
     POST /search?topk=&camera= image file as the body -> JSON; camera may be given several times
     GET  /search?row=          the same for an image of the gallery, by its number
+    GET  /sample               some images of the gallery, to pick a query from
     GET  /image/{row}          a picture of a gallery image, by its number
     GET  /healthz              whether it lives, and what it serves
 """
@@ -13,6 +14,7 @@ import hashlib
 import io
 import json
 import queue
+import random
 import re
 import secrets
 import signal
@@ -47,47 +49,52 @@ except ImportError as missing:
 UPLOAD_LIMIT = 10 << 20  # bytes of an image file
 DRAIN_LIMIT = 256 << 20  # a larger body is read (and forgotten) up to here, since a client still sending misses the answer
 WAITING = 256  # requests in the queue, and connections; more are sent away with 503
+SAMPLE, NEIGHBOURS = 24, 50  # images to pick from; how many lie around each of their random directions
 PICTURE = 512  # pixels, the longer side of what /image serves at most
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class Job(NamedTuple):
-    query: torch.Tensor | int  # pixels uint8 [3, H, W], or a row of the gallery
+    query: torch.Tensor | int | None  # pixels uint8 [3, H, W], a row of the gallery, or None for images to pick from
     topk: int
     cameras: tuple
     future: Future
 
 
 class Searcher:
-    """Answers searches on a thread of its own: what has come in while a batch was computed becomes the next batch."""
+    """Answers on a thread of its own: what has come in while a batch was computed becomes the next batch."""
 
     def __init__(self, extractor, index):
         self.extractor, self.index = extractor, index
-        self.cameras = sorted(set(index.camids.unique().tolist()) - {UNKNOWN})
+        cameras = index.cameras if hasattr(index, "cameras") else index.camids.unique().tolist()
+        self.cameras = sorted(set(cameras) - {UNKNOWN})
         self.jobs = queue.Queue(WAITING)
         self.thread = threading.Thread(target=self._work, name="search", daemon=True)
 
-    def submit(self, query, topk, cameras):
-        """Future of [(score, row)], best first. A gallery image does not find itself. Raises queue.Full."""
+    async def answer(self, query, topk, cameras=()):
+        """The JSON of a search: what is known of the query, and its results, best first. An image does not find itself."""
+        started = time.perf_counter()
+        if strange := sorted(set(cameras) - set(self.cameras)):
+            raise HTTPException(400, f"camera {strange[0]}: the gallery knows {', '.join(map(str, self.cameras)) or 'none'}")
         job = Job(query, topk, tuple(sorted(set(cameras))), Future())
-        self.jobs.put_nowait(job)
-        return job.future
-
-    def stop(self):
-        """End the thread when what is in the queue is done."""
-        self.jobs.put(None)
-        self.thread.join()
+        try:
+            self.jobs.put_nowait(job)
+        except queue.Full as error:
+            raise HTTPException(503, "too many searches at once, try again", {"Retry-After": "2"}) from error
+        answer = await asyncio.wrap_future(job.future)
+        return answer | {"threshold": self.index.threshold, "seconds": round(time.perf_counter() - started, 4)}
 
     def check(self, row):
-        """`row`, if the gallery has it."""
-        if not 0 <= row < len(self.index):
-            raise HTTPException(404, f"row {row}: the gallery has {len(self.index):,} images, the first is 0")
+        """`row`, if the gallery has it (the rows of an engine are any 63 bits)."""
+        rows = self.index if hasattr(self.index, "__contains__") else range(len(self.index))
+        if not 0 <= row < 1 << 63 or row not in rows:
+            raise HTTPException(404, f"row {row}: not in the gallery")
         return row
 
     def describe(self, row):
-        """What is known of a gallery image, as plain values."""
+        """What is known of a gallery image, as plain values; the row as text, since browsers round above 2^53."""
         path, pid = self.index.paths[row], int(self.index.pids[row])
-        return {"row": row, "path": path, "pid": pid, "camid": int(self.index.camids[row]), "label": who(pid, path)}
+        return {"row": str(row), "path": path, "pid": pid, "camid": int(self.index.camids[row]), "label": who(pid, path)}
 
     def _work(self):
         while (job := self.jobs.get()) is not None:
@@ -98,32 +105,54 @@ class Searcher:
             try:
                 self._answer(batch)
             except BaseException as error:  # such as too little memory: these requests fail, the server stays
-                for job in batch:
-                    if not job.future.done():
-                        job.future.set_exception(error)
+                for job in (job for job in batch if not job.future.done()):
+                    job.future.set_exception(HTTPException(503, str(error)) if isinstance(error, ReidError) else error)
 
     def _answer(self, batch):
         pixels = [job.query for job in batch if isinstance(job.query, torch.Tensor)]
         embedded = iter(self.extractor.embed(pixels) if pixels else ())
         groups = defaultdict(list)  # one search for each set of cameras
         for job in batch:
-            known = isinstance(job.query, int)
-            vector = F.normalize(self.index.embeddings[job.query].float(), dim=0) if known else next(embedded)
-            groups[job.cameras].append((job, vector, job.query if known else -1))
+            try:
+                if job.query is None:
+                    job.future.set_result({"query": None, "results": self._anybody(job.topk)})
+                elif isinstance(job.query, torch.Tensor):
+                    groups[job.cameras].append((job, next(embedded), -1))
+                else:
+                    vector = self.index.embeddings[self.check(job.query)].float()
+                    groups[job.cameras].append((job, F.normalize(vector, dim=0), job.query))
+            except HTTPException as error:  # no such row: the others go on
+                job.future.set_exception(error)
         for cameras, group in groups.items():
             jobs, vectors, own = zip(*group)
             scores, rows = self.index.search(torch.stack(vectors), max(job.topk for job in jobs),
                                              camids=list(cameras) or None, exclude=torch.tensor(own))
-            for job, score, row in zip(jobs, scores.tolist(), rows.tolist()):
-                job.future.set_result([(s, r) for s, r in zip(score, row) if r >= 0][: job.topk])
+            for job, row, found, hits in zip(jobs, own, scores.tolist(), rows.tolist()):
+                job.future.set_result(self._result(row, [hit for hit in zip(found, hits) if hit[1] >= 0][: job.topk]))
+
+    def _result(self, row, found):
+        """row: of the query, or -1. found: [(score, row)], best first."""
+        query, threshold = self.describe(row) if row >= 0 else None, self.index.threshold
+        results = []
+        for position, (score, row) in enumerate(found, 1):
+            hit = {"position": position, "score": score, **self.describe(row)}
+            hit["verdict"] = verdict(query["pid"] if query else UNKNOWN_PID, hit["pid"])
+            results.append(hit | {"match": None if threshold is None else score > threshold})
+        return {"query": query, "results": results}
+
+    def _anybody(self, count):
+        """Up to `count` different images: of the neighbours of random directions, which every kind of gallery can find."""
+        _, rows = self.index.search(F.normalize(torch.randn(count, self.extractor.dim)), NEIGHBOURS)
+        picked = {random.choice(near): None for near in ([row for row in hits if row >= 0] for hits in rows.tolist()) if near}
+        return [self.describe(row) for row in picked]
 
 
 def create_app(extractor, index, data_root=None, host="127.0.0.1", topk_limit=200):
     """The ASGI application.
 
-    extractor: Extractor. index: gallery index with `search`, `embeddings`, `paths`, `pids`, `camids`, `threshold`.
-    data_root: folder that the index's paths start from (default: as the index says). host: the address it will listen on;
-    on this machine's own, requests under other names are refused (DNS rebinding). topk_limit: most results of one answer.
+    extractor: Extractor. index: GalleryIndex or MilvusGallery. data_root: folder that the index's paths start from (default:
+    as the index says). host: the address it will listen on; on this machine's own, requests under other names are refused
+    (DNS rebinding). topk_limit: most results of one answer.
     """
     data_root = Path(data_root or index.data_root)
     searcher, decoders = Searcher(extractor, index), ThreadPoolExecutor(2, "decode")  # two: 50 megapixels are 300 MB
@@ -135,14 +164,15 @@ def create_app(extractor, index, data_root=None, host="127.0.0.1", topk_limit=20
     async def lifespan(app):
         searcher.thread.start()
         yield
-        searcher.stop()
+        searcher.jobs.put(None)  # after what is in the queue
+        searcher.thread.join()
         decoders.shutdown(cancel_futures=True)
 
     app = FastAPI(title="reid", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     _harden(app, policy, host)
     topk_query, camera_query = Query(min(20, topk_limit), ge=1, le=topk_limit), Query([])
 
-    @app.get("/", response_class=HTMLResponse)
+    @app.get("/")
     async def home():
         return HTMLResponse(page, headers={"Cache-Control": "no-store"})
 
@@ -151,43 +181,27 @@ def create_app(extractor, index, data_root=None, host="127.0.0.1", topk_limit=20
         body = await _read(request)
         pixels = await asyncio.get_running_loop().run_in_executor(
             decoders, lambda: images.resize([images.decode(body)], extractor.size)[0])
-        return await _answer(searcher, pixels, topk, camera)
+        return await searcher.answer(pixels, topk, camera)
 
     @app.get("/search")
     async def search_row(row: int, topk: int = topk_query, camera: list[int] = camera_query):
-        return await _answer(searcher, searcher.check(row), topk, camera)
+        return await searcher.answer(row, topk, camera)
+
+    @app.get("/sample")
+    async def sample():
+        return await searcher.answer(None, SAMPLE)
 
     @app.get("/image/{row}")
     def picture(row: int):
-        return Response(_picture(searcher, data_root, row), media_type="image/jpeg",
-                        headers={"Cache-Control": "private, max-age=86400"})
+        return Response(_picture(searcher, data_root, row), 200, {"Cache-Control": "private, max-age=86400"}, "image/jpeg")
 
     @app.get("/healthz")
-    async def healthz():
+    def healthz():
         alive = searcher.thread.is_alive()
-        state = {"status": "ok" if alive else "stopped", "images": len(index), "model": extractor.describe(),
-                 "waiting": searcher.jobs.qsize()}
-        return JSONResponse(state, 200 if alive else 503)
+        return JSONResponse({"status": "ok" if alive else "stopped", "images": len(index), "model": extractor.describe(),
+                             "waiting": searcher.jobs.qsize()}, 200 if alive else 503)
 
     return app
-
-
-async def _answer(searcher, query, topk, cameras):
-    """The JSON of a search. query: as in Job."""
-    started, threshold = time.perf_counter(), searcher.index.threshold
-    if strange := sorted(set(cameras) - set(searcher.cameras)):
-        raise HTTPException(400, f"camera {strange[0]}: the gallery knows {', '.join(map(str, searcher.cameras)) or 'none'}")
-    try:
-        found = await asyncio.wrap_future(searcher.submit(query, topk, cameras))
-    except queue.Full as error:
-        raise HTTPException(503, "too many searches at once, try again", {"Retry-After": "2"}) from error
-    known = searcher.describe(query) if isinstance(query, int) else None
-    results = []
-    for position, (score, row) in enumerate(found, 1):
-        hit = {"position": position, "score": score, **searcher.describe(row)}
-        hit["verdict"] = verdict(known["pid"] if known else UNKNOWN_PID, hit["pid"])
-        results.append(hit | {"match": None if threshold is None else score > threshold})
-    return {"query": known, "results": results, "threshold": threshold, "seconds": round(time.perf_counter() - started, 4)}
 
 
 def _harden(app, policy, host):
