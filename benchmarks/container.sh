@@ -128,14 +128,14 @@ done
 seconds "default query, first" run "$image"
 seconds "default query, again" run "$image"
 
-crops=$dir/crops out=$dir/out queries='/crops/*_c1*.jpg'
+crops=$dir/crops out=$dir/out queries='/crops/*.jpg'
 rm -rf "$crops" "$out" && mkdir "$out" && chown 1234 "$out"
 "${docker[@]}" cp "$("${docker[@]}" create "$image"):/app/data/synthetic/query/0041" "$crops"
-number=$(find "$crops" -name '*_c1*.jpg' | wc -l)
+number=$(find "$crops" -name '*.jpg' | wc -l)
 check "the default query has 5 answers" hits 5 run "$image"
 check "crops of a volume, --topk 10" hits $((10 * number)) run -v "$crops:/crops:ro" "$image" --query_paths "$queries" --topk 10
 check "a gallery of one's own" hits 3 run -v "$crops:/crops:ro" --entrypoint python "$image" inference.py --gallery /crops \
-  --query_paths "$(find "$crops" -name '*_c1*.jpg' -printf '/crops/%f\n' | head -n 1)" --topk 3
+  --query_paths "$(find "$crops" -name '*.jpg' -printf '/crops/%f\n' | head -n 1)" --topk 3
 check "any user, --output to a volume" run --user 1234 -v "$out:/out" "$image" --output /out/ranking.png
 check "which is a picture" grep -q PNG "$out/ranking.png"
 check "a missing query is one line" fails_with 1 'no such image' run "$image" --query_paths /nowhere.jpg
@@ -144,6 +144,6 @@ check "and cannot change code or gallery" fails_with 1 'denied' "${docker[@]}" r
   "$image" /app/reid/model.py
 server=$("${docker[@]}" run -d "${locked[@]}" --health-interval 2s "$image" --serve --host 0.0.0.0)
 check "--serve becomes healthy" until_ready 120 healthy
-check "the page and POST /search" search_page 'data/synthetic/query/0041/*_c1*.jpg'
+check "the page and POST /search" search_page 'data/synthetic/query/0041/*.jpg'
 check "it stops when asked to, status 0" stops
 exit "$failed"
