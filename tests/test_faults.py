@@ -1,0 +1,83 @@
+"""The fast part of benchmarks/faults.py: each fault once or twice, where no other test has it, and what was lost once."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from reid import ReidError, images, storage
+from reid.checkpoint import load_checkpoint, save_checkpoint
+from reid.model import build_model, default_config
+
+fcntl = pytest.importorskip("fcntl")
+
+
+@pytest.mark.parametrize("faults", [
+    ["kill -9: eval.py", "two eval.py", "while the index is replaced"],
+    ["disk full, then read-only: eval.py", "disk full, then read-only: inference.py"],
+    ["fuzzing: bytes of a checkpoint", "fuzzing: contents of a checkpoint", "fuzzing: file names", "fuzzing: bytes of an index"],
+], ids=["kills", "disks", "fuzzing"])
+def test_nothing_is_lost(root, tmp_path, faults):
+    table = tmp_path / "table.json"
+    command = [sys.executable, root / "benchmarks" / "faults.py", "--tries", "1", "--json", table, "--only", *faults]
+    done = subprocess.run(command, capture_output=True, text=True)
+    rows = json.loads(table.read_text())
+    skipped = done.stdout.count(": skipped, ")
+    assert len(rows) + skipped == len(faults), done.stdout + done.stderr
+    assert done.returncode == 0 and not sum(row["lost"] for row in rows), done.stdout
+    assert all(row["survived"] == row["tries"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("make, reason", [
+    (os.mkfifo, "not a regular file"), (lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
+    (lambda path: (path.touch(), os.truncate(path, 1 << 40)), "bytes, more than"), (os.mkdir, "is a folder"),
+    (lambda path: path.symlink_to(path.name), "symbolic links")], ids=["pipe", "device", "terabyte", "folder", "link to itself"])
+def test_what_is_no_file_is_refused_before_it_is_read(tmp_path, make, reason):
+    make(tmp_path / "x.jpg")
+    with pytest.raises(ReidError, match=f"x.jpg: cannot be read as an image .*{reason}"):
+        images.decode(tmp_path / "x.jpg")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork") or os.getuid() == 0, reason="root may read everything")
+def test_an_unreadable_image(tmp_path):
+    (tmp_path / "x.jpg").touch(0)
+    with pytest.raises(ReidError, match="Permission denied"):
+        images.decode(tmp_path / "x.jpg")
+
+
+def ring():
+    inner = []
+    inner.append(inner)
+    return inner
+
+
+@pytest.mark.parametrize("value", [torch.zeros(1).expand(1 << 25, 1 << 25), torch.ones(2, 2).to_sparse(),
+                                   torch.ones(2, device="meta"), ring()], ids=["expanded", "sparse", "meta", "ring"])
+def test_values_that_no_file_of_ours_holds(tmp_path, value):
+    torch.save({"format": "kind", "version": 1, "x": value, "sha256": ""}, tmp_path / "a.pt")
+    with pytest.raises(ReidError, match="damaged or not ours"):
+        storage.load(tmp_path / "a.pt", "kind", 1)
+
+
+@pytest.mark.parametrize("change", [{"state_dict": {"neck.weight": 1}}, {"state_dict": {1: torch.ones(1)}}, {"config": {}},
+                                    {"config": default_config([1]) | {"height": 1 << 30}}, {"config": default_config("ab")}])
+def test_checkpoints_with_strange_contents(tmp_path, change):
+    path = tmp_path / "best.pth"
+    save_checkpoint(path, build_model(default_config([1, 2])), {}, {})
+    record = {key: value for key, value in load_checkpoint(path).items() if key not in ("format", "version")}
+    storage.save(path, record | change, "reid-checkpoint", 1)
+    with pytest.raises(ReidError, match=r"best\.pth: ") as caught:
+        load_checkpoint(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_name_that_the_terminal_cannot_show(root, tmp_path):
+    code = ("import argparse, os, reid\n"
+            "reid.run(argparse.ArgumentParser(), lambda args: print(os.fsdecode(b'caf\\xe9.jpg'), '\\u65e5.jpg'))")
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [b"caf\\udce9.jpg", b"\\u65e5.jpg"]
