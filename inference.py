@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 
-from reid import ReidError, rerank, run, storage, viz
+from reid import ReidError, rerank, run, storage, viz, world
 from reid.checkpoint import checkpoint_path, load_spacetime
 from reid.data import UNKNOWN, UNKNOWN_PID, Name, folder_pid, list_images, parse_name, read_folder, read_split
 from reid.extract import Extractor
 from reid.gallery import build_gallery, open_gallery
+from reid.milvus_client import INDEXES
 
 CANDIDATES = 200  # rows of the gallery that re-ranking looks at
 
@@ -33,6 +34,8 @@ def get_args_parser():
     add("--load_index", action="store_true", help="take the gallery from the index, embed only the queries")
     add("--save_index", action="store_true", help="keep the gallery's embeddings in the index")
     add("--gallery_uri", help="the index: a file (default: index/<run>.pt), or Milvus as name.db or http://host:19530")
+    add("--index_type", choices=list(INDEXES), default="FLAT", help="of a Milvus gallery; others than FLAT search only a part "
+        "of it: their recall is printed")
     add("--cameras", type=int, nargs="+", help="search these cameras only")
     add("--rerank", action="store_true", help=f"re-rank the best {CANDIDATES} (k-reciprocal encoding)")
     add("--spacetime", action="store_true", help="also weigh camera and time, as learnt by eval.py --spacetime")
@@ -70,9 +73,12 @@ def main(args):
 
         listener = serve.listen(args.host, args.port)  # a taken port is said before the gallery is embedded
     query_files = [] if args.serve else find_queries(args)
-    extractor = Extractor(checkpoint, args.device, args.precision, args.engine, args.compile, args.mirror is not False,
-                          args.batch_size)
+    world.start(args.device)  # torchrun: every rank embeds and writes its part of a Milvus gallery
+    extractor = Extractor(checkpoint, world.device or args.device, args.precision, args.engine, args.compile,
+                          args.mirror is not False, args.batch_size)
     index = gallery_of(args, extractor)
+    if world.rank:
+        return world.stop()
     print(f"{extractor.describe()}; {len(index):,} images in the gallery", flush=True)
     if args.serve:
         return serve.serve(serve.create_app(extractor, index, host=args.host), listener)
@@ -86,8 +92,8 @@ def main(args):
     for item in rankings:
         print_ranking(item, threshold)
     if args.output:
-        drawn = [viz.Ranking(item["query"], Path(item["query"]).name, item["pid"], item["camid"], [
-            viz.Hit(hit["path"], Path(hit["path"]).name, hit["pid"], hit["camid"], hit["score"]) for hit in item["hits"]])
+        drawn = [viz.Ranking(item["query"], item["query"], item["pid"], item["camid"], [
+            viz.Hit(hit["path"], hit["path"], hit["pid"], hit["camid"], hit["score"]) for hit in item["hits"]])
             for item in rankings]
         written = viz.draw_ranking(args.output, drawn, args.positions, threshold)
         print(f"pictures written: {', '.join(map(str, written))}")
@@ -137,11 +143,15 @@ def gallery_of(args, extractor):
             extractor.mirror = index.mirror
         return index
     records = read_folder(args.gallery) if args.gallery else read_split(args.data_root, "gallery")
-    index = build_gallery(uri, args.exp_name, extractor, records, args.save_index, strict=args.strict)
-    if not len(index):
+    index = build_gallery(uri, args.exp_name, extractor, records, args.save_index, args.index_type,
+                          strict=args.strict, rank=world.rank, world=world.ranks)
+    if world.rank == 0 and not len(index):
         raise ReidError(f"{args.gallery or args.data_root}: not one image of the gallery could be read")
-    if args.save_index:
+    if args.save_index and world.rank == 0:
         print(f"index saved: {uri}")
+        if args.index_type != "FLAT":
+            recall, compared = index.recall()
+            print(f"{args.index_type}: recall@10 {100 * recall:.1f} % against exact search over {compared:,} images")
     return index
 
 

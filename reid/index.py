@@ -1,5 +1,6 @@
 """The gallery index: one matrix of embeddings with what is known of each image, on disk, and its exact search."""
 
+import itertools
 import os
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from reid import ReidError, storage
 from reid.data import Records
 from reid.images import PREPROCESSING
+from reid.search import ExactSearch
 
 FORMAT, VERSION = "reid-index", 1
 COLUMNS = ("pids", "camids", "seqs", "frames", "sizes", "mtimes")  # int64 [N] each
@@ -34,7 +36,7 @@ class Paths:
 
     def __iter__(self):
         blob, ends = self.blob.numpy().tobytes(), self.offsets.tolist()
-        return (os.fsdecode(blob[start:stop]) for start, stop in zip(ends, ends[1:]))
+        return (os.fsdecode(blob[start:stop]) for start, stop in itertools.pairwise(ends))
 
 
 class GalleryIndex:
@@ -52,19 +54,23 @@ class GalleryIndex:
         self.data_root = str(records.root)
         self.fingerprint, self.preprocessing, self.mirror = fingerprint, PREPROCESSING, mirror
         self.threshold = self.false_match_rate = self.queries = None
-        self.bad = []
+        self.bad, self._search = [], None
 
     @classmethod
     def build(cls, extractor, records, strict=False, dtype=torch.float16, progress=True, rank=0, world=1):
         """Embed `records` into an index. Images that cannot be read are left out and stand in `.bad` (`strict` raises)."""
-        files = records.files()
+        own = torch.arange(rank, len(records), world)  # torchrun: each rank embeds its share
+        files = records.select(own).files()
         embeddings = torch.empty(len(files), extractor.dim, dtype=dtype)
         kept, bad, count = torch.empty(len(files), dtype=torch.int64), [], 0
         for positions, rows in extractor.stream(files, strict, progress, bad):
             embeddings[count : count + len(rows)] = rows
             kept[count : count + len(rows)] = positions
             count += len(rows)
-        index = cls(embeddings[:count], records.select(kept[:count]), extractor.fingerprint, extractor.mirror)
+        embeddings, kept = embeddings[:count], own[kept[:count]]
+        if world > 1:
+            embeddings, kept, bad = _gather(embeddings, kept, bad, world)
+        index = cls(embeddings, records.select(kept), extractor.fingerprint, extractor.mirror)
         index.bad = bad
         return index
 
@@ -95,17 +101,40 @@ class GalleryIndex:
 
     @classmethod
     def load(cls, path, extractor_or_fingerprint=None):
-        """Open an index. With an Extractor (or a fingerprint) an index of other weights raises ReidError."""
-        return cls._restore(storage.load(path, FORMAT, VERSION, mmap=True), path)
+        """Open an index, memory-mapped. With an Extractor (or a fingerprint) one of other weights raises ReidError."""
+        if not Path(path).is_file():
+            raise ReidError(f"{path}: no such index; make it: python eval.py --save_index --exp_name {Path(path).stem}")
+        index = cls._restore(storage.load(path, FORMAT, VERSION, mmap=True), path)
+        wanted = getattr(extractor_or_fingerprint, "fingerprint", extractor_or_fingerprint)
+        if index.preprocessing != PREPROCESSING or (wanted is not None and index.fingerprint != wanted):
+            raise ReidError(f"{path}: made by other weights or another preprocessing; make it again: "
+                            f"python eval.py --save_index --exp_name {Path(path).stem}")
+        return index
 
     @classmethod
     def _restore(cls, part, path):
-        paths = Paths(part["path_blob"], part["path_offsets"])
-        records = Records(Path(part["data_root"]), paths, *(part[name] for name in COLUMNS[:4]))
-        index = cls(part["embeddings"], records, part["fingerprint"], part["mirror"], (part["sizes"], part["mtimes"]))
-        index.preprocessing, index.threshold = part["preprocessing"], part["threshold"]
-        index.false_match_rate = part["false_match_rate"]
-        if "queries" in part:
+        columns = {name: part.get(name) for name in (*COLUMNS, "path_offsets")}
+        embeddings, blob, count = part.get("embeddings"), part.get("path_blob"), 0
+        require(isinstance(embeddings, torch.Tensor) and embeddings.ndim == 2, path, "has no embeddings [N, D]")
+        require(embeddings.dtype in (torch.float16, torch.float32), path, f"embeddings are {embeddings.dtype}")
+        for name, column in columns.items():
+            count = len(embeddings) + (name == "path_offsets")
+            require(isinstance(column, torch.Tensor) and column.dtype == torch.int64 and column.shape == (count,), path,
+                    f"{name} is not int64 [{count}]")
+        require(isinstance(blob, torch.Tensor) and blob.dtype == torch.uint8 and blob.ndim == 1, path, "has no paths")
+        ends = columns["path_offsets"]
+        require(ends[0] >= 0 and ends[-1] <= len(blob) and bool((ends.diff() >= 0).all()), path, "its paths do not add up")
+        for name in ("data_root", "fingerprint", "preprocessing"):
+            require(isinstance(part.get(name), str), path, f"has no {name}")
+        # NaN anywhere makes a sum NaN; a matrix too large to verify is looked at where it is searched
+        small = embeddings.numel() * embeddings.element_size() <= storage.VERIFY_LIMIT
+        require(not small or not embeddings.numel() or bool(torch.isfinite(embeddings.float().sum())), path,
+                "embeddings hold NaN or infinite values")
+        records = Records(Path(part["data_root"]), Paths(blob, ends), *(part[name] for name in COLUMNS[:4]))
+        index = cls(embeddings, records, part["fingerprint"], bool(part.get("mirror")), (part["sizes"], part["mtimes"]))
+        index.preprocessing, index.threshold = part["preprocessing"], part.get("threshold")
+        index.false_match_rate = part.get("false_match_rate")
+        if isinstance(part.get("queries"), dict):
             index.queries = cls._restore(part["queries"], path)
         return index
 
@@ -116,16 +145,74 @@ class GalleryIndex:
         (-1: none), or a list of lists of rows. Equal scores stand in the order of their rows. Where fewer than topk rows
         are left, score is -inf and row -1.
         """
-        scores = embeddings.float() @ self.embeddings.float().T
-        if camids is not None:
-            scores[:, ~torch.isin(self.camids, torch.tensor(list(camids)))] = -torch.inf
+        if embeddings.ndim != 2 or embeddings.shape[1] != self.embeddings.shape[1]:
+            raise ReidError(f"queries of shape {tuple(embeddings.shape)} in a gallery of {self.embeddings.shape[1]} dimensions")
+        if self._search is None:
+            self._search = ExactSearch(self.embeddings)
+        keep = None if camids is None else torch.isin(self.camids, torch.tensor(list(camids), dtype=torch.int64))
         if exclude is not None:
-            for query, rows in enumerate(exclude.tolist() if isinstance(exclude, torch.Tensor) else exclude):
-                rows = [rows] if isinstance(rows, int) else rows
-                scores[query, [row for row in rows if row >= 0]] = -torch.inf
-        scores, rows = scores.sort(dim=1, descending=True, stable=True)
-        scores, rows = scores[:, :topk], rows[:, :topk]
-        return scores, rows.masked_fill(scores == -torch.inf, -1)
+            exclude = exclude.tolist() if isinstance(exclude, torch.Tensor) else exclude
+            exclude = [[row for row in ([rows] if isinstance(rows, int) else rows) if row >= 0] for rows in exclude]
+        return self._search.search(embeddings, topk, keep, exclude)
+
+    def add(self, extractor, records, strict=False, progress=True):
+        """Embed what is new among `records`, or changed (size or time of the file); returns how many images were embedded."""
+        if extractor.fingerprint != self.fingerprint or extractor.mirror != self.mirror:
+            raise ReidError("images can only be added to an index by the weights and the mirroring that made it")
+        if Path(records.root).resolve() != Path(self.data_root).resolve():
+            raise ReidError(f"{records.root}: the index is of {self.data_root}; only images below it can be added")
+        known = {path: stat for path, *stat in zip(self.paths, self.sizes.tolist(), self.mtimes.tolist())}
+        sizes, mtimes = file_stats(records.files())
+        fresh = [i for i, path in enumerate(records.paths) if known.get(path) != [sizes[i].item(), mtimes[i].item()]]
+        if not fresh:
+            return 0
+        new = GalleryIndex.build(extractor, records.select(torch.tensor(fresh)), strict, self.embeddings.dtype, progress)
+        self.remove([path for path in new.paths if path in known])
+        self.embeddings = torch.cat([self.embeddings, new.embeddings])
+        for name in COLUMNS:
+            setattr(self, name, torch.cat([getattr(self, name), getattr(new, name)]))
+        self.paths, self._search = Paths.of([*self.paths, *new.paths]), None
+        self.bad += new.bad
+        return len(new)
+
+    def remove(self, paths):
+        """Leave out the images of these paths (relative to data_root); returns how many there were."""
+        gone = set(paths)
+        keep = torch.tensor([path not in gone for path in self.paths], dtype=torch.bool)
+        removed = int((~keep).sum())
+        if removed:
+            self.paths = Paths.of([path for path in self.paths if path not in gone])
+            self.embeddings, self._search = self.embeddings[keep], None
+            for name in COLUMNS:
+                setattr(self, name, getattr(self, name)[keep])
+        return removed
+
+    def verify(self):
+        """Paths whose image is gone or has changed since it was embedded."""
+        sizes, mtimes = file_stats([Path(self.data_root) / path for path in self.paths])
+        changed = (sizes != self.sizes) | (mtimes != self.mtimes)
+        return [self.paths[row] for row in changed.nonzero().flatten().tolist()]
+
+
+def merge_shards(parts, topk):
+    """One ranking of several shards' searches. parts: [(scores [Q, k], rows [Q, k]), ...], rows numbered over all shards in
+    order, -1 for none. Exact, equal scores by row."""
+    scores, rows = (torch.cat(columns, 1) for columns in zip(*parts))
+    by_row = rows.masked_fill(rows < 0, torch.iinfo(torch.int64).max).argsort(1)
+    scores, rows = scores.gather(1, by_row), rows.gather(1, by_row)
+    scores, order = scores.sort(dim=1, descending=True, stable=True)
+    return scores[:, :topk], rows.gather(1, order)[:, :topk]
+
+
+def _gather(embeddings, kept, bad, world):
+    """Every rank's part on every rank, in the order of the files."""
+    import torch.distributed as dist
+
+    parts = [None] * world
+    dist.all_gather_object(parts, (embeddings, kept, bad))
+    embeddings, kept = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    order = kept.argsort()
+    return embeddings[order], kept[order], [item for part in parts for item in part[2]]
 
 
 def file_stats(files):
@@ -142,4 +229,4 @@ def file_stats(files):
 
 def require(condition, path, reason):
     if not condition:
-        raise ReidError(f"{path}: {reason}")
+        raise ReidError(f"{path}: {reason}; the index is damaged, make it again with python eval.py --save_index")
