@@ -234,8 +234,8 @@ def _suspects(crops, result, found, roc):
     return (f"<p><strong>Two ids, one look: {all_alike:,} queries.</strong> Their most alike image of another identity has a "
             f"cosine above {roc.threshold[1e-4]:.3f} (false-match rate 0.0001) and is more alike than their best true match by "
             f"over {margin:.3f} (the distance from there to the threshold at 0.01). A label may be wrong, or two people dress "
-            f"alike.</p>{_cards(top)}<p><strong>One id, two looks: {all_unlike:,} gallery images.</strong> At least two queries of their "
-            f"identity stand in other cameras, and to none of these is the cosine above {limit:.2f}, which "
+            f"alike.</p>{_cards(top)}<p><strong>One id, two looks: {all_unlike:,} gallery images.</strong> At least two queries "
+            f"of their identity stand in other cameras, and to none of these is the cosine above {limit:.2f}, which "
             f"{100 * reasons.UNLIKE:.0f} % of the strangers exceed. A label may be wrong, or the box shows too little.</p>"
             f"{_cards(low)}")
 

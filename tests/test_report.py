@@ -33,7 +33,8 @@ def run(tmp_path):
     """(queries, gallery): 1 looks like 2 and is taken for 2; 3 is found; 4 is skipped; 5 meets a distractor."""
     root = tmp_path / "data"
     gallery = [
-        ("g/<script>alert(1)<.jpg", 2, 2, (1.0, 0, 0, 0)), ("g/1a.jpg", 1, 2, (0.5, 1, 0, 0)), ("g/own.jpg", 1, 1, (1.0, 0, 0, 0)),
+        ("g/<script>alert(1)<.jpg", 2, 2, (1.0, 0, 0, 0)), ("g/1a.jpg", 1, 2, (0.5, 1, 0, 0)),
+        ("g/own.jpg", 1, 1, (1.0, 0, 0, 0)),
         ("g/junk.jpg", -1, 2, (1.0, 0.01, 0, 0)), ("g/3.jpg", 3, 2, (0, 0, 1.0, 0)), ("g/0.jpg", 0, 3, (0, 0, 0, 1.0)),
         ("g/5.jpg", 5, 2, (0, 0, 0.3, 1.0)),
     ]
