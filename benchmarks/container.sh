@@ -18,8 +18,10 @@ mkdir -p "$dir"
 
 cleanup() {
   local pid
+  set +e  # all of it, whatever fails
   "${docker[@]}" ps -aq | xargs -r "${docker[@]}" rm -f
   for pid in "${started[@]}"; do kill "$pid" && wait "$pid"; done
+  umount "$dir"/exec/netns/*  # the daemon leaves it
   [[ -n ${CONTAINER_DIR:-} ]] || rm -rf "$dir"
 } >/dev/null 2>&1
 trap cleanup EXIT
