@@ -143,7 +143,7 @@ def strange_contents(node, rng):
     value, lot = node[key], rng.random()
     if lot < 0.1:
         del node[key]
-    elif lot < 0.5 and isinstance(value, torch.Tensor):
+    elif lot < 0.5 and isinstance(value, torch.Tensor) and value.ndim:
         node[key] = rng.choice([value.double, value.short, value.half, lambda: torch.cat([value, value]), lambda: value[None],
                                 lambda: value[:-1], lambda: value.flip(0), lambda: -value.long(), lambda: value * torch.nan,
                                 lambda: value.expand(3, *value.shape), lambda: value[:1].expand(1 << 40, *value.shape[1:])])()
