@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from reid import ReidError, __version__, gallery, metrics, rerank, run, spacetime, storage, world
+from reid import ReidError, __version__, gallery, metrics, report, rerank, run, spacetime, storage, world
 from reid.checkpoint import (
     checkpoint_path,
     fingerprint,
@@ -21,6 +21,7 @@ from reid.checkpoint import (
     save_spacetime,
     versions,
 )
+from reid.compare import compare_table
 from reid.data import read_split
 from reid.extract import Extractor
 from reid.index import GalleryIndex
@@ -36,6 +37,8 @@ def get_args_parser():
     add("--load_index", action="store_true", help="take the embeddings from the index, embed nothing")
     add("--save_index", action="store_true", help="keep the embeddings in the index")
     add("--gallery_uri", help="the index: a file (default: index/<run>.pt), or Milvus as name.db or http://host:19530")
+    add("--report", metavar="DIR", help="write a page with tables, charts, worst queries and likely label errors")
+    add("--compare", nargs=2, metavar="RUN", help="two runs side by side, from their saved indexes")
     add("--json", metavar="PATH", help="write everything that was measured")
     # how to score
     add("--rerank", action="store_true", help="also with k-reciprocal re-ranking")
@@ -55,6 +58,10 @@ def get_args_parser():
 
 
 def main(args):
+    if args.compare:
+        return print(compare_table(*(saved_run(args, name) for name in args.compare)))
+    if args.report:
+        report.check_folder(args.report)  # a wrong folder is said now, not after the work
     rank, ranks = world.start(args.device)
     checkpoint = checkpoint_path(args.exp_name)
     record = load_checkpoint(checkpoint)
@@ -85,6 +92,10 @@ def main(args):
         print(f"index saved: {uri}")
     if args.json:
         write_json(args, record, results, roc, index)
+    if args.report:
+        title = f"{args.exp_name} on {args.data_root}"
+        page = report.write_report(args.report, title, queries, index, data, results, roc, vars(args), versions())
+        print(f"report written: {page}")
     left_out = len(index.bad) + len(queries.bad)
     for file, reason in queries.bad + index.bad:
         print(f"left out: {file}: {reason}", file=sys.stderr)
@@ -125,6 +136,16 @@ def load_index(args, uri, wanted):
         raise ReidError(f"{uri}: made {'with' if index.mirror else 'without'} mirrored images; give "
                         f"{'--mirror' if index.mirror else '--no-mirror'}, or {again}")
     return index
+
+
+def saved_run(args, name):
+    """(name, index, EvalResult) of a run whose index was saved with its queries."""
+    path = f"index/{name}.pt"
+    index = GalleryIndex.load(path, fingerprint(load_checkpoint(checkpoint_path(name))))
+    if index.queries is None:
+        raise ReidError(f"{path}: has a gallery but no queries; make it again: python eval.py --save_index --exp_name {name}")
+    plain = argparse.Namespace(multi_query=False)
+    return name, index, metrics.evaluate(*gather_data(index.queries, index, plain).values(), protocol=args.protocol)
 
 
 def gather_data(queries, index, args):

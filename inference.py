@@ -137,7 +137,7 @@ def find_queries(args):
 def gallery_of(args, extractor):
     """The gallery that is searched: loaded, or made of a folder."""
     uri = args.gallery_uri or f"index/{args.exp_name}.pt"
-    if args.load_index:
+    if args.load_index and not args.gallery:
         index = open_gallery(uri, args.exp_name, extractor)
         if args.mirror is None:
             extractor.mirror = index.mirror

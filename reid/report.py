@@ -141,7 +141,7 @@ class Crops:
         path, facts = self.who(side, row)
         if (side, path) not in self.names:
             self.names[side, path] = name = f"crops/{len(self.names):04d}.jpg"
-            viz._crop(Path(self.sides[side].data_root) / path).save(self.folder / name, "JPEG", quality=85)
+            viz.crop(Path(self.sides[side].data_root) / path).save(self.folder / name, "JPEG", quality=85)
         badge = f"<i>{BADGES[kind]}</i>" if kind in BADGES else ""
         return (f'<figure class="tile {kind}"><div><img src="{self.names[side, path]}" alt="{kind}" title="{escape(path)}" '
                 f'width="128" height="256">{f"<b>{label}</b>" * bool(label)}{badge}</div>'

@@ -192,7 +192,7 @@ def ellipsis(text, font, width):
 def _tile(picture, corner, file, kind, label):
     """A framed crop with its badge, and a label (position or `query`) in the corner."""
     x, y = corner
-    picture.paste(_crop(file), (x + BORDER, y + BORDER))
+    picture.paste(crop(file), (x + BORDER, y + BORDER))
     frame = _frame(kind)
     picture.paste(frame, corner, frame)
     if kind not in ("query", "unknown"):
@@ -202,7 +202,7 @@ def _tile(picture, corner, file, kind, label):
     picture.paste(pill, (x, y), pill)
 
 
-def _crop(file):
+def crop(file):
     """The image fitted into a WIDTH x HEIGHT tile, or what is wrong with it."""
     tile = Image.new("RGB", (WIDTH, HEIGHT), LETTERBOX)
     try:
