@@ -102,7 +102,8 @@ def renamed(model, rename, wrap=lambda state: state):
 
 @pytest.mark.parametrize("style", [
     lambda m: renamed(m, lambda k: k.replace("body.", "features.")),  # torchvision
-    lambda m: renamed(m, lambda k: "module." + k.replace("body.", "features."), lambda s: {"state_dict": s, "epoch": 3}),  # torchreid
+    # torchreid
+    lambda m: renamed(m, lambda k: "module." + k.replace("body.", "features."), lambda s: {"state_dict": s, "epoch": 3}),
     lambda m: renamed(m, lambda k: k.replace("body.", "model.features.")),  # layumi
     lambda m: renamed(m, lambda k: k.replace("body.", "features.").replace(".norm1.", ".norm.1.").replace(".conv2.", ".conv.2.")),
 ])

@@ -28,7 +28,8 @@ def test_parse_name(name, expected):
 
 
 @settings(max_examples=2000, deadline=None)
-@given(st.text(alphabet=string.printable + "éß₂٣", max_size=40) | st.from_regex(r"-?\d{1,25}_c\d{1,12}(s\d+)?(_\d+)*(\.jpg)*", fullmatch=True))
+@given(st.text(alphabet=string.printable + "éß₂٣", max_size=40)
+       | st.from_regex(r"-?\d{1,25}_c\d{1,12}(s\d+)?(_\d+)*(\.jpg)*", fullmatch=True))
 def test_parse_name_never_raises(name):
     parsed = parse_name(name)
     assert parsed is None or all(-(2**63) <= value < 2**63 for value in parsed)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from reid import ReidError, spacetime
 from reid.metrics import evaluate
 from reid.rerank import rerank
-from reid.spacetime import SpaceTime, fit
+from reid.spacetime import SpaceTime, fit, fit_weight
 
 RATE = 25.0
 CLOCKS = {(1, 1): 0.0, (1, 2): 3100.0, (2, 1): -70.0, (3, 1): 35.0, (3, 2): 2900.0}  # s, start of each recording
@@ -113,15 +113,28 @@ def test_bonus_is_the_weighted_evidence_below_zero(model):
     torch.testing.assert_close(bonus(every[:-1], every[1:]), square.diagonal(1))
 
 
-def test_the_weight_is_fitted_so_that_noisy_people_gain():
+def test_the_weight_is_in_proportion_to_the_cosines_and_asks_more_of_a_worse_network():
     columns = world(120)
-    fitted = fit(*columns, emb=embeddings(columns[0], noise=0.5))
-    emb = embeddings(columns[0], noise=0.5)
-    strangers = (emb @ emb.T)[columns[0][:, None] != columns[0]].std().item()
-    assert 0.04 < fitted.weight / strangers < 1.6  # it is one of those tried, in standard deviations
-    assert torch.equal(fitted.log_odds, fit(*columns).log_odds)
-    few = fit(*(x[columns[0] == 1] for x in columns), emb=emb[columns[0] == 1])
-    assert few.weight == spacetime.DEFAULT_WEIGHT
+    weight, units = {}, {}
+    for dim in (32, 256):  # strangers' cosines spread by 1 / sqrt(dim)
+        emb = embeddings(columns[0], noise=0.5, dim=dim)
+        weight[dim] = fit_weight(emb, *columns)
+        units[dim] = weight[dim] / (emb @ emb.T)[columns[0][:, None] != columns[0]].std().item()
+        assert min(spacetime.WEIGHTS) * 0.9 < units[dim] < max(spacetime.WEIGHTS) * 1.1
+    assert weight[32] > 1.5 * weight[256]
+
+
+def test_the_weight_does_not_trust_a_network_on_the_people_it_has_learnt():
+    columns = world(120)
+    by_heart = embeddings(columns[0], noise=0.01)  # on these the visual score alone is always right
+    assert (by_heart @ by_heart.T)[columns[0][:, None] == columns[0]].min() > 0.9
+    strangers = (by_heart @ by_heart.T)[columns[0][:, None] != columns[0]].std().item()
+    assert fit_weight(by_heart, *columns) > 0.2 * strangers
+
+
+def test_too_few_people_for_two_halves_get_the_usual_weight():
+    columns = world(1)
+    assert fit_weight(embeddings(columns[0], noise=0.5), *columns) == spacetime.DEFAULT_WEIGHT
 
 
 def test_junk_distractors_and_unknown_frames_teach_nothing(model):
@@ -161,3 +174,5 @@ def test_nothing_to_learn_is_one_clear_line():
         fit(pids, camids, seqs, torch.full_like(frames, -1))
     with pytest.raises(ReidError, match="one entry"):
         fit(pids, camids[1:], seqs, frames)
+    with pytest.raises(ReidError, match="one entry"):
+        fit_weight(embeddings(pids[1:], noise=1.0), pids, camids, seqs, frames)

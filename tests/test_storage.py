@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from reid import ReidError, storage
 
-PAYLOAD = {"numbers": torch.arange(1000.0), "half": torch.ones(3, dtype=torch.bfloat16), "none": None, "list": [1, 2.5, "x", True],
-           "nested": {1: torch.zeros(0), "scalar": torch.tensor(3)}}
+PAYLOAD = {"numbers": torch.arange(1000.0), "half": torch.ones(3, dtype=torch.bfloat16), "none": None,
+           "list": [1, 2.5, "x", True], "nested": {1: torch.zeros(0), "scalar": torch.tensor(3)}}
 
 
 @pytest.fixture
@@ -37,7 +37,8 @@ def test_round_trip(path, mmap):
 def test_checksum_sees_every_part():
     seen = {storage.checksum(PAYLOAD)}
     changes = [{"numbers": torch.arange(1000.0) + 1e-4}, {"numbers": torch.arange(1000.0).view(10, 100)}, {"half": torch.ones(3)},
-               {"none": 0}, {"list": [1, 2.5, "x", False]}, {"nested": {1: torch.zeros(0), "scalar": torch.tensor(4)}}, {"more": 1}]
+               {"none": 0}, {"list": [1, 2.5, "x", False]}, {"nested": {1: torch.zeros(0), "scalar": torch.tensor(4)}},
+               {"more": 1}]
     for change in changes:
         seen.add(storage.checksum(PAYLOAD | change))
     assert len(seen) == 1 + len(changes)
@@ -71,7 +72,8 @@ def test_code_in_a_pickle_does_not_run(path):
         def __reduce__(self):
             return os.system, (f"touch {marker}",)
 
-    for write in (lambda: torch.save({"format": "kind", "x": Hostile()}, path), lambda: path.write_bytes(pickle.dumps(Hostile()))):
+    for write in (lambda: torch.save({"format": "kind", "x": Hostile()}, path),
+                  lambda: path.write_bytes(pickle.dumps(Hostile()))):
         write()
         with pytest.raises(ReidError):
             storage.load(path, "kind", 1)
