@@ -26,7 +26,8 @@ def near(pixels, reference, tolerance):
 
 @pytest.mark.parametrize("mode, name, options", [
     ("RGB", "a.jpg", {}), ("RGB", "a.jpg", {"progressive": True}), ("L", "a.jpg", {}), ("CMYK", "a.jpg", {}),
-    ("RGB", "a.png", {}), ("P", "a.png", {}), ("P", "a.gif", {}), ("L", "a.png", {}), ("1", "a.png", {}), ("RGBA", "a.png", {}), ("LA", "a.png", {}),
+    ("RGB", "a.png", {}), ("P", "a.png", {}), ("P", "a.gif", {}), ("L", "a.png", {}), ("1", "a.png", {}),
+    ("RGBA", "a.png", {}), ("LA", "a.png", {}),
     ("RGB", "a.bmp", {}), ("RGB", "a.webp", {}), ("RGB", "a.tif", {}), ("CMYK", "a.tif", {}),
 ])
 def test_formats_and_modes(tmp_path, mode, name, options):

@@ -113,23 +113,12 @@ def test_bonus_is_the_weighted_evidence_below_zero(model):
     torch.testing.assert_close(bonus(every[:-1], every[1:]), square.diagonal(1))
 
 
-def test_the_weight_is_in_proportion_to_the_cosines_and_asks_more_of_a_worse_network():
-    columns = world(120)
-    weight, units = {}, {}
-    for dim in (32, 256):  # strangers' cosines spread by 1 / sqrt(dim)
-        emb = embeddings(columns[0], noise=0.5, dim=dim)
-        weight[dim] = fit_weight(emb, *columns)
-        units[dim] = weight[dim] / (emb @ emb.T)[columns[0][:, None] != columns[0]].std().item()
-        assert min(spacetime.WEIGHTS) * 0.9 < units[dim] < max(spacetime.WEIGHTS) * 1.1
-    assert weight[32] > 1.5 * weight[256]
-
-
 def test_the_weight_does_not_trust_a_network_on_the_people_it_has_learnt():
     columns = world(120)
     by_heart = embeddings(columns[0], noise=0.01)  # on these the visual score alone is always right
     assert (by_heart @ by_heart.T)[columns[0][:, None] == columns[0]].min() > 0.9
     strangers = (by_heart @ by_heart.T)[columns[0][:, None] != columns[0]].std().item()
-    assert fit_weight(by_heart, *columns) > 0.2 * strangers
+    assert 0.2 * strangers < fit_weight(by_heart, *columns) < 1.6 * strangers
 
 
 def test_too_few_people_for_two_halves_get_the_usual_weight():
