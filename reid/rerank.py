@@ -20,7 +20,7 @@ from reid import ReidError
 GROUP = 16  # columns that share one maximum while the best of a row are looked for
 SHORTLIST = 2.5  # candidates that the bf16 product keeps for each neighbour wanted
 BF16_ERROR = 3 * 2**-9 + 2**-12  # of a cosine: both vectors and the result are rounded by 2^-9, and some for the sums
-QUERIES = 64  # rows scored at a time
+QUERIES = 128  # rows scored at a time
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
@@ -99,8 +99,8 @@ def estimate_bytes(queries: int, gallery: int, dim: int = 1024, k1: int = 20, k2
     """Bytes that `rerank` and its `scores` take beyond the embeddings given and the scores returned, about."""
     n = queries + gallery
     copies = 6 * dim  # float32 and bf16
-    encoding = 8 * (k1 + 1) + 12 * 2 * k1 + 32 * 4 * k1 * min(k2, 4)
-    return n * (copies + encoding + 10 * min(block, n))
+    rows = 12 * (k1 + 1) + 24 * k1 * (1 + min(k2, 4))  # neighbours, V, V expanded and inverted; V has some 2 k1 a row
+    return n * (copies + rows + 10 * min(block, n)) + (24 << 20)
 
 
 def _similarity(x: Tensor, rows: slice, bonus: Callable | None) -> Tensor:

@@ -14,7 +14,7 @@ Two images of one camera, and whatever was not seen in training, have even odds:
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -30,8 +30,7 @@ STEP, BANDWIDTH = 0.1, 0.15  # width of a bin, and of the Gaussian that smooths,
 TICK = TAU / 16  # s; resolution of the time line
 REACH = 1 << 16  # ticks, 9 hours; longer differences are not learnt and have even odds
 PRIOR = 3.0  # identities' worth of even odds that each pair of cameras starts with: bounds the odds where data is thin
-TOGETHER = 80.0  # s; sightings this close agree on the offset between two recordings
-MIN_TOGETHER = 3.0  # identities that must agree, else the two recordings are not comparable
+TOGETHER, MIN_TOGETHER = 80.0, 3.0  # s, identities: so many sightings so close tell the offset between two recordings
 CROWD, QUERIES, SOME = 128, 1000, 4096  # images of an identity, queries and strangers looked at: thinned evenly above
 WEIGHTS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.85, 1.0, 1.25, 1.5)  # tried, see fit_weight
 DEFAULT_WEIGHT = 0.03  # cosine per nat: 0.4 standard deviations of strangers' cosines, where that is 0.08
@@ -98,19 +97,14 @@ class SpaceTime:
         return camera.where(known & found, len(self.cameras)).int(), tick.where(known, 0).int()
 
 
-def fit(pids: Tensor, camids: Tensor, seqs: Tensor, frames: Tensor, emb: Tensor | None = None,
-        rate: float = 25.0) -> SpaceTime:
+def fit(pids: Tensor, camids: Tensor, seqs: Tensor, frames: Tensor, rate: float = 25.0) -> SpaceTime:
     """Learn from the training identities. int64 [N] each; images without camera or frame (-1), junk and distractors
     are left out; sequence -1 is a recording like any other. rate: frames a second (1.0 if `frames` are seconds).
 
-    emb: their embeddings, float32 [N, D], which `fit_weight` needs; without it the weight is a usual one.
+    The weight is a usual one, until `fit_weight` finds the right one for a network.
     Raises ReidError if no identity was seen by two cameras.
     """
-    columns = [torch.as_tensor(x).cpu().long() for x in (pids, camids, seqs, frames)]
-    if len({len(x) for x in columns}) > 1 or (emb is not None and len(emb) != len(pids)):
-        raise ReidError("camera and time: pids, camids, seqs, frames and embeddings must have one entry for each image")
-    usable = (columns[0] > 0) & (columns[1] >= 0) & (columns[3] >= 0)
-    pids, camids, seqs, frames = (x[usable] for x in columns)
+    pids, camids, seqs, frames = _usable(pids, camids, seqs, frames)
     cameras, camera = camids.unique(return_inverse=True)
     if not len(_pairs(pids, camera)[0]):
         raise ReidError("camera and time: no training identity has images with frame numbers from two cameras, so "
@@ -119,10 +113,15 @@ def fit(pids: Tensor, camids: Tensor, seqs: Tensor, frames: Tensor, emb: Tensor 
     second = frames.double() / rate
     start = _time_line(pids, recording, second, len(key))
     log_odds = _log_odds(pids, camera, ((start[recording] + second) / TICK).round().int(), len(cameras))
-    model = SpaceTime(cameras, torch.stack([key >> 32, (key & 0xFFFFFFFF) - 1], 1), start, log_odds, float(rate))
-    if emb is None:
-        return model
-    return replace(model, weight=fit_weight(emb.cpu()[usable].float(), pids, camids, seqs, frames, rate))
+    return SpaceTime(cameras, torch.stack([key >> 32, (key & 0xFFFFFFFF) - 1], 1), start, log_odds, float(rate))
+
+
+def _usable(pids, *columns):
+    """The columns without images of nobody or nowhere, on the CPU; the camera comes first and the frame last."""
+    if any(len(column) != len(pids) for column in columns):
+        raise ReidError("camera and time: pids, camids, seqs, frames and embeddings must have one entry for each image")
+    good = ((pids > 0) & (columns[0] >= 0) & (columns[-1] >= 0)).cpu()
+    return [column.cpu()[good] for column in (pids, *columns)]
 
 
 def fit_weight(emb: Tensor, pids: Tensor, camids: Tensor, seqs: Tensor, frames: Tensor, rate: float = 25.0) -> float:
@@ -133,16 +132,16 @@ def fit_weight(emb: Tensor, pids: Tensor, camids: Tensor, seqs: Tensor, frames: 
     to the embeddings until the visual mAP is UNSEEN_MAP. Noise shrinks all cosines; what carries over is the weight in
     standard deviations of the cosines of different people, which are the same for people trained on and others.
     """
+    pids, camids, emb, seqs, frames = _usable(pids, camids, emb, seqs, frames)
     half = pids.unique(return_inverse=True)[1] % 2
     noise = torch.randn(emb.shape, generator=torch.Generator().manual_seed(0)) / math.sqrt(emb.shape[1])
     columns = (pids, camids, seqs, frames)
     try:
-        worlds = []
+        worlds, low, high = [], 0.0, 4.0
         for side in (0, 1):
             mine, others = half == side, half != side
             model = fit(*(x[others] for x in columns), rate=rate)
             worlds.append(_World(model, emb[mine], noise[mine], *(x[mine] for x in columns)))
-        low, high = 0.0, 4.0
         for _ in range(7):
             level = (low + high) / 2
             visual = sum(w.mean_ap(w.cosines(level)[0]) for w in worlds) / 2
@@ -170,7 +169,7 @@ class _World:
 
     def cosines(self, level):
         """Cosines [queries, images], and their standard deviation where the people are different."""
-        x = F.normalize(self.emb + level * self.noise, dim=1)
+        x = F.normalize(self.emb.float() + level * self.noise, dim=1)
         cosine = x[self.q] @ x.T
         return cosine, cosine[self.labels[0][:, None] != self.labels[2]].std().item()
 
