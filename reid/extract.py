@@ -182,7 +182,7 @@ class Extractor:
         if self.engine == "openvino":
             from reid.openvino import OpenVinoNetwork
 
-            return OpenVinoNetwork(self._model, self.fingerprint, self.precision)
+            return OpenVinoNetwork(self._model, self.precision)
         if self.engine != "torch":
             raise ReidError(f"--engine {self.engine}: use torch or openvino")
         if self.config["backbone"] == "densenet121":

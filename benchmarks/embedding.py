@@ -1,0 +1,200 @@
+"""Embedding: `reid.extract.Extractor` against plain PyTorch, the usual ways to feed it, and OpenVINO on its own.
+
+A and B alternate in one process; the ratio is the median of the rounds' ratios (over 1: ours is faster). Every peer runs the
+same weights in torchvision's own DenseNet-121 (last stride 1, no mirrored images), so the embeddings are compared too.
+"""
+
+import argparse
+import json
+import os
+import resource
+import sys
+import statistics
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+# Waiting threads sleep: where they spin, on a machine that is busy, they take the core from the one they wait for.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision import models, transforms
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from reid import ReidError, images, run
+from reid.data import read_folder
+from reid.extract import Extractor
+
+
+def get_args_parser():
+    parser = argparse.ArgumentParser("embedding.py", description=__doc__)
+    add = parser.add_argument
+    add("--checkpoint", default="models/masked-hog-908/best.pth")
+    add("--data", help="folder of images (default: 256 drawn here)")
+    add("--rounds", type=int, default=9)
+    add("--quick", action="store_true", help="3 rounds, within 5 minutes on 2 cores")
+    add("--memory", type=int, metavar="N", help="instead: embed N (repeated) files by a stand-in network, print the memory")
+    add("--json", metavar="PATH", help="write the rows")
+    return parser
+
+
+def main(args):
+    rounds = 3 if args.quick else args.rounds
+    with tempfile.TemporaryDirectory() as folder:
+        files = (read_folder(args.data) if args.data else read_folder(draw(folder, 256))).files()
+        if args.memory:
+            return watch_memory(args.checkpoint, files, args.memory)
+        rows = list((on_gpu if torch.cuda.is_available() else on_cpu)(args.checkpoint, files, rounds))
+    if args.json:
+        Path(args.json).write_text(json.dumps({"rows": rows}, indent=1))
+
+
+def draw(folder, count):
+    """JPEG files of Market-1501's size and roughly its weight."""
+    generator = torch.Generator().manual_seed(0)
+    for i in range(count):
+        pixels = F.interpolate(torch.rand(1, 3, 16, 8, generator=generator), (128, 64), mode="bicubic")[0]
+        pixels = (255 * (pixels + 0.05 * torch.randn(3, 128, 64, generator=generator)).clamp(0, 1)).to(torch.uint8)
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(Path(folder, f"{i:05}.jpg"), quality=90)
+    return folder
+
+
+class Peer:
+    """torchvision's network with the checkpoint's weights: what people run who run nothing of this project."""
+
+    def __init__(self, extractor):
+        self.size, self.device = extractor.size, extractor.device
+        self.body = models.densenet121().features
+        self.body.transition3.pool = torch.nn.Identity()
+        self.body.load_state_dict(extractor._model.body.state_dict())
+        self.body.eval().to(self.device)
+        self.neck = extractor._model.neck
+        self.transform = transforms.Compose([transforms.Resize(self.size), transforms.ToTensor(),
+                                             transforms.Normalize(images.MEAN, images.STD)])
+
+    @torch.no_grad()
+    def embed(self, batch):
+        """Normalised float32 [n, 3, H, W] -> embeddings."""
+        features = F.relu(self.body(batch.to(self.device))).mean((2, 3))
+        return F.normalize(self.neck(features)).cpu()
+
+    def pixels(self, batch):
+        return (batch.float() / 255 - torch.tensor(images.MEAN).view(3, 1, 1)) / torch.tensor(images.STD).view(3, 1, 1)
+
+    def published(self, files):
+        """Pillow, batches of 16, no workers."""
+        dataset = [lambda file=file: self.transform(Image.open(file).convert("RGB")) for file in files]
+        return torch.cat([self.embed(torch.stack([item() for item in dataset[i : i + 16]])) for i in range(0, len(files), 16)])
+
+    def feature_extractor(self, files):
+        """In the manner of torchreid's FeatureExtractor: image by image through the transforms, then one batch."""
+        return self.embed(torch.stack([self.transform(Image.open(file).convert("RGB")) for file in files]))
+
+
+def compare(name, count, ours, peer, peer_name, rounds):
+    """One row: `ours` and `peer` (callables that embed the same `count` images) in turn."""
+    a, b = ours(), peer()
+    cosine = F.cosine_similarity(a, b).min().item()
+    repeat, times = max(1, 8 // count), ([], [])
+    for _ in range(rounds):
+        for side, taken in zip((ours, peer), times):
+            started = time.perf_counter()
+            for _ in range(repeat):
+                side()
+            taken.append((time.perf_counter() - started) / repeat)
+    ratio = statistics.median(b / a for a, b in zip(*times))
+    speeds = [count / statistics.median(taken) for taken in times]
+    print(f"{name}: {ratio:.2f} ({speeds[0]:,.1f} images/s, {peer_name} {speeds[1]:,.1f}; lowest cosine {cosine:.6f})",
+          flush=True)
+    return {"name": name, "ours": speeds[0], "peer": speeds[1], "peer_name": peer_name, "ratio": ratio, "cosine": cosine}
+
+
+def on_cpu(checkpoint, files, rounds):
+    fast = Extractor(checkpoint, "cpu", mirror=False)
+    peer, eager = Peer(fast), "eager fp32 NCHW torchvision"
+    print(f"{fast.describe()}; ratios over {eager} unless it says otherwise", flush=True)
+    pixels = images.resize([images.decode(file) for file in files[:64]], fast.size)
+    normal = peer.pixels(pixels)
+    engines = {"fp32": Extractor(checkpoint, "cpu", "fp32", mirror=False), fast.precision: fast}
+    try:
+        engines["openvino"] = Extractor(checkpoint, "cpu", engine="openvino", mirror=False)
+    except ReidError as error:
+        print(f"left out: {error}")
+    for engine, extractor in engines.items():
+        for size in (1, 32, 64) if engine != "fp32" else (32,):
+            yield compare(f"network, {engine}, batch {size}", size, partial(extractor.embed, pixels[:size]),
+                          partial(peer.embed, normal[:size]), eager, rounds)
+    files = [files[i % len(files)] for i in range(64)]
+    pixels = images.resize([images.decode(file) for file in files], fast.size)
+    yield compare("from files, the published way", 64, partial(fast.embed, files), partial(peer.published, files),
+                  "Pillow, batches of 16", rounds)
+    yield compare("from files, 32 at once", 32, partial(fast.embed, files[:32]), partial(peer.feature_extractor, files[:32]),
+                  "transforms image by image", rounds)
+    yield compare("files to embeddings over embeddings only", 64, partial(fast.embed, files), partial(fast.embed, pixels),
+                  "decoded in advance", rounds)
+    if "openvino" in engines:
+        yield from openvino_alone(engines["openvino"], files, pixels, rounds)
+
+
+def openvino_alone(extractor, files, pixels, rounds):
+    import openvino
+
+    network, neck = extractor._features, extractor._model.neck
+    hints = {"INFERENCE_PRECISION_HINT": network._precision}
+    compiled, array = openvino.Core().compile_model(network._graph, "CPU", hints), pixels.numpy()
+
+    @torch.no_grad()
+    def alone(size):
+        return F.normalize(neck(torch.from_numpy(compiled([array[:size]])[0].copy())))
+
+    for size in (1, 32, 64):
+        yield compare(f"from files, engine openvino, batch {size}", size, partial(extractor.embed, files[:size]),
+                      partial(alone, size), "OpenVINO alone, decoded in advance", rounds)
+
+
+def on_gpu(checkpoint, files, rounds):
+    """Speeds on one GPU: the network on resident pixels, and the whole way from files. No copies of results but embeddings."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    extractor = Extractor(checkpoint, "cuda", mirror=False)
+    peer = Peer(extractor)
+    print(extractor.describe(), flush=True)
+    small = torch.stack([images.decode(file) for file in files[:64]]).cuda()
+    pixels = images.resize(small, extractor.size).repeat(8, 1, 1, 1)
+    normal = peer.pixels(pixels.cpu()).cuda()
+    from reid.extract import DTYPES, plain_network
+
+    compiled = torch.compile(plain_network(extractor._model, DTYPES[extractor.precision]))
+    ways = {"folded": None, "torch.compile": compiled}
+    for precision in ("fp16", "fp32"):
+        ways[f"folded, {precision}"] = Extractor(checkpoint, "cuda", precision, mirror=False)._features
+    for name, network in ways.items():
+        yield compare(f"network, {name}, batch 512", 512, lambda network=network: extractor._embed(pixels, network).cpu(),
+                      lambda: peer.embed(normal), "eager TF32 NCHW torchvision", rounds)
+    many = [files[i % len(files)] for i in range(20_000)]
+    resident = pixels.repeat(40, 1, 1, 1)[:20_000]
+    yield compare("files to embeddings over embeddings only, 20,000", 20_000, lambda: extractor.embed(many),
+                  lambda: torch.cat([extractor._embed(part).cpu() for part in resident.split(512)]), "decoded in advance", rounds)
+    yield compare("from files, the published way, 512", 512, lambda: extractor.embed(many[:512]),
+                  lambda: peer.published(many[:512]), "Pillow, batches of 16", rounds)
+
+
+def watch_memory(checkpoint, files, count):
+    """Memory of the process while `count` files go through decoding and a stand-in for the network."""
+    extractor = Extractor(checkpoint, mirror=False)
+    extractor._features = lambda batch: batch[:, :, ::64].float().flatten(1)[:, : extractor.dim].contiguous()
+    extractor._features(torch.zeros(1, 3, *extractor.size))
+    done, every = 0, max(1, count // 10)
+    files = [files[i % len(files)] for i in range(count)]
+    for positions, _ in extractor.stream(files):
+        if (done + len(positions)) // every > done // every:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            print(f"{done + len(positions):,} files: {pages * resource.getpagesize() / 2**20:,.0f} MiB resident, "
+                  f"{len(os.listdir('/proc/self/fd'))} files open", flush=True)
+        done += len(positions)
+
+
+if __name__ == "__main__":
+    run(get_args_parser(), main)
