@@ -158,9 +158,11 @@ def load(path, kind, version, mmap=False, verify=None):
     if not path.is_file():
         raise ReidError(f"{path}: no such file")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), open(path, "rb") as file:
             warnings.simplefilter("ignore")  # on what damaged bytes look like
-            record = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            # torch opens a memory-mapped file twice: by this name it gets the same one, should `path` be replaced meanwhile
+            held = f"/proc/self/fd/{file.fileno()}"
+            record = torch.load(held if os.path.exists(held) else path, map_location="cpu", weights_only=True, mmap=mmap)
         _check_plain(record)
     except Exception as error:  # torch answers damage with half a dozen types, text files with KeyError
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
