@@ -126,12 +126,15 @@ class GalleryIndex:
         require(ends[0] >= 0 and ends[-1] <= len(blob) and bool((ends.diff() >= 0).all()), path, "its paths do not add up")
         for name in ("data_root", "fingerprint", "preprocessing"):
             require(isinstance(part.get(name), str), path, f"has no {name}")
+        require(isinstance(part.get("mirror"), bool), path, "does not say whether it was mirrored")
+        for name in ("threshold", "false_match_rate"):
+            require(part.get(name) is None or isinstance(part[name], (int, float)), path, f"{name} is no number")
         # NaN anywhere makes a sum NaN; a matrix too large to verify is looked at where it is searched
         small = embeddings.numel() * embeddings.element_size() <= storage.VERIFY_LIMIT
         require(not small or not embeddings.numel() or bool(torch.isfinite(embeddings.float().sum())), path,
                 "embeddings hold NaN or infinite values")
         records = Records(Path(part["data_root"]), Paths(blob, ends), *(part[name] for name in COLUMNS[:4]))
-        index = cls(embeddings, records, part["fingerprint"], bool(part.get("mirror")), (part["sizes"], part["mtimes"]))
+        index = cls(embeddings, records, part["fingerprint"], part["mirror"], (part["sizes"], part["mtimes"]))
         index.preprocessing, index.threshold = part["preprocessing"], part.get("threshold")
         index.false_match_rate = part.get("false_match_rate")
         if isinstance(part.get("queries"), dict):
