@@ -8,8 +8,8 @@ import argparse
 import json
 import os
 import resource
-import sys
 import statistics
+import sys
 import tempfile
 import time
 from functools import partial

@@ -65,11 +65,10 @@ class Extractor:
             images = read_folder(images).files() if os.path.isdir(images) else [images]
         return self.embed_records([images] if isinstance(images, Image.Image) else images, True, progress)[0]
 
-    def embed_records(self, files, strict=False, progress=True, on_batch=None):
+    def embed_records(self, files, strict=False, progress=True):
         """Embed a gallery: images that cannot be read are left out and reported (`strict` raises at the first).
 
-        Returns (embeddings float32 [M, dim], kept int64 [M] positions in `files`, bad [(file, reason)]). `on_batch(done)`
-        is called with the number of files done so far.
+        Returns (embeddings float32 [M, dim], kept int64 [M] positions in `files`, bad [(file, reason)]).
         """
         embeddings, kept, bad = torch.empty(len(files), self.dim), torch.empty(len(files), dtype=torch.int64), []
         count = 0
@@ -77,8 +76,6 @@ class Extractor:
             embeddings[count : count + len(rows)] = rows
             kept[count : count + len(rows)] = positions
             count += len(rows)
-            if on_batch:
-                on_batch(count + len(bad))
         return embeddings[:count], kept[:count], bad
 
     def stream(self, files, strict=False, progress=False, bad=None):
