@@ -50,8 +50,11 @@ class Extractor:
 
     def describe(self):
         """One line for people: what embeds, where, in which precision."""
-        cpu = self.device.type == "cpu"
-        where = f"cpu ({torch.get_num_threads()} threads)" if cpu else torch.cuda.get_device_name(self.device)
+        where = f"cpu ({torch.get_num_threads()} threads)"
+        if self.device.type == "cuda":
+            from reid.gpu_decode import decoder
+
+            where = f"{torch.cuda.get_device_name(self.device)} ({decoder(self.device)})"
         size = "x".join(map(str, self.size))
         return f"{self.config['backbone']} {size} on {where}, {self.precision}, {self.engine}{', mirrored' * self.mirror}"
 
@@ -165,6 +168,13 @@ class Extractor:
                 if min(len(batch), self._room) == 1:
                     raise ReidError(f"{self.device}: out of memory with a single image; use --device cpu") from error
                 self._room = min(len(batch), self._room) // 2
+            except Exception as error:
+                if network is None:
+                    raise
+                if self.compile == "on":
+                    reason = str(error).splitlines()[0][:120]
+                    raise ReidError(f"--compile on: torch.compile failed ({reason}); use --compile off") from error
+                network = self._compiled = None  # auto: no compiler here, most often
             torch.cuda.empty_cache()  # out here the failed attempt's tensors are gone
 
     @torch.no_grad()
@@ -206,7 +216,7 @@ def pick_precision(device, precision):
         raise ReidError("--precision fp16 needs a GPU; a CPU takes fp32 or bf16")
     if precision == "auto":
         return "bf16" if getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() else "fp32"
-    if precision == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if precision == "bf16" and not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         raise ReidError("--precision bf16: this processor does not compute in it; use fp32")
     return precision
 

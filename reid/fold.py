@@ -12,6 +12,8 @@ The normalisation of pixels stays outside: folded into the first convolution it 
 costs one per cent.
 """
 
+import platform
+
 import torch
 import torch.nn.functional as F
 
@@ -22,14 +24,15 @@ CONSTANT = 8  # columns of ones beside the channels where the matrix product tak
 class FoldedDenseNet:
     """Pooled features of uint8 images with the weights of a ReidModel (backbone densenet121), on CPU or CUDA.
 
-    dtype: of weights and activations; products are summed in float32. On a CPU with oneDNN, packed weights and fused
-    bias and ReLU are used (`packed`), elsewhere plain PyTorch.
+    dtype: of weights and activations; products are summed in float32. On x86 oneDNN's packed weights and fused bias and
+    ReLU are used (`packed`), elsewhere plain PyTorch.
     """
 
     def __init__(self, model, dtype, packed=None):
         self.model, self.dtype = model, dtype
         self.device = model.mean.device
-        self.packed = packed if packed is not None else self.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        x86 = self.device.type == "cpu" and platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
+        self.packed = x86 if packed is None else packed
         # PyTorch clamps bf16 by way of float32. Bit patterns compare like the numbers as long as the bounds are not
         # negative, so on the CPU every stored channel is shifted until they are, and int16 is clamped: 2 to 3 times faster.
         self.bits = torch.int16 if dtype == torch.bfloat16 and self.device.type == "cpu" else dtype
@@ -154,7 +157,7 @@ class FoldedDenseNet:
         weight, bias = _fold_norm(layer.conv1, layer.norm2)
         bounds, weight, extra = self._gate(layer.norm1, shift, weight.flatten(1))
         offset = shift[channels : channels + 32] if self.bits != self.dtype else None
-        conv = self._conv(layer.conv2.weight.double().cpu(), offset, padding=1)
+        conv = self._conv(layer.conv2.weight.detach(), offset, padding=1)
         return bounds, self._pointwise(weight, bias + extra, relu=True), conv
 
     def _pointwise(self, weight, bias, relu):

@@ -1,10 +1,12 @@
 """JPEG files to the GPU: nvJPEG where it decodes a file as Pillow would, CPU threads for everything else."""
 
+import io
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import torch
+from PIL import Image
 
 from reid import ReidError, images
 
@@ -16,19 +18,36 @@ def load_part(files, part, size, device):
 
     Also returns {i: ReidError} of those that could not be. Work is queued on the current CUDA stream.
     """
-    loaded = list(_threads().map(lambda i: _load(files[i]), part))
+    read = _load if decoder(device) == "nvJPEG" else _decode
+    loaded = list(_threads().map(lambda i: read(files[i]), part))
     encoded = [i for i, item in enumerate(loaded) if isinstance(item, torch.Tensor) and item.ndim == 1]
     try:
-        from torchvision.io import ImageReadMode, decode_jpeg
-
-        decoded = decode_jpeg([loaded[i] for i in encoded], mode=ImageReadMode.RGB, device=device) if encoded else []
-    except (ImportError, RuntimeError):  # no nvJPEG here, or it refuses one of them and does not say which
+        decoded = _nvjpeg([loaded[i] for i in encoded], device) if encoded else []
+    except RuntimeError:  # it refuses one of them and does not say which
         decoded = list(_threads().map(lambda i: _decode(files[part[i]]), encoded))
     for i, item in zip(encoded, decoded):
         loaded[i] = item
     failures = {i: item for i, item in zip(part, loaded) if isinstance(item, ReidError)}
     pixels = [item for item in loaded if not isinstance(item, ReidError)]
     return (_to_device(pixels, size, device) if pixels else None), failures
+
+
+@cache
+def decoder(device):
+    """What decodes plain JPEGs for this GPU: nvJPEG, if torchvision has it, or CPU threads."""
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(file, "jpeg")
+    try:
+        _nvjpeg([torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)], device)
+    except (ImportError, RuntimeError):
+        return "CPU threads decode"
+    return "nvJPEG"
+
+
+def _nvjpeg(encoded, device):
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    return decode_jpeg(encoded, mode=ImageReadMode.RGB, device=device)
 
 
 @cache

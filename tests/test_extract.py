@@ -225,3 +225,69 @@ def test_imports_stay_light(root):
     code = f"import reid.extract, reid.index, sys; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(root), capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+@pytest.fixture
+def stand_in_gpu(monkeypatch):
+    """CUDA's streams without CUDA: the order of things is tested, on the CPU."""
+    from contextlib import nullcontext
+
+    class Stream:
+        def __init__(self, device=None):
+            self.waited = []
+
+        record_event, wait_event = (lambda self: "event"), (lambda self, event: self.waited.append(event))
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+
+
+def through_gpu(extractor, files):
+    """What `stream` takes from `_on_gpu`: all embeddings, and {position: error}."""
+    failures, rows = {}, []
+    for _, failed, part in extractor._on_gpu(files):
+        failures |= failed
+        rows += [] if part is None else [part]
+    return torch.cat(rows), failures
+
+
+@pytest.mark.parametrize("nvjpeg", [True, False])
+def test_gpu_pipeline(checkpoint, crops, tmp_path, stand_in_gpu, monkeypatch, nvjpeg):
+    from reid import gpu_decode
+
+    extractor = Extractor(checkpoint, "cpu", "fp32", batch_size=2)
+    expected = extractor.embed(crops)
+    (tmp_path / "broken.jpg").write_bytes(crops[0].read_bytes()[:90])
+    files = [tmp_path / "missing.jpg", tmp_path / "broken.jpg", *crops]
+    calls = []
+    if nvjpeg:
+        pytest.importorskip("torchvision")
+        decode = gpu_decode._nvjpeg
+        monkeypatch.setattr(gpu_decode, "_nvjpeg", lambda encoded, device: calls.append(len(encoded)) or decode(encoded, device))
+    monkeypatch.setattr(gpu_decode, "decoder", lambda device: "nvJPEG" if nvjpeg else "CPU threads decode")
+    found, failures = through_gpu(extractor, files)
+    assert sorted(failures) == [0, 1] and sum(calls) == (6 if nvjpeg else 0)  # the PNG is Pillow's
+    assert (found * expected).sum(1).min() > (0.999 if nvjpeg else 0.999999)
+
+
+def test_gpu_compiles_one_shape(checkpoint, crops, stand_in_gpu):
+    """The last batch is padded to the shape that was compiled; where compiling fails, `auto` goes on without."""
+    extractor = Extractor(checkpoint, "cpu", "fp32", batch_size=3, compile="on")
+    expected, shapes, model = extractor.embed(crops), [], extractor._model
+    extractor._compiled = lambda views: shapes.append(len(views)) or model.features(views)
+    torch.testing.assert_close(through_gpu(extractor, crops)[0], expected, atol=1e-5, rtol=0)
+    assert shapes == [6, 6, 6]
+
+    def broken(views):
+        raise RuntimeError("no C compiler\nin many lines")
+
+    extractor._compiled = broken
+    with pytest.raises(ReidError, match=r"no C compiler\)"):
+        through_gpu(extractor, crops)
+    extractor.compile = "auto"
+    pixels = images.resize([images.decode(file) for file in crops[:3]], extractor.size)
+    torch.testing.assert_close(extractor._fitting(pixels, broken), expected[:3], atol=1e-5, rtol=0)
+    assert extractor._compiled is None
