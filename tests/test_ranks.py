@@ -1,0 +1,79 @@
+"""Two and three gloo processes embed and search as one does."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from reid.checkpoint import save_checkpoint
+from reid.data import read_folder
+from reid.extract import Extractor
+from reid.index import GalleryIndex
+from reid.model import build_model, default_config
+
+WORK = """
+import sys, torch
+import torch.distributed as dist
+from reid import world
+from reid.data import read_folder
+from reid.extract import Extractor
+from reid.index import GalleryIndex, merge_shards
+
+rank, ranks = world.start("cpu")
+extractor = Extractor(sys.argv[1], "cpu", "fp32")
+records, out = read_folder(sys.argv[2]), {}
+for name, some in (("all", records), ("two", records.select(torch.arange(2)))):
+    index = GalleryIndex.build(extractor, some, dtype=torch.float32, progress=False, rank=rank, world=ranks)
+    own = torch.arange(len(index)).tensor_split(ranks)[rank]  # each rank searches a stretch of the rows
+    shard = GalleryIndex(index.embeddings[own], index.records().select(own), index.fingerprint, index.mirror)
+    scores, rows = shard.search(index.embeddings[:3], 6)
+    parts = [None] * ranks
+    dist.all_gather_object(parts, (scores, torch.where(rows < 0, rows, rows + (own[0] if len(own) else 0))))
+    scores, rows = merge_shards(parts, 6)
+    out[name] = {"embeddings": index.embeddings, "paths": list(index.paths), "pids": index.pids, "rows": rows,
+                 "bad": [str(file) for file, _ in index.bad], "scores": scores}
+torch.save(out, f"{sys.argv[3]}/{rank}.pt")
+world.stop()
+"""
+
+
+@pytest.fixture(scope="module")
+def made(people, tmp_path_factory):
+    """(checkpoint, folder of people with two files that are no images)."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.manual_seed(0)
+    save_checkpoint(folder / "best.pth", build_model(default_config([1, 2], height=64, width=32)), {}, {})
+    gallery = folder / "gallery"
+    gallery.mkdir()
+    for i, file in enumerate(sorted((people / "gallery").rglob("*.jpg"))[:23]):
+        (gallery / file.name).write_bytes(b"no image" if i in (3, 10) else file.read_bytes())
+    for twin in ("9998_c1.jpg", "9999_c2.jpg"):  # equal scores stand in the order of their rows, on any number of ranks
+        (gallery / twin).write_bytes(sorted(gallery.iterdir())[0].read_bytes())
+    (folder / "work.py").write_text(WORK)
+    return folder / "best.pth", gallery
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_make_the_index_that_one_process_makes(root, made, tmp_path, ranks):
+    checkpoint, gallery = made
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks),
+               str(checkpoint.parent / "work.py"), str(checkpoint), str(gallery), str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+
+    records, extractor = read_folder(gallery), Extractor(checkpoint, "cpu", "fp32")
+    for name, some in (("all", records), ("two", records.select(torch.arange(2)))):
+        index = GalleryIndex.build(extractor, some, dtype=torch.float32, progress=False)
+        scores, rows = index.search(index.embeddings[:3], 6)
+        for result in results:
+            found = result[name]
+            assert found["paths"] == list(index.paths) and torch.equal(found["pids"], index.pids)
+            assert sorted(found["bad"]) == sorted(str(file) for file, _ in index.bad)
+            torch.testing.assert_close(found["embeddings"], index.embeddings, atol=1e-6, rtol=0)
+            torch.testing.assert_close(found["scores"], scores, atol=1e-6, rtol=0)
+            assert torch.equal(found["rows"], rows)
+    assert len(index) == 2 and len(results[0]["all"]["paths"]) == 23
