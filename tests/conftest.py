@@ -1,6 +1,7 @@
 """Shared pieces of the tests: the repository, people it draws, and real data where a machine has some (else tests skip)."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,11 @@ import pytest
 # Tests run beside each other, and threads that wait for a core that another test has are slower than none.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# A caller such as nohup ignores signals, which children inherit and a shell cannot undo; the tests stop theirs by signals.
+for name in ("SIGHUP", "SIGINT", "SIGTERM"):
+    if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_IGN:
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"

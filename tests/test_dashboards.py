@@ -79,12 +79,16 @@ class Dashboards:
         with urlopen(f"http://127.0.0.1:{self.ports[name]}{path}", timeout=30) as answer:
             return answer.read().decode()
 
+    def _reaped(self):
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        return (pid, status) if pid else None
+
     def ended(self):
         """Exit status; asserts that no process is left. A closed terminal (None) is not read to its end."""
         if self.terminal is not None:
             self.read()
             os.close(self.terminal)
-        status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        status = os.waitstatus_to_exitcode(until(self._reaped, "end of the script", 60)[1])
         until(lambda: not self.processes(), "end of all processes", 5)
         return status
 
