@@ -2,8 +2,8 @@
 
 People need typical times from one camera to another. From the training identities `fit` learns
 
-1. one time line. Each recording (camera, sequence) counts its frames from 0 at an unknown moment. The offset of a
-   recording is the one at which most training identities pass it together with the recordings placed before it;
+1. one time line. Each recording (camera, sequence) counts its frames from 0 at an unknown moment. Two recordings are
+   shifted so that most of the identities they share pass both together, and the strongest such links place them all;
 2. for each pair of cameras the log-odds of a time difference: log p(difference | one person) / p(difference | two
    people), two Parzen-smoothed histograms. st-ReID uses the first alone; the ratio also knows how likely a difference
    is between strangers, so it needs no normalising constants and adds to the visual score as evidence does;
@@ -195,13 +195,6 @@ def _time_line(pids: Tensor, recording: Tensor, second: Tensor, k: int) -> Tenso
             start[b], group[b] = start[a] + shift[a, b], group[a]
         else:
             group[support.sum(1).where(group < 0, -torch.ones(())).argmax()] = group.max() + 1
-    inside = group[recording[i]] == group[recording[j]]
-    i, j, weight = i[inside], j[inside], weight[inside]
-    size = torch.bincount(recording[i], minlength=k).tolist()
-    for _ in range(5):  # then each against all others at once
-        for r, (x, y, w) in enumerate(zip(i.split(size), j.split(size), weight.split(size))):
-            if len(x):
-                start[r] = _densest(second[y] + start[recording[y]] - second[x], w)[0]
     end = 0.0
     for g in range(int(group.max()) + 1):
         time = (second + start[recording])[group[recording] == g]
@@ -235,8 +228,7 @@ def _log_odds(pids: Tensor, camera: Tensor, tick: Tensor, c: int) -> Tensor:
     same, strangers = (_smooth(x.view(c * c, bins + 1)[:, :bins]) for x in (same, strangers))
     p_strangers = (strangers + 1 / bins) / (strangers.sum(1, keepdim=True) + 1)
     p_same = (same + PRIOR * p_strangers) / (same.sum(1, keepdim=True) + PRIOR)
-    odds = (p_same / p_strangers).log().view(c, c, bins)
-    odds[range(c), range(c)] = 0  # of one camera
+    odds = (p_same / p_strangers).log().view(c, c, bins)  # even for one camera and itself: no such pair was counted
     return F.pad(odds, (0, 1, 0, 1, 0, 1)).float()
 
 

@@ -83,17 +83,30 @@ def test_re_ranking_changes_the_order():
     assert not torch.equal(plain, torch.from_numpy(final_distance(q_emb, g_emb)).argsort(1))
 
 
-@pytest.mark.parametrize("noise", [0.0005, 0.5])  # with the first, bf16 cannot tell the neighbours apart
+@pytest.mark.parametrize("noise", [0.02, 0.5])  # with the first, bf16 cannot tell the neighbours apart
 def test_bf16_shortlist_is_exact(monkeypatch, noise):
-    q_emb, g_emb = clustered(100, 1200, dim=64, ids=40, noise=noise)
+    x = torch.cat(clustered(100, 1201, dim=64, ids=40, noise=noise))
+    x[7] = -F.normalize(x.sum(0), dim=0)  # has only negative cosines
     monkeypatch.setattr(module, "_fast_bf16", lambda x: False)
-    full = module._neighbours(torch.cat([q_emb, g_emb]), 6, 200, None)
+    full = module._neighbours(x, 6, 200, None)
     monkeypatch.setattr(module, "_fast_bf16", lambda x: True)
-    short = module._neighbours(torch.cat([q_emb, g_emb]), 6, 200, None)
-    x = torch.cat([q_emb, g_emb])
+    short = module._neighbours(x, 6, 200, None)
     chosen = [(x[:, None] * x[rank]).sum(2) for rank in (full[0], short[0])]  # ties may be broken either way
     torch.testing.assert_close(*chosen, atol=1e-6, rtol=0)
     torch.testing.assert_close(full[1], short[1], atol=5e-4, rtol=0)
+
+
+def test_bonus_counts_as_similarity(monkeypatch):
+    """A bonus that is a cosine itself: the same as re-ranking the embeddings of both, side by side."""
+    q_emb, g_emb = clustered(40, 1300, ids=60)
+    extra = F.normalize(torch.randn(1340, 8, generator=torch.Generator().manual_seed(1)), dim=1)
+    joint = torch.cat([torch.cat([q_emb, g_emb]), extra], 1) / 2**0.5
+    expected = rerank(joint[:40], joint[40:], k1=6).scores(0, 40)
+    for fast in (False, True):
+        monkeypatch.setattr(module, "_fast_bf16", lambda x, fast=fast: fast)
+        # (a + b) / 2 = a + bonus, once the distances, which are normalised, are halved: bonus = b - 1
+        ours = rerank(q_emb, g_emb, k1=6, bonus=lambda i, j: (extra[i] * extra[j]).sum(-1) - 1).scores(0, 40)
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)

@@ -143,6 +143,16 @@ def test_sites_that_share_nobody_say_nothing_about_each_other():
     assert both.prob(*inside, *across).item() == 0.5
 
 
+def test_days_that_share_nobody_say_nothing_about_each_other():
+    today, tomorrow = world(100), list(world(100, seed=1, first=500))
+    tomorrow[2] = tomorrow[2] + 10
+    both = fit(*(torch.cat(x) for x in zip(today, tomorrow)))
+    one, same_day, next_day = seen(1, 1000), seen(2, 1060), seen(2, 1060)
+    next_day[1].add_(10)
+    assert both.prob(*one, *same_day) > 0.9
+    assert both.prob(*one, *next_day).item() == 0.5
+
+
 def test_state_survives_storage(model):
     file = io.BytesIO()
     torch.save(model.state(), file)
