@@ -29,7 +29,7 @@ def random_features(dim=1024, people=750, cameras=6):
     pids = torch.randint(1, people + 1, (QUERIES + GALLERY,), generator=generator)
     camids = torch.randint(0, cameras, (QUERIES + GALLERY,), generator=generator)
     unit = lambda *shape: torch.nn.functional.normalize(torch.randn(*shape, generator=generator), dim=1)  # noqa: E731
-    x = unit(people + 1, dim)[pids] + 0.5 * unit(cameras, dim)[camids] + 0.7 * unit(1, dim) + 1.1 * unit(len(pids), dim)
+    x = unit(people + 1, dim)[pids] + 0.5 * unit(cameras, dim)[camids] + 0.7 * unit(1, dim) + 2.6 * unit(len(pids), dim)
     x = torch.nn.functional.normalize(x, dim=1)
     both = {"emb": x, "pids": pids, "camids": camids}
     return {f"q_{k}": v[:QUERIES] for k, v in both.items()} | {f"g_{k}": v[QUERIES:] for k, v in both.items()}

@@ -78,11 +78,13 @@ def rerank(q_emb: Tensor, g_emb: Tensor, k1: int = 20, k2: int = 6, lam: float =
     Raises ReidError for sizes that do not fit, an empty side, values that are not finite, or settings out of range.
     """
     if q_emb.ndim != 2 or g_emb.ndim != 2 or q_emb.shape[1] != g_emb.shape[1]:
-        raise ReidError(f"re-ranking needs embeddings [Q, D] and [G, D]: {tuple(q_emb.shape)}, {tuple(g_emb.shape)} given")
+        shapes = f"{tuple(q_emb.shape)} and {tuple(g_emb.shape)}"
+        raise ReidError(f"re-ranking needs embeddings [Q, D] and [G, D] of one model: {shapes} given")
     if not len(q_emb) or not len(g_emb):
         raise ReidError(f"re-ranking {len(q_emb)} queries against {len(g_emb)} gallery images: neither may be empty")
     if k1 < 1 or k2 < 1 or not 0 <= lam <= 1 or block < 1:
-        raise ReidError(f"re-ranking: k1, k2, block >= 1 and lam in [0, 1], not k1={k1} k2={k2} block={block} lam={lam}")
+        given = f"k1={k1} k2={k2} block={block} lam={lam}"
+        raise ReidError(f"re-ranking: k1, k2 and block must be at least 1 and lam within 0 and 1: {given} given")
     x = torch.cat([q_emb.float(), g_emb.float()])
     norm = x.norm(dim=1, keepdim=True)
     if not norm.isfinite().all():

@@ -32,14 +32,14 @@ REACH = 1 << 16  # ticks, 9 hours; longer differences are not learnt and have ev
 PRIOR = 3.0  # identities' worth of even odds that each pair of cameras starts with: bounds the odds where data is thin
 TOGETHER, MIN_TOGETHER = 80.0, 3.0  # s, identities: so many sightings so close tell the offset between two recordings
 CROWD, QUERIES, SOME = 128, 1000, 4096  # images of an identity, queries and strangers looked at: thinned evenly above
-WEIGHTS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.85, 1.0, 1.25, 1.5)  # tried, see fit_weight
+WEIGHTS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.85, 1, 1.25, 1.5)  # fit_weight tries
 DEFAULT_WEIGHT = 0.03  # cosine per nat: 0.4 standard deviations of strangers' cosines, where that is 0.08
 UNSEEN_MAP = 0.7  # a visual mAP that is realistic for people not trained on
 
 
 @dataclass(frozen=True)
 class SpaceTime:
-    """What `fit` learnt. Images are given by camids, seqs and frames, int64 [N]; -1 is unknown.
+    """What `fit` learnt. Images are given by camids, seqs, frames, int64 [N], on the scores' device; -1 is unknown.
 
     cameras: int64 [C], sorted. recordings: int64 [K, 2], camera and sequence, sorted; start: float64 [K], s, when its
     frame 0 was on the common time line. log_odds: float32 [C + 1, C + 1, bins + 1], nats, by camera of the one and of
