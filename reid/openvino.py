@@ -15,13 +15,13 @@ PARITY = 0.999  # lowest cosine to PyTorch's float32 features
 
 
 class OpenVinoNetwork:
-    """Pooled features of uint8 images, like FoldedDenseNet. precision: fp32 or bf16. Safe to call from several threads.
+    """Pooled features of uint8 images, like FoldedDenseNet. precision: fp32 or bf16.
 
-    A thread that PyTorch gives all cores has them here too; threads that share the cores (the workers of an Extractor) get
-    a stream each. Raises ReidError without the package, for another backbone, or where the outcome differs from PyTorch's.
+    To be called from `workers` threads: a batch has a worker's share of the cores, an image (and its mirror) all of them.
+    Raises ReidError without the package, for another backbone, or where the outcome differs from PyTorch's.
     """
 
-    def __init__(self, model, precision):
+    def __init__(self, model, precision, workers):
         try:
             import openvino
         except ImportError as error:
@@ -30,7 +30,7 @@ class OpenVinoNetwork:
             raise ReidError(f"--engine openvino: not made for {model.config['backbone']}; use --engine torch")
         self._core, self._graph = openvino.Core(), build_graph(model)
         self._precision = {"fp32": "f32", "bf16": "bf16"}[precision]
-        self._threads = torch.get_num_threads()
+        self._workers, self._threads = workers, torch.get_num_threads()
         self._compiled, self._lock, self._own = {}, threading.Lock(), threading.local()
         size = model.config["height"], model.config["width"]
         image = torch.randint(0, 256, (1, 3, *size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -41,7 +41,7 @@ class OpenVinoNetwork:
 
     def __call__(self, images):
         """uint8 [n, 3, H, W] -> pooled features before the neck, float32 [n, D]."""
-        streams = max(1, self._threads // torch.get_num_threads())
+        streams = self._workers if len(images) > 2 else 1
         requests = self._own.__dict__
         if streams not in requests:
             with self._lock:
