@@ -1,5 +1,6 @@
 # Two images from one file; name the target, since the last one is the large one.
-#   docker build --target inference -t reid .       CPU, searches; TORCH_INDEX=https://download.pytorch.org/whl/cu130 for CUDA
+#   docker build --target inference -t reid .       CPU, searches, embeds with OpenVINO. For CUDA, add
+#     --build-arg ENGINE=torch --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130
 #   docker build --target train -t reid-train .     CUDA, trains, with TensorBoard and MLflow
 #
 #   docker run reid                                                              the default query on people that are drawn
@@ -21,23 +22,29 @@ RUN useradd --create-home --uid 1000 reid
 FROM base AS inference
 ARG TORCH=2.13.0
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ARG ENGINE=openvino
 COPY requirements.lock ./
 # PyPI's torch is the CUDA one, so torch comes from PyTorch's own index and from there alone: --index-url, since with
 # --extra-index-url either index could answer for any name. What torch needs is in the lock and installed before it.
-# Its headers and C++ tests are a quarter of its size, and nothing here compiles.
+# Its headers and C++ tests are a quarter of its size, and nothing here compiles; half of OpenVINO is for other devices and
+# for files of other frameworks.
 RUN pip install --require-hashes -r requirements.lock && \
     pip install --index-url "${TORCH_INDEX}" "torch==${TORCH}" && \
-    torch="$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch" && \
-    rm -rf "${torch}/include" "${torch}/share" "${torch}/test" "${torch}"/bin/test_* "${torch}"/bin/protoc*
+    site="$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" && \
+    rm -rf "${site}/torch/include" "${site}/torch/share" "${site}/torch/test" "${site}"/torch/bin/test_* \
+      "${site}"/torch/bin/protoc* "${site}/openvino/include" && \
+    find "${site}/openvino/libs" -regextype egrep \
+      -regex '.*(cache\.json|_[gn]pu_plugin.*|_(onnx|tensorflow|pytorch|paddle|gguf|jax)_.*)' -delete && \
+    if [ "${ENGINE}" = torch ]; then pip uninstall -y openvino openvino-telemetry; fi
 COPY models/masked-hog-908 ./models/masked-hog-908
 COPY reid ./reid
 COPY data_prep.py inference.py ./
 # As root: the user who answers queries cannot change code, model or gallery. It also leaves the bytecode that later
 # starts then need not make, which a read-only container could not keep.
 RUN python data_prep.py --synthetic && \
-    python inference.py --data_root data/synthetic --save_index --topk 1 && \
+    python inference.py --engine "${ENGINE}" --data_root data/synthetic --save_index --topk 1 && \
     python -m compileall -q inference.py reid
-ENV PYTHONDONTWRITEBYTECODE=1
+ENV PYTHONDONTWRITEBYTECODE=1 ENGINE=${ENGINE}
 USER 1000
 EXPOSE 8000
 # Python as process 1 would ignore TERM; INT it answers at once.
@@ -45,7 +52,7 @@ STOPSIGNAL SIGINT
 # Meant for --serve; a container that answers a query has ended before the first check.
 HEALTHCHECK --interval=30s --timeout=5s --start-period=60s CMD ["python", "-c", \
     "from urllib.request import urlopen; urlopen('http://127.0.0.1:8000/healthz', timeout=4)"]
-ENTRYPOINT ["python", "inference.py", "--load_index", "--data_root", "data/synthetic"]
+ENTRYPOINT ["sh", "-c", "exec python inference.py --engine ${ENGINE} --load_index --data_root data/synthetic \"$@\"", "reid"]
 
 # --- what trains ---------------------------------------------------------------------------------------------------
 # Dashboards by default, training beside them; needs NVIDIA's container toolkit on the host:
@@ -60,9 +67,10 @@ COPY requirements.txt ./
 RUN grep ^torch requirements.txt > /tmp/torch.txt && \
     pip install --index-url "${TORCH_INDEX}" -r /tmp/torch.txt && \
     pip install -r requirements.txt
-# Volumes take their owner from here. MLflow's database lies with the runs, where a volume keeps it.
-RUN mkdir -p data index models runs && chown -R reid: /app
-ENV MLFLOW_TRACKING_URI=sqlite:////app/runs/mlflow.db
+# Volumes take owner and mode from here; with --user, somebody else writes to what is not mounted. MLflow's database lies with
+# the runs, ImageNet's weights with the data, where volumes keep them.
+RUN mkdir -p data index models runs && chown -R reid: /app && chmod 1777 data index models runs
+ENV MLFLOW_TRACKING_URI=sqlite:////app/runs/mlflow.db TORCH_HOME=/app/data/torch
 USER 1000
 COPY --chown=1000:1000 . .
 # A whole address (--build-arg DOWNLOAD=https://...) puts the dataset into the image: keep such an image to yourself.

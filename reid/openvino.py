@@ -1,9 +1,10 @@
 """The optional engine of the CPU: the network as an OpenVINO graph, which answers a single image faster than PyTorch.
 
-The graph is built from the model layer by layer, in less time than a converted file takes to load; nothing is cached, and
-OpenVINO's converter (which reports its use to its makers) is not run.
+The graph is built from the model layer by layer, in less time than a converted file takes to load; nothing is cached.
+OpenVINO's telemetry, which would report every import of the package to its makers, is kept out.
 """
 
+import sys
 import threading
 
 import torch
@@ -22,6 +23,7 @@ class OpenVinoNetwork:
     """
 
     def __init__(self, model, precision, workers):
+        sys.modules.setdefault("openvino_telemetry", None)  # the package asks for it on import, and does without
         try:
             import openvino
         except ImportError as error:

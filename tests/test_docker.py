@@ -25,7 +25,7 @@ def locked(root):
     return found
 
 
-@pytest.mark.parametrize("name", ["requirements-inference.txt", "requirements.txt"])
+@pytest.mark.parametrize("name", ["requirements-openvino.txt", "requirements-inference.txt", "requirements.txt"])
 def test_lock_lies_within_the_ranges(root, name):
     versions = locked(root)
     wanted = requirements(root / name)
@@ -54,14 +54,19 @@ def test_everything_copied_is_in_the_build_context(root):
 
 
 def test_inference_imports_only_what_is_locked(root):
-    """With everything else made unimportable, as in the image."""
+    """With everything else made unimportable, as in the image; and OpenVINO tells nobody that it is used."""
     code = """if True:
         import importlib.metadata as metadata, sys
         keep, names = set(sys.argv[1].split(",")), metadata.packages_distributions()
         for module, owners in names.items():
             if not keep & {owner.lower().replace("_", "-") for owner in owners}:
                 sys.modules.setdefault(module, None)
-        import data_prep, inference, reid.rerank, reid.serve, reid.viz"""
+        import data_prep, inference, reid.rerank, reid.serve, reid.viz
+        if "openvino" in names:
+            from reid.model import build_model, default_config
+            from reid.openvino import OpenVinoNetwork
+            OpenVinoNetwork(build_model(default_config([1], height=64, width=32)).eval(), "fp32", 1)
+            assert sys.modules["openvino_telemetry"] is None"""
     done = subprocess.run([sys.executable, "-c", code, ",".join(locked(root))], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
