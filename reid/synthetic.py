@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from reid import ReidError
-from reid.figure import SCALE, Canvas, Figure, mix
+from reid.canvas import SCALE, Canvas, mix
+from reid.figure import Figure
 
 WIDTH, HEIGHT = 64, 128  # pixels of a crop, as in Market-1501
 CAMERAS = range(1, 7)
