@@ -1,52 +1,106 @@
-"""What a gallery costs as it grows: ingest, search and memory of Milvus beside the index file, in one run.
+"""What a gallery costs as it grows: ingest, search, memory and disk of Milvus beside the index file, in one run.
 
     python benchmarks/scale.py                          embedded engine: 20k, 200k and 1 M random embeddings
     python benchmarks/scale.py --uri http://host:19530  a server or a cluster (MILVUS_TOKEN)
-    python benchmarks/scale.py --quick                  2k, 5k and 10k: seconds
+    python benchmarks/scale.py --quick                  20k and 50k: a minute
+    python benchmarks/scale.py --sizes 1000000 --folder DIR --limit 300
 
-Searches of the two alternate, medians are compared, and both must rank alike. The line fitted through the sizes is what
-docs/scale.md projects from. Each size writes a collection of its own (`reid_scale_<size>`), which is dropped at the end.
+The last stops writing after 300 s and goes on when it is called again, until all rows are there and the searches follow. Searches
+of the two alternate, medians are compared, and both must rank alike. Writing and searching have a process each, so that
+memory is that of one thing. The lines fitted through the sizes are what docs/scale.md projects from.
 """
 
 import argparse
 import json
 import os
+import resource
 import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from reid import ReidError
 from reid.data import Records
 from reid.index import GalleryIndex
 from reid.milvus import MilvusGallery
 from reid.milvus_client import INDEXES, is_file
 
 DIM, CAMERAS, PER_PERSON = 1024, 20, 20
+STEP = 50_000  # rows between two looks at the clock
+UNITS = {"ingest, rows/s": 1, "open, s": 1, "memory, MB": 1e6, "memory while writing, MB": 1e6, "disk, MB": 1e6}
 
 
 def gallery_of(size, seed=0):
-    """GalleryIndex of random people, about 20 images each, in 20 cameras; no files behind it."""
+    """GalleryIndex of random people, about 20 images each, in 20 cameras; no files behind it. A row's frame is its number."""
     generator = torch.Generator().manual_seed(seed)
-    people = max(size // PER_PERSON, 1)
+    pids = torch.randint(max(size // PER_PERSON, 1), (size,), generator=generator)
+    centres = torch.randn(int(pids.max()) + 1, DIM, generator=generator)
     embeddings = torch.empty(size, DIM, dtype=torch.float16)
-    pids = torch.randint(1, people + 1, (size,), generator=generator)
     for part in torch.arange(size).split(20_000):
-        centres = torch.stack([torch.randn(DIM, generator=torch.Generator().manual_seed(int(p))) for p in pids[part]])
-        embeddings[part] = F.normalize(centres + 1.5 * torch.randn(len(part), DIM, generator=generator), dim=1).half()
+        noise = torch.randn(len(part), DIM, generator=generator)
+        embeddings[part] = F.normalize(centres[pids[part]] + 1.5 * noise, dim=1).half()
     camids, frames = torch.randint(1, CAMERAS + 1, (size,), generator=generator), torch.arange(size)
     records = Records(Path("nowhere"), [f"{i // 10_000:04d}/{i:09d}.jpg" for i in range(size)], pids, camids, frames * 0, frames)
-    stats = torch.full((2, size), -1)
-    return GalleryIndex(embeddings, records, "0" * 32, False, (stats[0], stats[1]))
+    return GalleryIndex(embeddings, records, "0" * 32, False, torch.full((2, size), -1))
 
 
-def resident():
-    """Resident memory of this process in bytes (embedded: the engine's is in it)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+def make_index(path, size):
+    index, started = gallery_of(size), time.perf_counter()
+    index.save(path)
+    return time.perf_counter() - started
+
+
+def ingest(uri, path, size, index_type, limit):
+    """Write what is missing, for `limit` seconds at most: (rows there, seconds of all calls so far, peak memory in bytes)."""
+    index, started = GalleryIndex.load(path), time.monotonic()
+    gallery = MilvusGallery.create(uri, f"scale_{size}", index.fingerprint, False, DIM, index.data_root, index_type)
+    records, there = index.records(), len(gallery)
+    before = gallery.engine.settings()[0].get("seconds", 0)  # kept with the rows
+    for part in torch.arange(there, size).split(STEP):
+        step_started = time.monotonic()
+        there += gallery.add(index.embeddings[part], records.select(part))
+        before += time.monotonic() - step_started
+        gallery.engine.set(seconds=before)
+        if time.monotonic() - started > limit:
+            break
+    gallery.close()
+    return there, before, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def measure(uri, path, size, repeats, keep):
+    """Searches of both in turn: {figure: (Milvus, index file)}, times in milliseconds, memory and disk in bytes."""
+    clock, sizes = [time.perf_counter()], [resident()]
+    gallery = MilvusGallery.open(uri, f"scale_{size}")
+    gallery.search(torch.ones(1, DIM), 1)  # the engine reads its rows at the first search
+    clock, sizes = [*clock, time.perf_counter()], [*sizes, resident()]
+    index = GalleryIndex.load(path)
+    index.search(torch.ones(1, DIM), 1)
+    clock, sizes = [*clock, time.perf_counter()], [*sizes, resident()]
+    result = {"open, s": (clock[1] - clock[0], clock[2] - clock[1]),
+              "memory, MB": (sizes[1] - sizes[0], sizes[2] - sizes[1])}  # a server's memory is not in it
+    if is_file(uri):
+        files = (Path(uri) / "collections" / gallery.engine.name).rglob("*")
+        result["disk, MB"] = sum(file.stat().st_size for file in files if file.is_file()), Path(path).stat().st_size
+    noise = torch.randn(100, DIM, generator=torch.Generator().manual_seed(1))
+    queries = F.normalize(index.embeddings[:: max(size // 100, 1)][:100].float() + 0.02 * noise, dim=1)
+    asked = {"1 query, ms": (1, {}), "100 queries, ms": (100, {}), "1 query in 1 camera, ms": (1, {"camids": [1]})}
+    for name, (count, options) in asked.items():
+        result[name] = alternate((gallery, index), queries[:count], repeats, **options)
+    rows, expected = gallery.search(queries, 10)[1].tolist(), index.search(queries, 10)[1].tolist()
+    found = [[gallery.frames[row] for row in line] for line in rows]
+    hits = sum(len(set(a) & set(b)) for a, b in zip(found, expected))
+    result["recall@10"] = hits / sum(map(len, expected)), 1.0
+    result["lists in the same order"] = sum(a == b for a, b in zip(found, expected)) / len(expected), 1.0
+    if not keep:
+        gallery.engine.call("drop_collection")
+    return result
 
 
 def alternate(galleries, queries, repeats, **options):
@@ -58,70 +112,86 @@ def alternate(galleries, queries, repeats, **options):
             gallery.search(queries, 10, **options)
             if turn:
                 spent.append(time.perf_counter() - started)
-    return [1e3 * statistics.median(spent) for spent in times]
+    return tuple(1e3 * statistics.median(spent) for spent in times)
 
 
-def measure(uri, size, index_type, repeats):
-    """One size: a dict of figures."""
-    index = gallery_of(size)
-    queries = F.normalize(index.embeddings[:: max(size // 100, 1)][:100].float() + 0.02 * torch.randn(100, DIM), dim=1)
-    started = time.perf_counter()
-    gallery = MilvusGallery.create(uri, f"scale_{size}", index.fingerprint, False, DIM, index.data_root, index_type)
-    try:
-        gallery.add(index.embeddings, index.records())
-        result = {"rows": size, "ingest_rows_per_s": size / (time.perf_counter() - started)}
-        for count in (1, 100):
-            times = alternate((index, gallery), queries[:count], repeats)
-            result |= {f"index_ms_{count}": times[0], f"milvus_ms_{count}": times[1]}
-        result["milvus_ms_1_camera"] = alternate([gallery], queries[:1], repeats, camids=[1])[0]
-        rows, expected = gallery.search(queries, 10)[1], index.search(queries, 10)[1]
-        found = [[gallery.frames[row] for row in line] for line in rows.tolist()]  # a row's frame is its place here
-        hits = sum(len(set(a) & set(b)) for a, b in zip(found, expected.tolist()))
-        result |= {"recall@10": hits / expected.numel(), "index_bytes": index.embeddings.nbytes,
-                   "same_order": sum(a == b for a, b in zip(found, expected.tolist())) / len(queries),
-                   "process_bytes": resident()}  # an embedded engine and the index file's matrix are in it
-        if is_file(uri):
-            files = (Path(uri) / "collections" / gallery.engine.name).rglob("*")
-            result["disk_bytes"] = sum(file.stat().st_size for file in files if file.is_file())
-    finally:
-        gallery.engine.call("drop_collection")
-        gallery.close()
-    return result
+def resident():
+    """Resident memory of this process in bytes (the embedded engine's is in it)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
-def slope(results, name):
-    """(milliseconds at 0 rows, milliseconds a million rows): the least-squares line through the sizes."""
-    x = torch.tensor([result["rows"] / 1e6 for result in results], dtype=torch.float64)
-    y = torch.tensor([result[name] for result in results], dtype=torch.float64)
+def alone(function, *arguments):
+    """`function` in a process of its own."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def one_size(folder, uri, size, args):
+    """The figures of one size, or None where `--limit` ended the writing."""
+    path, saving = f"{folder}/{size}.pt", None
+    if not Path(path).exists():
+        saving = alone(make_index, path, size)
+    there, seconds, peak = alone(ingest, uri, path, size, args.index_type, args.limit)
+    print(f"{there:,} of {size:,} rows written in {seconds:.1f} s ({there / seconds:,.0f} rows/s)", flush=True)
+    if there < size:
+        return None
+    result = {"ingest, rows/s": (there / seconds, saving and size / saving), "memory while writing, MB": (peak, None)}
+    return result | alone(measure, uri, path, size, args.repeats, args.folder)
+
+
+def rows_of(size, figures, index_type):
+    """The figures as rows of the table: a ratio above 1 is in Milvus' favour."""
+    for name, (ours, peer) in figures.items():
+        ours, peer = ours / UNITS.get(name, 1), peer and peer / UNITS.get(name, 1)
+        more_is_better = name.endswith(("rows/s", "@10", "order"))
+        ratio = peer and (ours / peer if more_is_better else peer / ours)
+        name = f"{name}; {size:,} rows, {index_type}"
+        yield {"name": name, "ours": ours, "peer": peer, "peer_name": "index file", "ratio": ratio}
+
+
+def slope(sizes, values):
+    """(value at 0 rows, increase for a million rows): the least-squares line through the sizes."""
+    x, y = (torch.tensor(numbers, dtype=torch.float64) for numbers in ([size / 1e6 for size in sizes], values))
     per_million = float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
     return float(y.mean() - per_million * x.mean()), per_million
 
 
 def main():
     parser = argparse.ArgumentParser("scale.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--uri", help="engine; default: an embedded one in a temporary folder")
+    parser.add_argument("--uri", help="engine; default: an embedded one in the folder")
+    parser.add_argument("--folder", help="keep the galleries here; default: a temporary one")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds of writing; then call again")
     parser.add_argument("--sizes", type=int, nargs="+")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--index_type", choices=list(INDEXES), default="FLAT")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", metavar="PATH")
     args = parser.parse_args()
-    sizes = args.sizes or ([2_000, 5_000, 10_000] if args.quick else [20_000, 200_000, 1_000_000])
-    results = []
-    with tempfile.TemporaryDirectory() as folder:
-        for size in sizes:
-            result = measure(args.uri or f"{folder}/scale.db", size, args.index_type, args.repeats)
-            results.append(result)
-            print("  ".join(f"{name} {value:,.0f}" if value > 20 else f"{name} {value:.3f}" for name, value in result.items()))
-            print("  ".join(f"Milvus / index file at {n} queries: {result[f'milvus_ms_{n}'] / result[f'index_ms_{n}']:.2f}"
-                            for n in (1, 100)), flush=True)
-    if len(sizes) > 1:
-        for name in ("index_ms_1", "milvus_ms_1", "index_ms_100", "milvus_ms_100"):
-            start, per_million = slope(results, name)
-            print(f"{name}: {start:.1f} ms + {per_million:.1f} ms a million rows")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # the children's threads: two libraries' would spin against each other
+    found, rows = {}, []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or temporary
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for size in args.sizes or ([20_000, 50_000] if args.quick else [20_000, 200_000, 1_000_000]):
+            figures = one_size(folder, args.uri or f"{folder}/{args.index_type}.db", size, args)
+            if figures:
+                found[size] = figures
+                for row in rows_of(size, figures, args.index_type):
+                    rows.append(row)
+                    print(f"{row['name']}: {row['ours']:,.3f}" + (f", index file {row['peer']:,.3f}, ratio {row['ratio']:.2f}"
+                                                                  if row["peer"] else ""), flush=True)
+    for name in ("1 query, ms", "100 queries, ms", "memory, MB", "disk, MB") if len(found) > 1 else ():
+        for side, gallery in enumerate(("Milvus", "index file")):
+            values = [figures[name][side] / UNITS.get(name, 1) for figures in found.values() if name in figures]
+            if values:
+                start, per_million = slope(found, values)
+                print(f"{name}, {gallery}: {start:,.1f} + {per_million:,.1f} for a million rows")
     if args.json:
-        Path(args.json).write_text(json.dumps({"index_type": args.index_type, "results": results}, indent=1))
+        Path(args.json).write_text(json.dumps({"rows": rows}, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ReidError as error:
+        sys.exit(f"scale.py: {error}")
