@@ -67,12 +67,12 @@ COPY requirements.txt ./
 RUN grep ^torch requirements.txt > /tmp/torch.txt && \
     pip install --index-url "${TORCH_INDEX}" -r /tmp/torch.txt && \
     pip install -r requirements.txt
+COPY --chown=1000:1000 . .
 # Volumes take owner and mode from here; with --user, somebody else writes to what is not mounted. MLflow's database lies with
 # the runs, ImageNet's weights with the data, where volumes keep them.
-RUN mkdir -p data index models runs && chown -R reid: /app && chmod 1777 data index models runs
+RUN mkdir -p data index models runs && chown reid: . data index runs && chmod 1777 data index models runs
 ENV MLFLOW_TRACKING_URI=sqlite:////app/runs/mlflow.db TORCH_HOME=/app/data/torch
 USER 1000
-COPY --chown=1000:1000 . .
 # A whole address (--build-arg DOWNLOAD=https://...) puts the dataset into the image: keep such an image to yourself.
 ARG DOWNLOAD=
 RUN if [ -n "${DOWNLOAD}" ]; then python data_prep.py --url "${DOWNLOAD}" && rm -f data/download-*; fi

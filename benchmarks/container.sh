@@ -79,8 +79,9 @@ check() {  # LABEL COMMAND...
   if "${@:2}" >"$dir/log" 2>&1; then echo "ok      $1"; else echo "FAILED  $1"; tail -n 8 "$dir/log"; failed=1; fi
 }
 
-says() {  # PATTERN COMMAND...
-  "${@:2}" | tee /dev/stderr | grep -q "$1"
+says() {  # TEXT COMMAND...
+  local said
+  said=$("${@:2}") && echo "$said" && [[ $said == *"$1"* ]]
 }
 
 hits() {  # NUMBER COMMAND...: so many lines of results
@@ -194,7 +195,7 @@ for user in 1000 1234; do
   check "user $user: the dashboards answer on 6006 and 8080" until_ready 180 pages
   check "user $user: people are drawn" inside python data_prep.py --synthetic --num_ids 16
   check "user $user: a model is trained" inside python train.py --exp_name "run-$user" "${small[@]}"
-  check "user $user: both dashboards show the run" shows_run "run-$user"
+  check "user $user: both dashboards show the run" until_ready 60 shows_run "run-$user"
   check "user $user: it is evaluated" inside python eval.py --exp_name "run-$user" --data_root data/synthetic --save_index
   check "user $user: it stops when asked to, status 143" stops 143
 done

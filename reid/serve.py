@@ -23,7 +23,7 @@ import threading
 import time
 from collections import defaultdict
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from reid import ReidError, images
-from reid.data import UNKNOWN, UNKNOWN_PID
+from reid.data import JUNK, UNKNOWN, UNKNOWN_PID
 from reid.viz import verdict, who
 
 try:
@@ -68,6 +68,7 @@ class Searcher:
         self.extractor, self.index = extractor, index
         cameras = index.cameras if hasattr(index, "cameras") else index.camids.unique().tolist()
         self.cameras = sorted(set(cameras) - {UNKNOWN})
+        self.rows = index if hasattr(index, "__contains__") else range(len(index))  # those of an engine are any 63 bits
         self.jobs = queue.Queue(WAITING)
         self.thread = threading.Thread(target=self._work, name="search", daemon=True)
 
@@ -85,9 +86,8 @@ class Searcher:
         return answer | {"threshold": self.index.threshold, "seconds": round(time.perf_counter() - started, 4)}
 
     def check(self, row):
-        """`row`, if the gallery has it (the rows of an engine are any 63 bits)."""
-        rows = self.index if hasattr(self.index, "__contains__") else range(len(self.index))
-        if not 0 <= row < 1 << 63 or row not in rows:
+        """`row`, if the gallery has it."""
+        if not 0 <= row < 1 << 63 or row not in self.rows:
             raise HTTPException(404, f"row {row}: not in the gallery")
         return row
 
@@ -141,20 +141,22 @@ class Searcher:
         return {"query": query, "results": results}
 
     def _anybody(self, count):
-        """Up to `count` different images: of the neighbours of random directions, which every kind of gallery can find."""
-        _, rows = self.index.search(F.normalize(torch.randn(count, self.extractor.dim)), NEIGHBOURS)
-        picked = {random.choice(near): None for near in ([row for row in hits if row >= 0] for hits in rows.tolist()) if near}
+        """Up to `count` different images to pick from: no junk, or an engine's neighbours of random directions."""
+        if self.rows is self.index:
+            _, found = self.index.search(F.normalize(torch.randn(count, self.extractor.dim)), NEIGHBOURS)
+            picked = {random.choice(near) for near in ([row for row in rows if row >= 0] for rows in found.tolist()) if near}
+        else:
+            people = (self.index.pids != JUNK).nonzero()[:, 0].tolist()
+            picked = random.sample(people, min(count, len(people)))
         return [self.describe(row) for row in picked]
 
 
-def create_app(extractor, index, data_root=None, host="127.0.0.1", topk_limit=200):
+def create_app(extractor, index, host="127.0.0.1", topk_limit=200):
     """The ASGI application.
 
-    extractor: Extractor. index: GalleryIndex or MilvusGallery. data_root: folder that the index's paths start from (default:
-    as the index says). host: the address it will listen on; on this machine's own, requests under other names are refused
-    (DNS rebinding). topk_limit: most results of one answer.
+    extractor: Extractor. index: GalleryIndex or MilvusGallery. host: the address it will listen on; on this machine's own,
+    requests under other names are refused (DNS rebinding). topk_limit: most results of one answer.
     """
-    data_root = Path(data_root or index.data_root)
     searcher, decoders = Searcher(extractor, index), ThreadPoolExecutor(2, "decode")  # two: 50 megapixels are 300 MB
     page, policy = _page({"images": len(index), "cameras": searcher.cameras, "model": extractor.describe(),
                           "threshold": index.threshold, "topk_limit": topk_limit, "upload_limit": UPLOAD_LIMIT,
@@ -193,7 +195,7 @@ def create_app(extractor, index, data_root=None, host="127.0.0.1", topk_limit=20
 
     @app.get("/image/{row}")
     def picture(row: int):
-        return Response(_picture(searcher, data_root, row), 200, {"Cache-Control": "private, max-age=86400"}, "image/jpeg")
+        return Response(_picture(searcher, row), 200, {"Cache-Control": "private, max-age=86400"}, "image/jpeg")
 
     @app.get("/healthz")
     def healthz():
@@ -258,13 +260,13 @@ async def _read(request):
     return bytes(body)
 
 
-def _picture(searcher, data_root, row):
+def _picture(searcher, row):
     """JPEG bytes of a gallery image: through our own decoder, so nothing but an image ever leaves, upright and small."""
     path = PurePosixPath(searcher.index.paths[searcher.check(row)])
     if path.is_absolute() or ".." in path.parts:  # an index may come from anybody
         raise HTTPException(404, f"row {row}: its file lies outside the data root")
     try:
-        picture = Image.fromarray(images.decode(data_root / path).permute(1, 2, 0).contiguous().numpy())
+        picture = Image.fromarray(images.decode(Path(searcher.index.data_root) / path).permute(1, 2, 0).contiguous().numpy())
     except ReidError as error:
         raise HTTPException(404, f"row {row}: its file is missing or damaged") from error
     picture.thumbnail((PICTURE, PICTURE))
@@ -292,8 +294,6 @@ def serve(app, listener):
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that TERM, too, ends in the lines below
     print(f"search page: http://{name}:{port} (Ctrl-C stops it)", flush=True)
-    try:
+    with suppress(KeyboardInterrupt):  # uvicorn has stopped in order and passes the signal on
         uvicorn.Server(config).run(sockets=[listener])
-    except KeyboardInterrupt:
-        pass  # uvicorn has stopped in order and passes the signal on
     print("search page: stopped", flush=True)

@@ -157,11 +157,11 @@ def _draw_hit(picture, draw, left, top, ranking, place, hit, threshold):
 
 
 def _caption(draw, corner, headline, ink, pid, camid, name):
-    """Score, then identity and camera, then the file's name: three lines below a tile, each as wide as the tile at most."""
+    """Score, then identity and camera, then the file's stem: three lines below a tile, each as wide as the tile at most."""
     x, y = corner[0] + 2, corner[1] + FRAME[1] + 4
     facts = [who(pid, name)] if who(pid, name) else []
     facts += [f"cam {camid}"] if camid != UNKNOWN else []
-    lines = [(headline, 18, ink, 22), (" · ".join(facts), 14, INK, 18), (Path(name).name, 12, FAINT, 0)]
+    lines = [(headline, 18, ink, 22), (" · ".join(facts), 14, INK, 18), (Path(name).stem, 12, FAINT, 0)]
     for text, size, colour, step in lines:
         if text:
             draw.text((x, y), ellipsis(text, _font(size), FRAME[0] - 4), colour, _font(size))
