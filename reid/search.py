@@ -2,9 +2,10 @@
 
 import torch
 
-CHUNK = 1 << 17  # rows of the gallery whose scores are in memory at once
+CHUNK = {"cpu": 1 << 15, "cuda": 1 << 20}  # rows of the gallery whose scores are in memory at once
 QUERIES = 256  # queries at once
-SPARE = 24  # candidates beyond topk
+SPARE, MORE = 24, 512  # candidates beyond topk, and where that many are about as near as the k-th
+EXACT = 1024  # candidates whose embeddings are in memory at once: 4 MiB, which are in the cache when they are multiplied
 CLOSE = 1e-6  # float32 scores nearer than this are compared again in float64
 
 
@@ -17,62 +18,71 @@ class ExactSearch:
     def __init__(self, embeddings, device="cpu"):
         self.exact, self.device = embeddings, torch.device(device)
         self.fast = fast_bf16(self.device)
-        copies = [part.float() for part in embeddings.split(CHUNK)]
-        self.error = 0.0
-        if self.fast:
-            for i, part in enumerate(copies):
-                copies[i] = part.bfloat16()
-                self.error = max(self.error, (part - copies[i].float()).norm(dim=1).max().item() if len(part) else 0.0)
-        self.chunks = [part.to(self.device) for part in copies]
+        if self.device.type == "cuda":  # partial sums in bf16 would break the bound
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        self.chunks, self.error = [], 0.0
+        for part in embeddings.split(CHUNK[self.device.type]):
+            part = copy = part.float()
+            if self.fast and len(part):
+                copy = part.bfloat16()
+                self.error = max(self.error, (part - copy.float()).norm(dim=1).max().item())
+            self.chunks.append(copy.to(self.device))
 
     def search(self, embeddings, topk, keep=None, exclude=None):
         """(scores float32 [Q, k], rows int64 [Q, k]), best first, equal scores by row; -inf and -1 where rows run out.
 
-        embeddings: float32 [Q, D]. keep: bool [N], rows that may be found. exclude: list of Q lists of rows to leave out.
-        The order is that of float64 products.
+        embeddings: float32 [Q, D] of norm 1. keep: bool [N], rows that may be found. exclude: list of Q lists of rows to
+        leave out. The order is that of float64 products.
         """
-        results = [self._block(embeddings[i : i + QUERIES].float(), topk, keep, exclude and exclude[i : i + QUERIES])
-                   for i in range(0, len(embeddings), QUERIES)]
-        if not results:
-            return torch.empty(0, topk), torch.empty(0, topk, dtype=torch.int64)
-        return torch.cat([scores for scores, _ in results]), torch.cat([rows for _, rows in results])
+        scores = torch.full((len(embeddings), topk), -torch.inf)
+        rows = torch.full((len(embeddings), topk), -1)
+        for start in range(0, len(embeddings) if len(self.exact) else 0, QUERIES):
+            block = slice(start, start + QUERIES)
+            best, found = self._block(embeddings[block].float(), topk, keep, exclude and exclude[block], SPARE)
+            scores[block, : best.shape[1]], rows[block, : best.shape[1]] = best, found
+        return scores, rows.masked_fill_(scores == -torch.inf, -1)
 
-    def _block(self, queries, topk, keep, exclude):
-        if not len(self.exact):
-            return torch.full((len(queries), topk), -torch.inf), torch.full((len(queries), topk), -1)
-        rough, rows = self._candidates(queries, min(topk + SPARE, len(self.exact)), keep, exclude)
-        scores, rows = self._rank(queries, rough, rows)
-        short = rows.shape[1] < len(self.exact)
-        if short:  # is the k-th surely better than everything that is no candidate?
-            sure = scores[:, min(topk, scores.shape[1]) - 1] > rough[:, -1] + self._bound(queries, rough[:, -1])
-            for i in (~sure & (rough[:, -1] > -torch.inf)).nonzero().flatten().tolist():
-                best = self._all(queries[i], keep, exclude and exclude[i], topk)
-                scores[i, :topk], rows[i, :topk] = best
-        scores, rows = scores[:, :topk], rows[:, :topk]
-        missing = topk - scores.shape[1]
-        if missing > 0:
-            scores = torch.nn.functional.pad(scores, (0, missing), value=-torch.inf)
-            rows = torch.nn.functional.pad(rows, (0, missing), value=-1)
-        return scores.contiguous(), rows.masked_fill(scores == -torch.inf, -1)
+    def _block(self, queries, topk, keep, exclude, spare):
+        count = min(topk + spare, len(self.exact))
+        rough, rows = self._candidates(queries, count, keep, exclude)
+        step = max(1, EXACT // count)
+        parts = [self._rank(*part) for part in zip(queries.split(step), rough.split(step), rows.split(step))]
+        scores, rows = (torch.cat(columns)[:, :topk] for columns in zip(*parts))
+        if count < len(self.exact):  # is the k-th surely better than everything that is no candidate?
+            floor = scores[:, -1] - self._bound(queries, scores[:, -1])
+            unsure = ((rough[:, -1] >= floor) & (rough[:, -1] > -torch.inf)).nonzero().flatten()
+            if len(unsure):
+                left_out = exclude and [exclude[i] for i in unsure.tolist()]
+                scores[unsure], rows[unsure] = self._block(queries[unsure], topk, keep, left_out, MORE) if spare < MORE else \
+                    self._near(queries[unsure], topk, floor[unsure], keep, left_out)
+        return scores, rows
+
+    def _scores(self, queries, keep, exclude):
+        """Yield (number of a chunk's first row, scores [Q, n] by the resident copy), -inf for rows that are left out."""
+        on_device = queries.to(self.device, self.chunks[0].dtype)
+        out, start = [(i, row) for i, rows in enumerate(exclude or ()) for row in rows], 0
+        query, row = torch.tensor(out, dtype=torch.int64, device=self.device).view(-1, 2).T
+        for chunk in self.chunks:
+            scores = (chunk @ on_device[0])[None] if len(queries) == 1 else on_device @ chunk.T
+            if keep is not None:
+                scores.masked_fill_(~keep[start : start + len(chunk)].to(self.device), -torch.inf)
+            if out:
+                here = (row >= start) & (row < start + len(chunk))
+                scores[query[here], row[here] - start] = -torch.inf
+            yield start, scores
+            start += len(chunk)
 
     def _candidates(self, queries, count, keep, exclude):
         """The `count` best rows by the resident copy: (its scores float32 [Q, count], rows)."""
-        on_device = queries.to(self.device, torch.bfloat16 if self.fast else torch.float32)
-        best, rows, start = None, None, 0
-        for chunk in self.chunks:
-            scores = on_device @ chunk.T
-            if keep is not None:
-                scores.masked_fill_(~keep[start : start + len(chunk)].to(self.device), -torch.inf)
-            for i, left_out in enumerate(exclude or ()):
-                scores[i, [row - start for row in left_out if start <= row < start + len(chunk)]] = -torch.inf
-            top, where = scores.topk(min(count, len(chunk)), sorted=True)
+        best = rows = None
+        for start, scores in self._scores(queries, keep, exclude):
+            top, where = scores.topk(min(count, scores.shape[1]), sorted=True)
             top, where = top.float(), where + start
             if best is None:
                 best, rows = top, where
             else:
                 best, order = torch.cat([best, top], 1).topk(min(count, best.shape[1] + top.shape[1]))
                 rows = torch.cat([rows, where], 1).gather(1, order)
-            start += len(chunk)
         return best.cpu(), rows.cpu()
 
     def _rank(self, queries, rough, rows):
@@ -91,20 +101,26 @@ class ExactSearch:
         return ordered, rows.gather(1, order)
 
     def _bound(self, queries, value):
-        """How far the resident copy's score may be from the exact one, [Q]: Cauchy-Schwarz on what rounding took away."""
-        if not self.fast:
-            return torch.full((len(queries),), 2e-6)
-        lost = (queries - queries.bfloat16().float()).norm(dim=1)
-        return lost + self.error * (1 + lost) + value.abs() * 2**-8 + 1e-5
+        """How far below `value` [Q] an exact score must be so that the resident copy's is too, or the other way, [Q].
 
-    def _all(self, query, keep, exclude, topk):
-        """One query against every row in float64."""
-        scores = torch.cat([part.double() @ query.double() for part in self.exact.split(CHUNK)])
-        if keep is not None:
-            scores[~keep] = -torch.inf
-        scores[list(exclude or ())] = -torch.inf
-        best, order = scores.sort(descending=True, stable=True)
-        return best[:topk].float(), order[:topk]
+        Cauchy-Schwarz on what rounding took away, half a bf16 step of the score, and two float32 sums of D products.
+        """
+        summed = queries.shape[1] * 2**-23
+        if not self.fast:
+            return torch.full_like(value, summed)
+        lost = (queries - queries.bfloat16().float()).norm(dim=1)
+        return lost + self.error * (1 + lost) + (value.abs() + 2**-6) * 2**-8 + summed
+
+    def _near(self, queries, topk, floors, keep, exclude):
+        """The best of every row that the resident copy puts at `floors` [Q] or above, in float64: many are about as near."""
+        best = torch.empty(len(queries), topk), torch.empty(len(queries), topk, dtype=torch.int64)
+        for i, (query, floor) in enumerate(zip(queries, floors)):
+            rows = torch.cat([(scores[0].float() >= floor).nonzero().flatten() + start
+                              for start, scores in self._scores(query[None], keep, exclude and exclude[i : i + 1])]).cpu()
+            scores = torch.cat([self.exact[part].double() @ query.double() for part in rows.split(1 << 13)])
+            scores, order = scores.sort(descending=True, stable=True)
+            best[0][i], best[1][i] = scores[:topk], rows[order[:topk]]
+        return best
 
 
 def fast_bf16(device):

@@ -37,7 +37,7 @@ def make_index(count=500, dim=64, dtype=torch.float32, root="nowhere"):
 @pytest.mark.parametrize("fast", [True, False])
 def test_search_has_the_order_of_float64(monkeypatch, count, topk, spread, fast):
     monkeypatch.setattr("reid.search.fast_bf16", lambda device: fast)
-    monkeypatch.setattr("reid.search.CHUNK", 1700)
+    monkeypatch.setattr("reid.search.CHUNK", {"cpu": 1700})
     gallery, queries = random_rows(count, spread=spread), random_rows(40, seed=1)
     queries[: min(10, count)] = gallery[:10]
     scores, rows = ExactSearch(gallery).search(queries, topk)
@@ -45,6 +45,29 @@ def test_search_has_the_order_of_float64(monkeypatch, count, topk, spread, fast)
     found = min(count, topk)
     assert torch.equal(rows[:, :found], order) and torch.allclose(scores[:, :found], expected.float(), atol=1e-6)
     assert (rows[:, found:] == -1).all() and (scores[:, found:] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("more, expected", [(300, ["_block"]), (8, ["_block", "_near"])])
+def test_search_among_many_that_are_about_as_near(monkeypatch, more, expected):
+    """First among more candidates; where those are still too few, among every row that may be one."""
+    monkeypatch.setattr("reid.search.SPARE", 2)
+    monkeypatch.setattr("reid.search.MORE", more)
+    monkeypatch.setattr("reid.search.fast_bf16", lambda device: True)
+    gallery, calls = random_rows(1000, spread=1e-3), []
+    queries = F.normalize(gallery[::97] + 0.02 * random_rows(11, seed=5))
+    exact = ExactSearch(gallery)
+    for name in ("_block", "_near"):
+        method = getattr(exact, name)
+        monkeypatch.setattr(exact, name, lambda *args, name=name, method=method: calls.append(name) or method(*args))
+    keep, exclude = torch.arange(1000) % 7 > 0, [[row, 8] for row in range(0, 1000, 97)]
+    scores, rows = exact.search(queries, 3, keep, exclude)
+    every = queries.double() @ gallery.double().T
+    every[:, ~keep] = -torch.inf
+    for i, left_out in enumerate(exclude):
+        every[i, left_out] = -torch.inf
+    best, order = every.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(rows, order[:, :3]) and torch.allclose(scores, best[:, :3].float(), atol=1e-6)
+    assert calls[1:] == expected
 
 
 def test_filters():
