@@ -2,6 +2,8 @@
 
 A and B alternate in one process; the ratio is the median of the rounds' ratios (over 1: ours is faster). Every peer runs the
 same weights in torchvision's own DenseNet-121 (last stride 1, no mirrored images), so the embeddings are compared too.
+
+Two other questions have an option each: what a precision costs in mAP (--accuracy), and whether memory stays flat (--memory).
 """
 
 import argparse
@@ -21,9 +23,12 @@ from PIL import Image
 from torchvision import models, transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from reid import ReidError, images, run
-from reid.data import read_folder
+from reid import ReidError, images, metrics, run
+from reid.checkpoint import save_checkpoint
+from reid.data import read_folder, read_split
 from reid.extract import Extractor
+from reid.index import GalleryIndex
+from reid.model import build_model, default_config
 
 
 def get_args_parser():
@@ -32,30 +37,36 @@ def get_args_parser():
     add("--checkpoint", default="models/masked-hog-908/best.pth")
     add("--data", help="folder of images (default: 256 drawn here)")
     add("--rounds", type=int, default=9)
-    add("--quick", action="store_true", help="3 rounds, within 5 minutes on 2 cores")
-    add("--memory", type=int, metavar="N", help="instead: embed N (repeated) files by a stand-in network, print the memory")
+    add("--quick", action="store_true", help="5 rounds, within 5 minutes on 2 cores")
+    add("--accuracy", nargs="+", metavar="MODE", help="instead: mAP and Rank-1 of modes such as torch-fp32 openvino-bf16, "
+        "with embeddings stored as fp32 and as fp16; --data is a grouped dataset")
+    add("--memory", type=int, metavar="N", help="instead: index N (repeated) files with a small random network, print the memory")
     add("--json", metavar="PATH", help="write the rows")
     return parser
 
 
 def main(args):
-    rounds = 3 if args.quick else args.rounds
-    with tempfile.TemporaryDirectory() as folder:
-        files = (read_folder(args.data) if args.data else read_folder(draw(folder, 256))).files()
-        if args.memory:
-            return watch_memory(args.checkpoint, files, args.memory)
-        rows = list((on_gpu if torch.cuda.is_available() else on_cpu)(args.checkpoint, files, rounds))
+    if args.accuracy:
+        rows = [row for mode in args.accuracy for row in accuracy(args.checkpoint, args.data, *mode.split("-"))]
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            records = read_folder(args.data or draw(folder, 256))
+            if args.memory:
+                rows = watch_memory(records, args.memory)
+            else:
+                rounds = 5 if args.quick else args.rounds
+                rows = list((on_gpu if torch.cuda.is_available() else on_cpu)(args.checkpoint, records.files(), rounds))
     if args.json:
         Path(args.json).write_text(json.dumps({"rows": rows}, indent=1))
 
 
 def draw(folder, count):
-    """JPEG files of Market-1501's size and roughly its weight."""
+    """JPEG files of Market-1501's size and weight (2.4 kB)."""
     generator = torch.Generator().manual_seed(0)
     for i in range(count):
         pixels = F.interpolate(torch.rand(1, 3, 16, 8, generator=generator), (128, 64), mode="bicubic")[0]
-        pixels = (255 * (pixels + 0.05 * torch.randn(3, 128, 64, generator=generator)).clamp(0, 1)).to(torch.uint8)
-        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(Path(folder, f"{i:05}.jpg"), quality=90)
+        pixels = (255 * (pixels + 0.02 * torch.randn(3, 128, 64, generator=generator)).clamp(0, 1)).to(torch.uint8)
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(Path(folder, f"{i:05}.jpg"), quality=75)
     return folder
 
 
@@ -130,8 +141,8 @@ def on_cpu(checkpoint, files, rounds):
                   "Pillow, batches of 16", rounds)
     yield compare("from files, 32 at once", 32, partial(fast.embed, files[:32]), partial(peer.feature_extractor, files[:32]),
                   "transforms image by image", rounds)
-    yield compare("files to embeddings over embeddings only", 128, partial(fast.embed, files * 2),
-                  partial(fast.embed, pixels.repeat(2, 1, 1, 1)), "decoded in advance", rounds)
+    yield compare("files to embeddings over embeddings only", 256, partial(fast.embed, files * 4),
+                  partial(fast.embed, pixels.repeat(4, 1, 1, 1)), "decoded in advance", rounds)
     if "openvino" in engines:
         yield from openvino_alone(engines["openvino"], files[:64], pixels, rounds)
 
@@ -178,19 +189,60 @@ def on_gpu(checkpoint, files, rounds):
                   lambda: peer.published(many[:512]), "Pillow, batches of 16", rounds)
 
 
-def watch_memory(checkpoint, files, count):
-    """Memory of the process while `count` files go through decoding and a stand-in for the network."""
-    extractor = Extractor(checkpoint, mirror=False)
-    extractor._features = lambda batch: batch[:, :, ::64].float().flatten(1)[:, : extractor.dim].contiguous()
-    extractor._features(torch.zeros(1, 3, *extractor.size))
-    done, every = 0, max(1, count // 10)
-    files = [files[i % len(files)] for i in range(count)]
-    for positions, _ in extractor.stream(files):
-        if (done + len(positions)) // every > done // every:
-            pages = int(Path("/proc/self/statm").read_text().split()[1])
-            print(f"{done + len(positions):,} files: {pages * resource.getpagesize() / 2**20:,.0f} MiB resident, "
-                  f"{len(os.listdir('/proc/self/fd'))} files open", flush=True)
-        done += len(positions)
+def accuracy(checkpoint, data_root, engine, precision):
+    """mAP and Rank-1 of a grouped dataset by one mode, without mirrored images, from float32 and from float16 embeddings."""
+    extractor = Extractor(checkpoint, "auto" if engine == "torch" else "cpu", precision, engine, mirror=False)
+    started = time.perf_counter()
+    query, gallery = (GalleryIndex.build(extractor, read_split(data_root, split), dtype=torch.float32)
+                      for split in ("query", "gallery"))
+    speed = (len(query) + len(gallery)) / (time.perf_counter() - started)
+    for stored in (torch.float32, torch.float16):
+        embeddings = (index.embeddings.to(stored).float() for index in (query, gallery))
+        result = metrics.evaluate(*embeddings, query.pids, query.camids, gallery.pids, gallery.camids)
+        name = f"{engine} {precision}, stored as {str(stored).removeprefix('torch.')}"
+        print(f"{name}: mAP {100 * result.mAP:.3f}, Rank-1 {100 * result.rank[1]:.3f} ({speed:,.0f} images/s)", flush=True)
+        yield {"name": name, "mAP": float(result.mAP), "rank1": float(result.rank[1]), "images_per_second": speed}
+
+
+class Watched(Extractor):
+    """Notes the memory of the process while a gallery is embedded."""
+
+    def stream(self, files, *options):
+        done, every, self.rows = 0, max(1, len(files) // 10), []
+        for positions, rows in super().stream(files, *options):
+            yield positions, rows
+            done += len(positions)
+            if done // every > (done - len(positions)) // every:
+                self.rows.append(note(f"{done:,} files", done * self.dim * 2))
+
+
+def note(name, known):
+    """A row with the resident memory now, and what of it is not the `known` bytes of embeddings."""
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+    rest, files = resident - known / 2**20, len(os.listdir("/proc/self/fd"))
+    print(f"{name}: {resident:,.0f} MiB resident, {rest:,.0f} without the embeddings; {files} files open", flush=True)
+    return {"name": name, "resident_mib": resident, "without_embeddings_mib": rest, "files_open": files}
+
+
+def watch_memory(records, count):
+    """Index `count` files (the records again and again) and save it: only the float16 embeddings and the names may grow.
+
+    The files are decoded as they are; the network has random weights and takes 64x32, so that it ends in minutes.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        save_checkpoint(f"{folder}/best.pth", build_model(default_config([1, 2], height=64, width=32)), {}, {})
+        extractor = Watched(f"{folder}/best.pth", mirror=False)
+        Extractor(f"{folder}/best.pth", mirror=False).embed(records.files()[:64])  # libraries are there for the first row
+        started = time.perf_counter()
+        many = records.select(torch.arange(count) % len(records))
+        rows = [note("before", 0)]
+        index = GalleryIndex.build(extractor, many, progress=False)
+        speed = len(index) / (time.perf_counter() - started)
+        index.save(f"{folder}/index.pt")
+        rows += [*extractor.rows, note("saved", index.embeddings.nbytes)]
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    print(f"{len(index):,} images at {speed:,.0f} images/s; at most {peak:,.0f} MiB resident", flush=True)
+    return [*rows, {"name": "whole run", "images_per_second": speed, "peak_mib": peak}]
 
 
 if __name__ == "__main__":
