@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from reid import ReidError, images
-from reid.data import JUNK, UNKNOWN, UNKNOWN_PID
+from reid.data import DISTRACTOR, JUNK, UNKNOWN, UNKNOWN_PID
 from reid.viz import verdict, who
 
 try:
@@ -141,12 +141,12 @@ class Searcher:
         return {"query": query, "results": results}
 
     def _anybody(self, count):
-        """Up to `count` different images to pick from: no junk, or an engine's neighbours of random directions."""
+        """Up to `count` different images to pick from: of people, or an engine's neighbours of random directions."""
         if self.rows is self.index:
             _, found = self.index.search(F.normalize(torch.randn(count, self.extractor.dim)), NEIGHBOURS)
             picked = {random.choice(near) for near in ([row for row in rows if row >= 0] for rows in found.tolist()) if near}
         else:
-            people = (self.index.pids != JUNK).nonzero()[:, 0].tolist()
+            people = ((self.index.pids != JUNK) & (self.index.pids != DISTRACTOR)).nonzero()[:, 0].tolist()
             picked = random.sample(people, min(count, len(people)))
         return [self.describe(row) for row in picked]
 
