@@ -17,6 +17,7 @@ from reid.checkpoint import checkpoint_path, load_spacetime
 from reid.data import UNKNOWN, UNKNOWN_PID, Name, folder_pid, list_images, parse_name, read_folder, read_split
 from reid.extract import Extractor
 from reid.gallery import build_gallery, open_gallery
+from reid.index import GalleryIndex
 from reid.milvus_client import INDEXES
 
 CANDIDATES = 200  # rows of the gallery that re-ranking looks at
@@ -77,16 +78,20 @@ def main(args):
     extractor = Extractor(checkpoint, world.device or args.device, args.precision, args.engine, args.compile,
                           args.mirror is not False, args.batch_size)
     index = gallery_of(args, extractor)
-    if world.rank:
+    ours = isinstance(index, GalleryIndex) and not args.serve  # then every rank also searches its stretch of the rows
+    if world.rank and not ours:
         return world.stop()
-    print(f"{extractor.describe()}; {len(index):,} images in the gallery", flush=True)
+    if world.rank == 0:
+        print(f"{extractor.describe()}; {len(index):,} images in the gallery", flush=True)
     if args.serve:
         return serve.serve(serve.create_app(extractor, index, host=args.host), listener)
 
     embeddings, kept, bad = extractor.embed_records(query_files, strict=args.strict, progress=False)
     files = [query_files[i] for i in kept.tolist()]
     names = [name_of(file, args.data_root) for file in files]
-    scores, rows = search(args, index, embeddings, names)
+    scores, rows = search(args, index, embeddings, names, {"rank": world.rank, "world": world.ranks} if ours else {})
+    if world.rank:
+        return world.stop()
     rankings = [ranking(index, *item) for item in zip(files, names, scores, rows)]
     threshold = None if args.rerank or args.spacetime else index.threshold  # it is a cosine, their scores are not
     for item in rankings:
@@ -155,13 +160,13 @@ def gallery_of(args, extractor):
     return index
 
 
-def search(args, index, embeddings, names):
+def search(args, index, embeddings, names, ranks):
     """(scores, rows), lists of Q tensors: by cosine, or the best CANDIDATES in the order that other evidence gives them."""
     if not (args.rerank or args.spacetime):
-        return index.search(embeddings, args.topk, camids=args.cameras)
+        return index.search(embeddings, args.topk, camids=args.cameras, **ranks)
     path = checkpoint_path(args.exp_name).with_name("spacetime.pt")
     evidence = load_spacetime(path, args.data_root) if args.spacetime else None
-    _, candidates = index.search(embeddings, max(args.topk, CANDIDATES), camids=args.cameras)
+    _, candidates = index.search(embeddings, max(args.topk, CANDIDATES), camids=args.cameras, **ranks)
     scores, rows = [], []
     for query, name, found in zip(embeddings, names, candidates):
         found = found[found >= 0]

@@ -152,7 +152,7 @@ def openvino_alone(extractor, files, pixels, rounds):
 
     network, neck = extractor._features, extractor._model.neck
     hints = {"INFERENCE_PRECISION_HINT": network._precision}
-    compiled, array = openvino.Core().compile_model(network._graph, "CPU", hints), pixels.numpy()
+    compiled, array = openvino.Core().compile_model(network.graph, "CPU", hints), pixels.numpy()
 
     @torch.no_grad()
     def alone(size):

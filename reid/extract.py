@@ -43,6 +43,7 @@ class Extractor:
         self.precision = pick_precision(self.device, precision)
         self.engine, self.compile, self.mirror = engine, compile, mirror
         self.batch_size = batch_size or VIEWS.get(self.device.type, 512) // (2 if mirror else 1)
+        self._checkpoint = Path(checkpoint)
         self._model = restore_model(record, checkpoint).eval().requires_grad_(False).to(self.device)
         self._features = self._network()
         self._compiled = self._workers = None
@@ -190,10 +191,11 @@ class Extractor:
         if self.engine == "openvino":
             from reid.openvino import OpenVinoNetwork
 
-            return OpenVinoNetwork(self._model, self.precision, _workers())
+            kept = self._checkpoint.with_suffix(f".{self.precision}.openvino")
+            return OpenVinoNetwork(self._model, self.precision, _workers(), kept, self.fingerprint)
         if self.engine != "torch":
             raise ReidError(f"--engine {self.engine}: use torch or openvino")
-        if self.config["backbone"] == "densenet121":
+        if self.config["backbone"] == "densenet121" and not self.config.get("ibn"):  # instance norms cannot be folded
             return FoldedDenseNet(self._model, DTYPES[self.precision])
         return plain_network(self._model, DTYPES[self.precision])
 

@@ -14,9 +14,16 @@ from PIL import Image, ImageOps
 from reid import ReidError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for RGB in 0..1
+FORMATS = ("JPEG", "MPO", "PNG", "BMP", "WEBP", "TIFF", "GIF")  # Pillow has 40, among them EPS, which runs Ghostscript
 MAX_PIXELS = 50_000_000  # larger images are refused before they are decoded (decompression bombs)
 MAX_BYTES = 256 << 20  # larger files are refused before they are read; no image of MAX_PIXELS needs more
+# Named, because Pillow otherwise looks for more at the first file that it does not know, while other threads go through its
+# list; and because some of its formats run other programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 PREPROCESSING = "rgb-u8/bilinear-antialias/imagenet-mean-std/1"  # part of an index's fingerprint: change it with the code
+
+# Pillow warns of odd images; here and not around each decoding, where threads would undo each other's settings.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def decode(source):
@@ -28,12 +35,10 @@ def decode(source):
     """
     name = source if isinstance(source, (str, Path)) else "image"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of bombs at another size
-            image = source if isinstance(source, Image.Image) else _open(source)
-            if image.width * image.height > MAX_PIXELS:
-                raise Image.DecompressionBombError
-            pixels = np.array(_to_rgb(image))
+        image = source if isinstance(source, Image.Image) else _open(source)
+        if image.width * image.height > MAX_PIXELS:
+            raise Image.DecompressionBombError
+        pixels = np.array(_to_rgb(image))
     except Image.DecompressionBombError as error:
         raise ReidError(f"{name}: more than {MAX_PIXELS:,} pixels; make it smaller") from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, IndexError ...
@@ -45,14 +50,14 @@ def decode(source):
 
 def _open(source):
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return Image.open(io.BytesIO(source))
+        return Image.open(io.BytesIO(source), formats=FORMATS)
     found = os.stat(source)
     if not stat.S_ISREG(found.st_mode):  # a pipe would never end, a link to /dev/zero neither
         raise OSError("is a folder" if stat.S_ISDIR(found.st_mode) else "not a regular file")
     if found.st_size > MAX_BYTES:
         raise OSError(f"{found.st_size:,} bytes, more than {MAX_BYTES:,}")
     # One read: a handle kept open by a lazy decoder would add up over 100,000 files.
-    return Image.open(io.BytesIO(Path(source).read_bytes()))
+    return Image.open(io.BytesIO(Path(source).read_bytes()), formats=FORMATS)
 
 
 def _to_rgb(image):
@@ -63,7 +68,8 @@ def _to_rgb(image):
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
 def resize(images, size):

@@ -44,6 +44,7 @@ class GalleryIndex:
 
     threshold: the cosine above which two images count as one person, at `false_match_rate` (None: not measured).
     queries: a second GalleryIndex with the queries' part, or None. bad: [(file, reason)] of images left out by `build`.
+    device: where it is searched, that of the Extractor which built it or which it was loaded with.
     """
 
     def __init__(self, embeddings, records, fingerprint, mirror, stats=None):
@@ -54,7 +55,7 @@ class GalleryIndex:
         self.data_root = str(records.root)
         self.fingerprint, self.preprocessing, self.mirror = fingerprint, PREPROCESSING, mirror
         self.threshold = self.false_match_rate = self.queries = None
-        self.bad, self._search = [], None
+        self.bad, self.device, self._search = [], "cpu", {}
 
     @classmethod
     def build(cls, extractor, records, strict=False, dtype=torch.float16, progress=True, rank=0, world=1):
@@ -69,9 +70,9 @@ class GalleryIndex:
             count += len(rows)
         embeddings, kept = embeddings[:count], own[kept[:count]]
         if world > 1:
-            embeddings, kept, bad = _gather(embeddings, kept, bad, world)
+            embeddings, kept, bad = _gather(embeddings, kept, bad, rank, world)
         index = cls(embeddings, records.select(kept), extractor.fingerprint, extractor.mirror)
-        index.bad = bad
+        index.bad, index.device = bad, getattr(extractor, "device", "cpu")
         return index
 
     def __len__(self):
@@ -106,6 +107,7 @@ class GalleryIndex:
             raise ReidError(f"{path}: no such index; make it: python eval.py --save_index --exp_name {Path(path).stem}")
         index = cls._restore(storage.load(path, FORMAT, VERSION, mmap=True), path)
         wanted = getattr(extractor_or_fingerprint, "fingerprint", extractor_or_fingerprint)
+        index.device = getattr(extractor_or_fingerprint, "device", "cpu")
         if index.preprocessing != PREPROCESSING or (wanted is not None and index.fingerprint != wanted):
             raise ReidError(f"{path}: made by other weights or another preprocessing; make it again: "
                             f"python eval.py --save_index --exp_name {Path(path).stem}")
@@ -141,22 +143,37 @@ class GalleryIndex:
             index.queries = cls._restore(part["queries"], path)
         return index
 
-    def search(self, embeddings, topk, camids=None, exclude=None):
+    def search(self, embeddings, topk, camids=None, exclude=None, rank=0, world=1):
         """The `topk` most similar rows of each query, exact: (scores float32 [Q, k], rows int64 [Q, k]), best first.
 
         embeddings: float32 [Q, D] of norm 1. camids: cameras to keep. exclude: row to leave out for each query, int64 [Q]
         (-1: none), or a list of lists of rows. Equal scores stand in the order of their rows. Where fewer than topk rows
-        are left, score is -inf and row -1.
+        are left, score is -inf and row -1. torchrun: each rank searches its stretch of the rows, all get the whole answer.
         """
         if embeddings.ndim != 2 or embeddings.shape[1] != self.embeddings.shape[1]:
             raise ReidError(f"queries of shape {tuple(embeddings.shape)} in a gallery of {self.embeddings.shape[1]} dimensions")
-        if self._search is None:
-            self._search = ExactSearch(self.embeddings)
-        keep = None if camids is None else torch.isin(self.camids, torch.tensor(list(camids), dtype=torch.int64))
+        start, stop = len(self) * rank // world, len(self) * (rank + 1) // world
+        keep = None if camids is None else torch.isin(self.camids[start:stop], torch.tensor(list(camids), dtype=torch.int64))
         if exclude is not None:
             exclude = exclude.tolist() if isinstance(exclude, torch.Tensor) else exclude
-            exclude = [[row for row in ([rows] if isinstance(rows, int) else rows) if row >= 0] for rows in exclude]
-        return self._search.search(embeddings, topk, keep, exclude)
+            exclude = [[row - start for row in ([rows] if isinstance(rows, int) else rows) if start <= row < stop]
+                       for rows in exclude]
+        if (start, stop) not in self._search:
+            self._search = {(start, stop): self._exact(self.embeddings[start:stop])}
+        scores, rows = self._search[start, stop].search(embeddings, topk, keep, exclude)
+        if world == 1:
+            return scores, rows
+        import torch.distributed as dist
+
+        parts = [None] * world
+        dist.all_gather_object(parts, (scores, torch.where(rows < 0, rows, rows + start)))
+        return merge_shards(parts, topk)
+
+    def _exact(self, embeddings):
+        try:
+            return ExactSearch(embeddings, self.device)
+        except torch.OutOfMemoryError:  # larger than the GPU: main memory has it anyway
+            return ExactSearch(embeddings)
 
     def add(self, extractor, records, strict=False, progress=True):
         """Embed what is new among `records`, or changed (size or time of the file); returns how many images were embedded."""
@@ -174,7 +191,7 @@ class GalleryIndex:
         self.embeddings = torch.cat([self.embeddings, new.embeddings])
         for name in COLUMNS:
             setattr(self, name, torch.cat([getattr(self, name), getattr(new, name)]))
-        self.paths, self._search = Paths.of([*self.paths, *new.paths]), None
+        self.paths, self._search = Paths.of([*self.paths, *new.paths]), {}
         self.bad += new.bad
         return len(new)
 
@@ -185,7 +202,7 @@ class GalleryIndex:
         removed = int((~keep).sum())
         if removed:
             self.paths = Paths.of([path for path in self.paths if path not in gone])
-            self.embeddings, self._search = self.embeddings[keep], None
+            self.embeddings, self._search = self.embeddings[keep], {}
             for name in COLUMNS:
                 setattr(self, name, getattr(self, name)[keep])
         return removed
@@ -207,15 +224,20 @@ def merge_shards(parts, topk):
     return scores[:, :topk], rows.gather(1, order)[:, :topk]
 
 
-def _gather(embeddings, kept, bad, world):
-    """Every rank's part on every rank, in the order of the files."""
+def _gather(embeddings, kept, bad, rank, world):
+    """Every rank's part on every rank, in the order of the files: one copy of the whole and one part are in memory."""
     import torch.distributed as dist
 
-    parts = [None] * world
-    dist.all_gather_object(parts, (embeddings, kept, bad))
-    embeddings, kept = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
-    order = kept.argsort()
-    return embeddings[order], kept[order], [item for part in parts for item in part[2]]
+    told = [None] * world
+    dist.all_gather_object(told, (kept, bad))
+    positions = torch.cat([kept for kept, _ in told]).sort()[0]
+    whole = embeddings.new_empty(len(positions), embeddings.shape[1])
+    for source, (kept, _) in enumerate(told):
+        part = embeddings if source == rank else embeddings.new_empty(len(kept), embeddings.shape[1])
+        part = part.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.broadcast(part, source)
+        whole[torch.searchsorted(positions, kept)] = part.cpu()
+    return whole, positions, [item for _, bad in told for item in bad]
 
 
 def file_stats(files):

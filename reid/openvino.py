@@ -1,16 +1,20 @@
 """The optional engine of the CPU: the network as an OpenVINO graph, which answers a single image faster than PyTorch.
 
-The graph is built from the model layer by layer, in less time than a converted file takes to load; nothing is cached.
+The graph is built from the model layer by layer, in less time than a converted file takes to load. What it was compiled to
+is kept beside the checkpoint once it has been compared with PyTorch, so that later starts do neither.
 OpenVINO's telemetry, which would report every import of the package to its makers, is kept out.
 """
 
+import io
 import sys
 import threading
+from contextlib import suppress
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 
-from reid import ReidError
+from reid import ReidError, storage
 
 PARITY = 0.999  # lowest cosine to PyTorch's float32 features
 
@@ -19,27 +23,40 @@ class OpenVinoNetwork:
     """Pooled features of uint8 images, like FoldedDenseNet. precision: fp32 or bf16.
 
     To be called from `workers` threads: a batch has a worker's share of the cores, an image (and its mirror) all of them.
-    Raises ReidError without the package, for another backbone, or where the outcome differs from PyTorch's.
+    kept: file for what is compiled for single images; it is used if it is of the same `fingerprint` of the weights, the same
+    processor and version. Raises ReidError without the package, for another backbone, or where the outcome differs from
+    PyTorch's.
     """
 
-    def __init__(self, model, precision, workers):
+    def __init__(self, model, precision, workers, kept, fingerprint):
         sys.modules.setdefault("openvino_telemetry", None)  # the package asks for it on import, and does without
         try:
             import openvino
         except ImportError as error:
             raise ReidError("--engine openvino needs its package: pip install -r requirements-openvino.txt") from error
-        if model.config["backbone"] != "densenet121":
-            raise ReidError(f"--engine openvino: not made for {model.config['backbone']}; use --engine torch")
-        self._core, self._graph = openvino.Core(), build_graph(model)
+        if model.config["backbone"] != "densenet121" or model.config.get("ibn"):
+            raise ReidError(f"--engine openvino: not made for {model.config['backbone']} with these parts; use --engine torch")
+        self._core, self._model = openvino.Core(), model
         self._precision = {"fp32": "f32", "bf16": "bf16"}[precision]
         self._workers, self._threads = workers, torch.get_num_threads()
         self._compiled, self._lock, self._own = {}, threading.Lock(), threading.local()
-        size = model.config["height"], model.config["width"]
-        image = torch.randint(0, 256, (1, 3, *size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-        with torch.inference_mode():
-            cosine = F.cosine_similarity(self(image), model.features(image)).item()
-        if not cosine >= PARITY:
-            raise ReidError(f"--engine openvino: differs from PyTorch on this machine (cosine {cosine:.4f}); use --engine torch")
+        processor = self._core.get_property("CPU", "FULL_DEVICE_NAME")
+        key = f"{fingerprint} {precision} {self._threads} {processor} {openvino.__version__}"
+        with suppress(ReidError, RuntimeError, OSError):  # none there, damaged, or of an OpenVINO that reads it no more
+            record = storage.load(kept, "reid-openvino", 1)
+            if record.get("key") == key:
+                blob = io.BytesIO(record["blob"].numpy())
+                self._compiled[1] = self._core.import_model(blob, "CPU", self._hints(1))
+        if not self._compiled:
+            self._check()
+            blob = torch.frombuffer(bytearray(self._compiled[1].export_model().getvalue()), dtype=torch.uint8)
+            with suppress(ReidError, OSError):  # a container's models may be read-only
+                storage.save(kept, {"key": key, "blob": blob}, "reid-openvino", 1)
+
+    @cached_property
+    def graph(self):
+        """The network as an openvino.Model."""
+        return build_graph(self._model)
 
     def __call__(self, images):
         """uint8 [n, 3, H, W] -> pooled features before the neck, float32 [n, D]."""
@@ -48,11 +65,20 @@ class OpenVinoNetwork:
         if streams not in requests:
             with self._lock:
                 if streams not in self._compiled:
-                    hints = {"INFERENCE_PRECISION_HINT": self._precision, "INFERENCE_NUM_THREADS": self._threads,
-                             "NUM_STREAMS": streams}
-                    self._compiled[streams] = self._core.compile_model(self._graph, "CPU", hints)
+                    self._compiled[streams] = self._core.compile_model(self.graph, "CPU", self._hints(streams))
             requests[streams] = self._compiled[streams].create_infer_request()
         return torch.from_numpy(requests[streams].infer([images.contiguous().numpy()])[0].copy())
+
+    def _hints(self, streams):
+        return {"INFERENCE_PRECISION_HINT": self._precision, "INFERENCE_NUM_THREADS": self._threads, "NUM_STREAMS": streams}
+
+    def _check(self):
+        size = self._model.config["height"], self._model.config["width"]
+        image = torch.randint(0, 256, (1, 3, *size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        with torch.inference_mode():
+            cosine = F.cosine_similarity(self(image), self._model.features(image)).item()
+        if not cosine >= PARITY:
+            raise ReidError(f"--engine openvino: differs from PyTorch on this machine (cosine {cosine:.4f}); use --engine torch")
 
 
 def build_graph(model):

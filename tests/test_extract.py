@@ -201,12 +201,28 @@ def test_what_this_machine_cannot_do_is_one_line(checkpoint, monkeypatch):
         Extractor(checkpoint, engine="openvino")
 
 
-def test_openvino_gives_the_same(checkpoint, crops):
+def test_openvino_gives_the_same_and_keeps_what_it_compiled(checkpoint, crops, monkeypatch):
     pytest.importorskip("openvino")
+    from reid.openvino import OpenVinoNetwork
+
+    checks, check = [], OpenVinoNetwork._check
+    monkeypatch.setattr(OpenVinoNetwork, "_check", lambda self: checks.append(1) or check(self))
+    kept = checkpoint.with_name("best.fp32.openvino")
     expected = Extractor(checkpoint, "cpu", "fp32").embed(crops)
-    extractor = Extractor(checkpoint, engine="openvino", precision="fp32")
-    torch.testing.assert_close(extractor.embed(crops), expected, atol=1e-4, rtol=0)
-    assert "openvino" in extractor.describe()
+    for start in ("new", "kept", "damaged", "read-only"):
+        if start == "damaged":
+            kept.write_bytes(kept.read_bytes()[:-100])
+        if start == "read-only":
+            kept.unlink()
+            monkeypatch.setattr("reid.storage.atomic_path", lambda path: (_ for _ in ()).throw(OSError(30, "read-only")))
+        extractor = Extractor(checkpoint, engine="openvino", precision="fp32")
+        torch.testing.assert_close(extractor.embed(crops), expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(extractor.embed(crops[:1]), expected[:1], atol=1e-4, rtol=0)
+        assert kept.exists() == (start != "read-only")
+    assert len(checks) == 3 and "openvino" in extractor.describe()
+    monkeypatch.setattr("reid.openvino.PARITY", 1.1)
+    with pytest.raises(ReidError, match="differs from PyTorch"):
+        Extractor(checkpoint, engine="openvino", precision="fp32")
 
 
 def test_resnet50(tmp_path, crops):

@@ -94,10 +94,12 @@ def test_bad_files_raise_one_line_with_the_path(tmp_path):
     (tmp_path / "header.jpg").write_bytes(whole[:20])
     (tmp_path / "empty.jpg").write_bytes(b"")
     (tmp_path / "text.jpg").write_text("not an image")
+    picture().save(tmp_path / "program.jpg", "eps")  # would be run by Ghostscript
     (tmp_path / "bomb.png").write_bytes(bomb(50_000, 50_000))
     (tmp_path / "dangling.jpg").symlink_to(tmp_path / "nowhere")
     (tmp_path / "folder.jpg").mkdir()
-    for name in ("truncated.jpg", "header.jpg", "empty.jpg", "text.jpg", "bomb.png", "dangling.jpg", "folder.jpg", "missing.jpg"):
+    for name in ("truncated.jpg", "header.jpg", "empty.jpg", "text.jpg", "program.jpg", "bomb.png", "dangling.jpg",
+                 "folder.jpg", "missing.jpg"):
         with pytest.raises(ReidError) as caught:
             decode(tmp_path / name)
         assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)

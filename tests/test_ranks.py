@@ -1,6 +1,8 @@
 """Two and three gloo processes embed and search as one does."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 
 from reid.checkpoint import save_checkpoint
-from reid.data import read_folder
+from reid.data import read_folder, read_split
 from reid.extract import Extractor
 from reid.index import GalleryIndex
 from reid.model import build_model, default_config
@@ -19,19 +21,15 @@ import torch.distributed as dist
 from reid import world
 from reid.data import read_folder
 from reid.extract import Extractor
-from reid.index import GalleryIndex, merge_shards
+from reid.index import GalleryIndex
 
 rank, ranks = world.start("cpu")
 extractor = Extractor(sys.argv[1], "cpu", "fp32")
 records, out = read_folder(sys.argv[2]), {}
 for name, some in (("all", records), ("two", records.select(torch.arange(2)))):
     index = GalleryIndex.build(extractor, some, dtype=torch.float32, progress=False, rank=rank, world=ranks)
-    own = torch.arange(len(index)).tensor_split(ranks)[rank]  # each rank searches a stretch of the rows
-    shard = GalleryIndex(index.embeddings[own], index.records().select(own), index.fingerprint, index.mirror)
-    scores, rows = shard.search(index.embeddings[:3], 6)
-    parts = [None] * ranks
-    dist.all_gather_object(parts, (scores, torch.where(rows < 0, rows, rows + (own[0] if len(own) else 0))))
-    scores, rows = merge_shards(parts, 6)
+    exclude = torch.arange(-1, len(index))[:3][: len(index)]
+    scores, rows = index.search(index.embeddings[:3], 6, range(-1, 5), exclude, rank, ranks)
     out[name] = {"embeddings": index.embeddings, "paths": list(index.paths), "pids": index.pids, "rows": rows,
                  "bad": [str(file) for file, _ in index.bad], "scores": scores}
 torch.save(out, f"{sys.argv[3]}/{rank}.pt")
@@ -68,7 +66,7 @@ def test_ranks_make_the_index_that_one_process_makes(root, made, tmp_path, ranks
     records, extractor = read_folder(gallery), Extractor(checkpoint, "cpu", "fp32")
     for name, some in (("all", records), ("two", records.select(torch.arange(2)))):
         index = GalleryIndex.build(extractor, some, dtype=torch.float32, progress=False)
-        scores, rows = index.search(index.embeddings[:3], 6)
+        scores, rows = index.search(index.embeddings[:3], 6, range(-1, 5), torch.arange(-1, len(index))[:3][: len(index)])
         for result in results:
             found = result[name]
             assert found["paths"] == list(index.paths) and torch.equal(found["pids"], index.pids)
@@ -77,3 +75,31 @@ def test_ranks_make_the_index_that_one_process_makes(root, made, tmp_path, ranks
             torch.testing.assert_close(found["scores"], scores, atol=1e-6, rtol=0)
             assert torch.equal(found["rows"], rows)
     assert len(index) == 2 and len(results[0]["all"]["paths"]) == 23
+
+
+def test_scripts_on_three_ranks_write_and_find_what_one_finds(root, made, people, tmp_path):
+    """eval.py keeps the index with its queries; inference.py makes one of a folder, keeps it, and searches it in three parts."""
+    checkpoint = tmp_path / "models/tiny/best.pth"
+    checkpoint.parent.mkdir(parents=True)
+    shutil.copy(made[0], checkpoint)
+    images = sorted((people / "query").rglob("*.jpg"))[:4]
+    for script, *options in (("eval.py", "--data_root", people),
+                             ("inference.py", "--gallery", people / "gallery", "--topk", 7, "--query_paths", *images)):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3", root / script,
+                   "--exp_name", "tiny", "--device", "cpu", "--precision", "fp32", *options,
+                   "--save_index", "--gallery_uri", f"{script}.pt", "--json", f"{script}.json"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*map(str, command)], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.count("index saved") == 1, done.stderr
+
+    extractor = Extractor(checkpoint, "cpu", "fp32")
+    evaluated, searched = GalleryIndex.load(tmp_path / "eval.py.pt"), GalleryIndex.load(tmp_path / "inference.py.pt")
+    for found, records in ((evaluated, read_split(people, "gallery")), (evaluated.queries, read_split(people, "query")),
+                           (searched, read_folder(people / "gallery"))):
+        index = GalleryIndex.build(extractor, records, progress=False)
+        assert list(found.paths) == list(index.paths) and torch.equal(found.pids, index.pids)
+        torch.testing.assert_close(found.embeddings, index.embeddings, atol=1e-3, rtol=0)
+    rows = index.search(extractor.embed(images), 7)[1].tolist()
+    rankings = json.loads((tmp_path / "inference.py.json").read_text())["rankings"]
+    for ranking, row in zip(rankings, rows, strict=True):
+        assert [hit["path"] for hit in ranking["hits"]] == [str(people / "gallery" / index.paths[i]) for i in row]
