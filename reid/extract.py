@@ -1,5 +1,6 @@
 """From images to embeddings: one Extractor owns decoding, the inference network and its device."""
 
+import argparse
 import os
 import threading
 from collections import deque
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from reid import ReidError, images
+from reid import ReidError, images, world
 from reid.checkpoint import fingerprint, load_checkpoint, restore_model
 from reid.data import read_folder
 from reid.fold import FoldedDenseNet
@@ -49,6 +50,12 @@ class Extractor:
         self._compiled = self._workers = None
         self._room = 1 << 30  # images that have been found to fit into the GPU's memory together
 
+    @classmethod
+    def from_args(cls, checkpoint, args):
+        """The Extractor that the options of `add_arguments` ask for, on this rank's GPU under torchrun."""
+        return cls(checkpoint, world.device or args.device, args.precision, args.engine, args.compile, args.mirror is not False,
+                   args.batch_size)
+
     def describe(self):
         """One line for people: what embeds, where, in which precision."""
         where = f"cpu ({torch.get_num_threads()} threads)"
@@ -59,15 +66,15 @@ class Extractor:
         size = "x".join(map(str, self.size))
         return f"{self.config['backbone']} {size} on {where}, {self.precision}, {self.engine}{', mirrored' * self.mirror}"
 
-    def embed(self, images, progress=False):
-        """float32 [N, dim] on the CPU, rows of norm 1, in the order given; the first bad image raises ReidError.
+    def embed(self, images, progress=False, dtype=torch.float32):
+        """`dtype` [N, dim] on the CPU, rows of norm 1, in the order given; the first bad image raises ReidError.
 
         images: a folder, or a list of paths, encoded bytes, PIL images, uint8 arrays [h, w, 3] and uint8 tensors
         [3, h, w] (RGB), or a uint8 batch [N, 3, h, w].
         """
         if isinstance(images, (str, Path)):
             images = read_folder(images).files() if os.path.isdir(images) else [images]
-        return self.embed_records([images] if isinstance(images, Image.Image) else images, True, progress)[0]
+        return self.embed_records([images] if isinstance(images, Image.Image) else images, True, progress)[0].to(dtype)
 
     def embed_records(self, files, strict=False, progress=True):
         """Embed a gallery: images that cannot be read are left out and reported (`strict` raises at the first).
@@ -198,6 +205,20 @@ class Extractor:
         if self.config["backbone"] == "densenet121" and not self.config.get("ibn"):  # instance norms cannot be folded
             return FoldedDenseNet(self._model, DTYPES[self.precision])
         return plain_network(self._model, DTYPES[self.precision])
+
+
+def add_arguments(parser):
+    """The options of a script that embeds, for `Extractor.from_args`. `mirror` is None where it is not given."""
+    add = parser.add_argument
+    add("--mirror", action=argparse.BooleanOptionalAction, help="average each image with its mirror image (default: as the "
+        "index; on for a new one)")
+    add("--device", default="auto", help="auto, cuda, cuda:1, cpu")
+    add("--precision", choices=["auto", *DTYPES], default="auto", help="auto: the fastest that the device computes in")
+    add("--engine", choices=["torch", "openvino"], default="torch", help="openvino: faster on a CPU (requirements-openvino.txt)")
+    add("--compile", choices=["auto", "on", "off"], default="auto", help=f"torch.compile on a GPU; auto: from {COMPILE_FROM:,} "
+        "images")
+    add("--batch_size", type=int, help="images at once, on a CPU in each worker (default: 8 on a CPU, 256 on a GPU; twice "
+        "that without mirror images)")
 
 
 def plain_network(model, dtype):

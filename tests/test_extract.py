@@ -108,7 +108,7 @@ def test_every_kind_of_input(checkpoint, crops, tmp_path):
     torch.testing.assert_close(extractor.embed(images.resize(pixels, extractor.size)), expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(extractor.embed(tmp_path), extractor.embed(sorted(crops)), atol=1e-5, rtol=0)
     assert extractor.embed(crops[0]).shape == extractor.embed(Image.open(crops[0])).shape == (1, 1024)
-    assert extractor.embed([]).shape == (0, 1024)
+    assert extractor.embed([]).shape == (0, 1024) and extractor.embed(crops[:1], dtype=torch.float16).dtype == torch.float16
     for wrong in (torch.rand(3, 8, 8), np.zeros((8, 8), np.uint8), torch.zeros(4, 8, 8, dtype=torch.uint8),
                   torch.zeros(3, 0, 8, dtype=torch.uint8)):
         with pytest.raises(ReidError, match="image of shape"):
