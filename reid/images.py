@@ -14,7 +14,6 @@ from PIL import Image, ImageOps
 from reid import ReidError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for RGB in 0..1
-FORMATS = ("JPEG", "MPO", "PNG", "BMP", "WEBP", "TIFF", "GIF")  # Pillow has 40, among them EPS, which runs Ghostscript
 MAX_PIXELS = 50_000_000  # larger images are refused before they are decoded (decompression bombs)
 MAX_BYTES = 256 << 20  # larger files are refused before they are read; no image of MAX_PIXELS needs more
 # Named, because Pillow otherwise looks for more at the first file that it does not know, while other threads go through its
