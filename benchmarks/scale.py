@@ -65,7 +65,7 @@ def ingest(uri, path, size, index_type, limit):
     before = gallery.engine.settings()[0].get("seconds", 0)  # kept with the rows
     for part in torch.arange(there, size).split(STEP):
         step_started = time.monotonic()
-        there += gallery.add(index.embeddings[part], records.select(part))
+        there += gallery.write(index.embeddings[part], records.select(part))
         before += time.monotonic() - step_started
         gallery.engine.set(seconds=before)
         if time.monotonic() - started > limit:

@@ -1,5 +1,6 @@
 """One way to open and keep a gallery, wherever its URI says it is: an index file, a Milvus file, server or cluster."""
 
+from reid import ReidError
 from reid.index import GalleryIndex
 from reid.milvus_client import is_engine
 
@@ -16,6 +17,8 @@ def open_gallery(uri, run, extractor=None):
 def build_gallery(uri, run, extractor, records, save, index_type="FLAT", **options):
     """Embed `records` and return their gallery, kept at `uri` if `save`: an engine's rows are then never in memory as a
     whole. options: strict, progress, rank, world."""
+    if index_type != "FLAT" and not (save and is_engine(uri)):
+        raise ReidError(f"--index_type {index_type}: of a gallery kept in Milvus; give --save_index and --gallery_uri")
     if save and is_engine(uri):
         return _engine().build(uri, run, extractor, records, index_type=index_type, **options)
     index = GalleryIndex.build(extractor, records, **options)
@@ -45,7 +48,7 @@ def save_index(index, uri, run):
         if rows is not None:
             made_of = rows.fingerprint, rows.mirror, rows.embeddings.shape[1], rows.data_root
             gallery = _engine().create(uri, run, *made_of, part=part)
-            gallery.add(rows.embeddings, rows.records())
+            gallery.write(rows.embeddings, rows.records())
             gallery.threshold, gallery.false_match_rate = rows.threshold, rows.false_match_rate
             gallery.save()
             gallery.close()

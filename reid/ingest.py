@@ -17,7 +17,7 @@ WRITE = 1024  # rows of one write: 4 MiB, acknowledged as a whole
 BLOCK = 4 * WRITE  # files whose keys are looked up at once
 
 
-def embed(gallery, extractor, records, strict=False, progress=True, rank=0, ranks=1):
+def add(gallery, extractor, records, strict=False, progress=True, rank=0, ranks=1):
     """Embed the images that are not in `gallery` yet, or have other bytes now, and write them; returns the number written.
 
     Batches are acknowledged, and a row is keyed by its path: killed at any moment and run again, the same call goes on
@@ -39,7 +39,7 @@ def embed(gallery, extractor, records, strict=False, progress=True, rank=0, rank
             for found, rows in _batches(extractor.stream(files, strict, False, gallery.bad)):
                 kept = new[found]
                 written += pending.result() if pending else 0
-                pending = pool.submit(write, gallery, block.select(kept), rows, part[kept] + offset, contents[kept])
+                pending = pool.submit(upsert, gallery, block.select(kept), rows, part[kept] + offset, contents[kept])
                 bar.update(len(rows))
         written += pending.result() if pending else 0
     bar.close()
@@ -54,7 +54,7 @@ def embed(gallery, extractor, records, strict=False, progress=True, rank=0, rank
     return written
 
 
-def add(gallery, embeddings, records):
+def write(gallery, embeddings, records):
     """Write embeddings (float [N, D], norm 1) of `records`; returns the number of rows that were new or have other bytes."""
     if list(embeddings.shape) != [len(records), gallery.dim]:
         raise ReidError(f"{gallery.uri}: embeddings {list(embeddings.shape)} do not fit: {len(records)} images of "
@@ -63,7 +63,7 @@ def add(gallery, embeddings, records):
     for part in torch.arange(len(records)).split(BLOCK):
         block = records.select(part)
         new, contents = missing(gallery, block, embeddings[part])
-        written += write(gallery, block.select(new), embeddings[part[new]], part[new] + offset, contents[new])
+        written += upsert(gallery, block.select(new), embeddings[part[new]], part[new] + offset, contents[new])
     gallery.engine.call("flush")
     return written
 
@@ -105,7 +105,7 @@ def missing(gallery, block, embeddings=None):
     return torch.tensor(new, dtype=torch.int64), torch.tensor(contents, dtype=torch.int64)
 
 
-def write(gallery, records, embeddings, positions, contents):
+def upsert(gallery, records, embeddings, positions, contents):
     """Upsert rows in batches that the engine acknowledges; returns their number."""
     columns = (records.pids, records.camids, records.seqs, records.frames, positions, contents)
     vectors = embeddings.half().float().numpy()  # rounded as in the .pt index: both hold the same numbers and rank alike

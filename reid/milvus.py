@@ -21,11 +21,10 @@ DOWNLOAD_LIMIT = 2_000_000  # rows, 4 GiB as float16
 class MilvusGallery:
     """Embeddings and what is known of each image in one Milvus collection. Make one with `open`, `create` or `build`.
 
-    A row number (`rows` of `search`, argument of `remove`) is the primary key: 63 bits of the hash of the image's path, so
-    writing an image twice leaves one row. `paths[row]`, `pids[row]`, `camids[row]`, `seqs[row]`, `frames[row]` tell of a
-    row, `embeddings[rows]` is float32 [n, D]; rows of the last search are in memory, others are fetched. (Above 2^53: send
-    them as text to a browser.) cameras: sorted list of the camera ids, -1 (unknown) included. fingerprint, preprocessing,
-    mirror, data_root, threshold, false_match_rate, bad: as in GalleryIndex.
+    A row number (`rows` of `search`) is the primary key: 63 bits of the hash of the image's path, so writing an image twice
+    leaves one row (above 2^53: send it as text to a browser). `paths[row]`, `pids[row]`, `camids[row]`, `seqs[row]`,
+    `frames[row]` tell of a row, `embeddings[rows]` is float32 [n, D]; rows of the last search are in memory, others are
+    fetched. cameras: sorted list of the camera ids, -1 (unknown) included. The rest is as in GalleryIndex.
     """
 
     queries = None
@@ -95,12 +94,19 @@ class MilvusGallery:
             self = cls.create(uri, run, extractor.fingerprint, extractor.mirror, extractor.dim, records.root, index_type)
         ingest.gather(None, world)  # the others open what rank 0 has made
         self = self or cls.open(uri, run, extractor)
-        ingest.embed(self, extractor, records, strict, progress, rank, world)
+        self.add(extractor, records, strict, progress, rank, world)
         return self
 
-    def add(self, embeddings, records):
+    def add(self, extractor, records, strict=False, progress=True, rank=0, world=1):
+        """Embed what is new among `records`, or changed (bytes of the file); returns how many images were embedded."""
+        if self._is_stale(extractor.fingerprint):
+            raise ReidError("images can only be added to a gallery by the weights that made it")
+        self._refuse_other(extractor.mirror, extractor.dim, records.root)
+        return ingest.add(self, extractor, records, strict, progress, rank, world)
+
+    def write(self, embeddings, records):
         """Write embeddings (float [N, D], norm 1) of `records`; returns the number of rows that were new or have other bytes."""
-        return ingest.add(self, embeddings, records)
+        return ingest.write(self, embeddings, records)
 
     def _restore(self):
         values, self.dim = self.engine.settings()
@@ -124,10 +130,9 @@ class MilvusGallery:
             raise ReidError(f"{self.uri}: the gallery of {self.run} holds the paths below {self.data_root}, not those below "
                             f"{data_root}; choose another --exp_name or --gallery_uri")
 
-    def remove(self, rows):
-        """Take rows away, by their numbers (int64 [N] or a list); returns how many were there."""
-        rows = torch.as_tensor(rows).tolist()
-        there = [row["key"] for part in _parts(rows, DEPTH) for row in self.engine.call("get", ids=part, output_fields=["key"])]
+    def remove(self, paths):
+        """Take away the images of these paths (relative to data_root); returns how many there were."""
+        there = list(self.fetch([ingest.key_of(path) for path in paths], ["key"]))
         for part in _parts(there, DEPTH):
             self.engine.call("delete", ids=part)
         return len(there)
@@ -149,9 +154,9 @@ class MilvusGallery:
 
         embeddings: float32 [Q, D] of norm 1. camids: cameras to keep; frames: (first, last) frame to keep; both are filtered
         by the engine. exclude: row to leave out for each query, int64 [Q] (-1: none), or a list of lists. Equal scores stand
-        in the order in which the images came. FLAT is exact; other indexes fetch 10 x topk rows, and those of a quantized
-        one are scored again in float32 here (4 KiB a row travel; the others score in float32 themselves). Where fewer than
-        topk rows are left, score is -inf and row -1. At most 16,384 rows can be asked for.
+        in the order in which the images came. FLAT is exact; other indexes look at 10 x topk rows at least and score them in
+        float32: the engine does, but for a quantized one, whose 10 x topk rows are fetched (4 KiB each) and scored here. Where
+        fewer than topk rows are left, score is -inf and row -1. At most 16,384 rows can be asked for.
         """
         return self._top(embeddings, topk, where(camids, frames), exclude)
 
@@ -161,7 +166,7 @@ class MilvusGallery:
         need = topk + max(map(len, excluded), default=0)
         if need > DEPTH:
             raise ReidError(f"topk {topk}: Milvus returns at most {DEPTH:,} rows for a query, {need:,} are needed")
-        fetch = min(need + TIES if self.index_type == "FLAT" else 10 * need, DEPTH)
+        fetch = min(10 * need if self.index_type in QUANTIZED else need + TIES, DEPTH)  # the others score in float32
         scores = torch.full((len(embeddings), topk), -torch.inf)
         rows = torch.full((len(embeddings), topk), -1)
         self._known = {}  # replaced, not cleared: another thread may be reading what its own search found
@@ -178,7 +183,7 @@ class MilvusGallery:
         quantized = self.index_type in QUANTIZED
         found = self.engine.call("search", data=list(embeddings.numpy()), limit=fetch, filter=condition, anns_field="vector",
                            output_fields=[*FIELDS, *(["vector"] if quantized else [])],
-                           search_params={"metric_type": "IP", "params": INDEXES[self.index_type][1](fetch)})
+                           search_params={"metric_type": "IP", "params": INDEXES[self.index_type][1](min(10 * need, DEPTH))})
         answers = []
         for query, hits in zip(embeddings, found):
             for hit in hits:
@@ -246,8 +251,7 @@ class MilvusGallery:
             seen += len(block)
         if queries is None:
             raise ReidError(f"{self.uri}: the gallery of {self.run} is empty")
-        found = self._top(queries, k, condition)[1]
-        hits = (found[:, :, None] == keys[:, None]).any(1)
+        hits = (self._top(queries, k, condition)[1][:, :, None] == keys[:, None]).any(1)
         return float(hits.float().mean()), seen
 
     def close(self):

@@ -16,7 +16,7 @@ TIMEOUT = 60  # seconds that one call may take, and for which a call to a server
 BACK_OFF = (0.1, 5)  # seconds to wait before the first repetition, doubled each time up to the second figure
 OUTAGES = (2, 101)  # codes of Milvus: no connection, collection not loaded
 NUMBERS = ("pid", "camid", "seq", "frame", "position", "content")  # int64 fields besides the primary key
-INDEXES = {  # name -> (parameters of the build, parameters of a search that fetches n rows)
+INDEXES = {  # name -> (parameters of the build, parameters of a search that looks at n rows or more)
     "FLAT": ({}, lambda n: {}),
     "HNSW": ({"M": 16, "efConstruction": 200}, lambda n: {"ef": max(2 * n, 128)}),
     "IVF_FLAT": ({"nlist": 1024}, lambda n: {"nprobe": 64}),
