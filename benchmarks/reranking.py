@@ -1,7 +1,10 @@
 """k-reciprocal re-ranking: `reid.rerank` against the dense numpy way that most repositories copy.
 
-Both alternate in one process and the medians are compared; the final distances must agree. The peak memory of ours is
-measured beyond the features. In full, it is the whole of Market-1501's test: the dense way takes 9 GB for it.
+Both alternate in one process and the medians are compared. The peak memory of ours is measured beyond the features. In
+full, it is the whole of Market-1501's test: the dense way takes 9 GB for it.
+
+Exactness: float32 cannot order two neighbours whose cosines differ by its rounding, and each side breaks such ties its own
+way. So the neighbour lists are compared by themselves, in float64, and the distances with the same lists on both sides.
 """
 
 import argparse
@@ -16,10 +19,13 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import reid.rerank as module
 from reid.metrics import evaluate
 from reid.rerank import estimate_bytes, rerank
 
 QUERIES, GALLERY = 3368, 19732  # Market-1501's test
+K1, K2 = 20, 6
+TIE = 2e-6  # of a cosine: 1,024 float32 products, added, and divided by the maximum of a row
 LABELS = ("q_pids", "q_camids", "g_pids", "g_camids")
 
 
@@ -35,8 +41,8 @@ def random_features(dim=1024, people=750, cameras=6):
     return {f"q_{k}": v[:QUERIES] for k, v in both.items()} | {f"g_{k}": v[QUERIES:] for k, v in both.items()}
 
 
-def dense_rerank(q_emb, g_emb, k1=20, k2=6, lam=0.3):
-    """Final distance [Q, G] with dense [Q+G, Q+G] matrices and a Python loop over images."""
+def dense_rerank(q_emb, g_emb, k1=K1, k2=K2, lam=0.3):
+    """Final distance [Q, G] and neighbours [Q + G, k1 + 1], with dense [Q + G, Q + G] matrices and a loop over images."""
     x, q = np.concatenate([q_emb, g_emb]), len(q_emb)
     n = len(x)
     distance = 2 - 2 * (x @ x.T)
@@ -71,7 +77,39 @@ def dense_rerank(q_emb, g_emb, k1=20, k2=6, lam=0.3):
         for j in np.flatnonzero(v[i]):
             overlap[holders[j]] += np.minimum(v[i, j], v[holders[j], j])
         final[i] = (1 - overlap / (2 - overlap))[q:] * (1 - lam) + distance[i] * lam
-    return final
+    return final, order[:, : k1 + 1].copy()
+
+
+def ties(x, a, b):
+    """Where the neighbour lists a and b, [N, k1 + 1], differ as the algorithm uses them, which is as sets of three sizes:
+    the rows, and for each the largest difference in float64 of the cosines of those that changed places."""
+    rows, gaps = [], []
+    for i in (a != b).any(1).nonzero().flatten().tolist():
+        cosine = lambda other: x[i].double() @ x[other].double().T  # noqa: E731, B023
+        changed = [(sorted({*a[i, :k].tolist()} - {*b[i, :k].tolist()}), sorted({*b[i, :k].tolist()} - {*a[i, :k].tolist()}))
+                   for k in (K2, round(K1 / 2) + 1, K1 + 1)]
+        gap = [(cosine(one)[:, None] - cosine(other)).abs().max().item() for one, other in changed if one]
+        if gap:
+            rows.append(i)
+            gaps.append(max(gap))
+    return rows, torch.tensor(gaps)
+
+
+def compare_exactly(q_emb, g_emb, scores, final, order):
+    """Prints how far the distances of both sides are from each other and why; exits where it is not for ties."""
+    x = torch.nn.functional.normalize(torch.cat([q_emb, g_emb]), dim=1)
+    neighbours = module._neighbours
+    rows, gaps = ties(x, neighbours(x, K1 + 1, 512, None)[0], order)
+    module._neighbours = lambda *args: (order, neighbours(*args)[1])
+    same_lists = torch.empty_like(scores)
+    ours(q_emb, g_emb, same_lists)
+    module._neighbours = neighbours
+    difference, same = ((1 - s - final).abs_() for s in (scores, same_lists))
+    print(f"final distances differ by {difference.max():.1e} at most, {(difference > 1e-4).double().mean():.1e} of them by more "
+          f"than 1e-4\nwith the same neighbour lists on both sides: by {same.max():.1e} at most\nneighbour lists with other "
+          f"members: {len(rows)} of {len(x)}, whose cosines in float64 are apart by {max(gaps, default=0):.1e} at most")
+    if same.max() > 1e-4 or max(gaps, default=0) > TIE:
+        sys.exit("reranking.py: error: the two sides differ by more than rounding")
 
 
 def thinned(x, n):
@@ -114,13 +152,13 @@ def main(args):
         seconds, peak = timed(ours, q_emb, g_emb, scores)
         times["ours"].append(seconds)
         peaks.append(peak)
-        seconds, final = timed(dense_rerank, q_emb.numpy(), g_emb.numpy())
+        seconds, (final, order) = timed(dense_rerank, q_emb.numpy(), g_emb.numpy())
         times["dense"].append(seconds)
-    difference = (1 - scores - torch.from_numpy(final)).abs()
-    print(f"{queries} queries x {gallery} gallery; differences of the final distances: {difference.max():.1e} at most, "
-          f"{(difference > 1e-4).double().mean():.1e} of them above 1e-4 (near ties that rounding broke the other way)")
+    final, order = torch.from_numpy(final), torch.from_numpy(order)
+    print(f"{queries} queries x {gallery} gallery")
+    compare_exactly(q_emb, g_emb, scores, final, order)
     labels = [data[name] for name in LABELS]
-    for name, given in (("visual", q_emb @ g_emb.T), ("ours", scores), ("dense", 1 - torch.from_numpy(final))):
+    for name, given in (("visual", q_emb @ g_emb.T), ("ours", scores), ("dense", 1 - final)):
         result = evaluate(None, None, *labels, scores=given)
         print(f"{name:7} mAP {100 * result.mAP:.3f} Rank-1 {100 * result.rank[1]:.2f}")
     seconds = {name: statistics.median(values) for name, values in times.items()}
