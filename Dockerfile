@@ -40,9 +40,10 @@ COPY models/masked-hog-908 ./models/masked-hog-908
 COPY reid ./reid
 COPY data_prep.py inference.py ./
 # As root: the user who answers queries cannot change code, model or gallery. It also leaves the bytecode that later
-# starts then need not make, which a read-only container could not keep.
+# starts then need not make, which a read-only container could not keep. What OpenVINO compiled is for this processor only.
 RUN python data_prep.py --synthetic && \
     python inference.py --engine "${ENGINE}" --data_root data/synthetic --save_index --topk 1 && \
+    rm -f models/*/*.openvino && \
     python -m compileall -q inference.py reid
 ENV PYTHONDONTWRITEBYTECODE=1 ENGINE=${ENGINE}
 USER 1000

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import torch
 
-from reid import ReidError, rerank, run, storage, viz, world
+from reid import ReidError, extract, rerank, run, storage, viz, world
 from reid.checkpoint import checkpoint_path, load_spacetime
 from reid.data import UNKNOWN, UNKNOWN_PID, Name, folder_pid, list_images, parse_name, read_folder, read_split
-from reid.extract import Extractor
 from reid.gallery import build_gallery, open_gallery
 from reid.index import GalleryIndex
 from reid.milvus_client import INDEXES
@@ -49,14 +48,7 @@ def get_args_parser():
     add("--host", default="127.0.0.1", help="address of the search page (default: this machine only)")
     add("--port", type=int, default=8000)
     add("--export", choices=["onnx"], help="write models/<run>/best.onnx instead, checked against PyTorch")
-    # how to embed
-    add("--mirror", action=argparse.BooleanOptionalAction, help="average each image with its mirror image (default: as the "
-        "index; on for a new one)")
-    add("--device", default="auto", help="auto, cuda, cuda:1, cpu")
-    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
-    add("--engine", choices=["torch", "openvino"], default="torch", help="openvino: faster on a CPU (requirements-openvino.txt)")
-    add("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile on a GPU; auto: for large galleries")
-    add("--batch_size", type=int, help="default: 32 on a CPU, 512 on a GPU")
+    extract.add_arguments(parser)
     add("--strict", action="store_true", help="stop at the first image that cannot be read, instead of leaving it out")
     return parser
 
@@ -75,8 +67,7 @@ def main(args):
         listener = serve.listen(args.host, args.port)  # a taken port is said before the gallery is embedded
     query_files = [] if args.serve else find_queries(args)
     world.start(args.device)  # torchrun: every rank embeds and writes its part of a Milvus gallery
-    extractor = Extractor(checkpoint, world.device or args.device, args.precision, args.engine, args.compile,
-                          args.mirror is not False, args.batch_size)
+    extractor = extract.Extractor.from_args(checkpoint, args)
     index = gallery_of(args, extractor)
     ours = isinstance(index, GalleryIndex) and not args.serve  # then every rank also searches its stretch of the rows
     if world.rank and not ours:
