@@ -11,11 +11,12 @@ import time
 import torch
 from tqdm import tqdm
 
-from reid import augment, run, world
+from reid import ReidError, augment, run, world
 from reid.cache import ImageCache
 from reid.checkpoint import load_weights
 from reid.data import pk_batches
-from reid.engine import Engine
+from reid.engine import NORM_BATCHES, Engine
+from reid.losses import PAIR_LOSSES
 from reid.model import EMBEDDING_SIZES, build_model, default_config, pick_device
 from reid.runs import Run, load_training_set
 
@@ -40,6 +41,9 @@ def get_args_parser():
     add("--width", type=int, default=128)
     add("--last_stride", type=int, choices=[1, 2], default=1, help="1 keeps the last map twice as large")
     add("--pool", choices=["avg", "gem"], default="avg")
+    add("--ibn", action="store_true", help="half the early norms per image (IBN-a), for cameras it has never seen")
+    add("--dropout", type=float, default=0.0, help="before the classifier")
+    add("--drop_path", type=float, default=0.0, help="stochastic depth: up to this share of images skip a dense layer")
     # batches and augmentation
     add("--batch_size", type=int, default=64, help="over all GPUs")
     add("--num_instances", type=int, default=4, help="images of each identity in a batch (the K of the PK sampler)")
@@ -47,10 +51,15 @@ def get_args_parser():
     add("--erase", type=float, default=0.5, help="probability of random erasing")
     add("--jitter", type=float, default=0.0, help="brightness, contrast and saturation scaled by up to 1 +- this")
     add("--gray", type=float, default=0.0, help="probability of grayscale")
+    add("--blur", type=float, default=0.0, help="probability of Gaussian blur")
+    add("--jpeg", type=float, default=0.0, help="probability of JPEG noise")
+    add("--grid", type=float, default=0.0, help="probability of hiding a grid of squares (GridMask)")
+    add("--mixstyle", type=float, default=0.0, help="probability of mixing in another image's style (MixStyle)")
     # loss
     add("--smoothing", type=float, default=0.1, help="label smoothing")
-    add("--triplet", type=float, default=1.0, help="weight of the batch-hard triplet loss")
-    add("--margin", type=float, default=0.3, help="of the triplet loss")
+    add("--pair_loss", choices=list(PAIR_LOSSES), default="triplet", help="batch-hard triplet, or circle loss")
+    add("--pair_weight", type=float, default=1.0)
+    add("--margin", type=float, default=0.3, help="of the pair loss")
     add("--teacher", help="checkpoint to distil from, e.g. models/<run>/best.pth, trained on the same identities")
     add("--distill", type=float, default=1.0, help="weight of the distillation loss, with --teacher")
     # schedule
@@ -59,6 +68,7 @@ def get_args_parser():
     add("--warmup_epochs", type=float, default=5)
     add("--weight_decay", type=float, default=5e-4)
     add("--ema", type=float, default=0.0, help="decay per step of averaged weights, e.g. 0.999; 0 is off")
+    add("--swa", type=int, default=0, help="average the weights of the last so many epochs; 0 is off")
     add("--freeze_bn", action="store_true", help="keep the backbone's batch-norm statistics, for tiny batches")
     add("--eval_freq", type=int, default=5, help="epochs between evaluations on val/")
     # machine
@@ -78,6 +88,7 @@ def main(args):
     device = world.device or pick_device(args.device)
     torch.manual_seed(args.seed)
 
+    check_settings(args, ranks)
     size = (args.height, args.width)
     train_set, val_set, classes = load_training_set(args.data_root, args.train_all)
     # rows of every epoch are known beforehand, so a set that cannot fill a batch fails here and not after the decoding
@@ -85,7 +96,8 @@ def main(args):
     cache = ImageCache(train_set.files, size, device, args.cache, args.num_data_loaders)
     val_cache = ImageCache(val_set.files, size, device, args.cache, args.num_data_loaders) if val_set else None
 
-    model = build_model(default_config(classes, args.backbone, args.height, args.width, args.last_stride, args.pool))
+    model = build_model(default_config(classes, args.backbone, args.height, args.width, args.last_stride, args.pool,
+                                       args.ibn))
     if not run_.state:
         load_weights(model, args.weights, verbose=print if rank == 0 else lambda line: None)
     engine = Engine(model, args, steps, device)
@@ -94,34 +106,36 @@ def main(args):
               f"images on {cache.where}; {engine.describe()}", flush=True)
     epoch, first_step = run_.restore(engine)
 
-    stop = StopSignal(enabled=ranks == 1)
+    stop = StopSignal(second_kills=ranks == 1)  # of several processes torchrun makes an end
     with run_.tracking() as tracker:
         while epoch < args.num_epochs:
-            rows = pk_batches(train_set.labels, args.batch_size, args.num_instances, args.seed, epoch)
-            generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
-            params = augment.draw(rows.numel(), size, generator, args.flip, args.erase, args.jitter, args.gray)
-            params = params.reshape(*rows.shape, -1)
-            mine = slice(rank * args.batch_size // ranks, (rank + 1) * args.batch_size // ranks)
-            rows, params = rows[first_step:, mine], params[first_step:, mine].to(device)
-            labels = train_set.labels[rows].to(device)
+            rows, params = plan_epoch(args, train_set.labels, epoch)
+            params, labels = params.to(device), train_set.labels[rows].to(device)
 
             engine.train()
             started, done = time.perf_counter(), first_step
-            batches = tqdm(cache.batches(rows), f"epoch {epoch + 1}/{args.num_epochs}", len(rows), disable=rank > 0 or None)
-            for i, images in enumerate(batches):
-                engine.step(images, params[i], labels[i], epoch * steps + first_step + i)
-                done += 1
-                if stop.asked:
+            batches = tqdm(cache.batches(rows[first_step:]), f"epoch {epoch + 1}/{args.num_epochs}", steps, initial=first_step,
+                           disable=rank > 0 or None)
+            for i, images in enumerate(batches, first_step):
+                engine.step(images, params[i], labels[i], epoch * steps + i)
+                done = i + 1
+                if stopping := done < steps and world.any_(stop.asked):  # a whole epoch is saved as such
                     break
             metrics = engine.end_epoch(epoch * steps + first_step)
             metrics["train/images_per_s"] = (done - first_step) * args.batch_size / (time.perf_counter() - started)
-            if stop.asked:
+            if stopping:
                 run_.save_last(engine, epoch, done)
+                run_.wait()
+                world.any_(True)  # torchrun kills the others when the first one leaves: not before last.pth is written
                 raise KeyboardInterrupt
             epoch, first_step = epoch + 1, 0
 
             last = epoch == args.num_epochs
-            if val_cache and (last or epoch % args.eval_freq == 0):
+            due = last or (val_cache and epoch % args.eval_freq == 0)
+            engine.average_epoch(epoch)
+            if due and engine.averaged and not args.freeze_bn:
+                engine.refresh_norms(cache.batches(rows[:NORM_BATCHES]), params)
+            if due and val_cache:
                 metrics |= engine.validate(val_cache, val_set.labels)
             if tracker and epoch == 1:
                 tracker.image("train/augmented", sheet(cache, rows, params), 0)
@@ -131,12 +145,34 @@ def main(args):
     run_.finish()
 
 
-class StopSignal:
-    """Ctrl-C and TERM ask for a stop after the current step, so that what is saved is a whole step. The second one kills."""
+def check_settings(args, ranks):
+    """Raise ReidError for settings that contradict each other."""
+    if args.batch_size % ranks:
+        raise ReidError(f"--batch_size {args.batch_size}: {ranks} processes cannot share it evenly; choose a multiple of {ranks}")
+    if args.swa and (args.ema or args.swa > args.num_epochs):
+        raise ReidError(f"--swa {args.swa}: at most --num_epochs {args.num_epochs}, and not together with --ema")
 
-    def __init__(self, enabled):
-        self.asked = False
-        for name in (signal.SIGINT, signal.SIGTERM) if enabled else ():
+
+def plan_epoch(args, labels, epoch):
+    """This rank's part of an epoch: rows int64 [steps, B / ranks] and their augmentation float32 [steps, B / ranks, P].
+
+    A pure function of (seed, epoch), of which each rank takes its own columns: no rank sees what another one sees, together
+    they see what one process would, and resuming needs no state.
+    """
+    rows = pk_batches(labels, args.batch_size, args.num_instances, args.seed, epoch)
+    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
+    settings = {name: getattr(args, name) for name in augment.SETTINGS}
+    params = augment.draw(rows.numel(), (args.height, args.width), generator, **settings).reshape(*rows.shape, -1)
+    share = args.batch_size // world.ranks
+    return tuple(part[:, world.rank * share : (world.rank + 1) * share] for part in (rows, params))
+
+
+class StopSignal:
+    """Ctrl-C and TERM ask for a stop after the current step, so that what is saved is a whole step."""
+
+    def __init__(self, second_kills):
+        self.asked, self.second_kills = False, second_kills
+        for name in (signal.SIGINT, signal.SIGTERM):
             try:
                 signal.signal(name, self.ask)
             except ValueError:  # not in the main thread, as when a test or a notebook calls main()
@@ -144,7 +180,8 @@ class StopSignal:
 
     def ask(self, number, _frame):
         self.asked = True
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        if self.second_kills:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def sheet(cache, rows, params):

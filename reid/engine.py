@@ -11,14 +11,19 @@ from torch import nn
 
 from reid import ReidError, augment, world
 from reid.checkpoint import load_checkpoint, restore_model
-from reid.losses import distillation_loss, identity_loss, triplet_loss
+from reid.losses import PAIR_LOSSES, distillation_loss, identity_loss
 
-PARTS = ("train/loss", "train/loss_id", "train/loss_triplet", "train/accuracy")
+PARTS = ("train/loss", "train/loss_id", "train/loss_pair", "train/accuracy")
+NORM_BATCHES = 64  # batches that make the statistics of averaged weights
 
 
 def learning_rate(step, steps, args):
-    """Linear warm-up from 1 % of `--lr`, then a cosine to zero (Loshchilov and Hutter, arXiv 1608.03983)."""
+    """Linear warm-up from 1 % of `--lr`, then a cosine to zero (Loshchilov and Hutter, arXiv 1608.03983).
+
+    With `--swa` the cosine stops where the averaging begins: weights that no longer move would average to themselves.
+    """
     warmup, total = round(args.warmup_epochs * steps), args.num_epochs * steps
+    step = min(step, total - args.swa * steps)
     if step < warmup:
         return args.lr * (0.01 + 0.99 * step / warmup)
     return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
@@ -48,6 +53,8 @@ class Engine:
         self.args, self.steps, self.device = args, steps, device
         self.model = model.to(device)
         self.net = self.model
+        model.regularise(args.dropout, args.drop_path)
+        self.stages = augment.stages(args)
         self.dtype = pick_precision(args.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -55,7 +62,7 @@ class Engine:
         lr = torch.tensor(args.lr, device=device) if cuda else args.lr  # a graph reads it from memory
         self.optimizer = torch.optim.SGD(
             self.parameters, lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay, fused=True)
-        self.averaged = copy.deepcopy(self.model).requires_grad_(False) if args.ema else None
+        self.averaged = copy.deepcopy(self.model).requires_grad_(False) if args.ema or args.swa else None
         self.teacher = self._load_teacher(args.teacher) if args.teacher else None
         self.losses = torch.zeros(steps, len(PARTS), device=device)
         self.current = torch.zeros(len(PARTS), device=device)
@@ -88,6 +95,8 @@ class Engine:
                 group["lr"].fill_(lr)
             else:
                 group["lr"] = lr
+        if self.args.dropout or self.args.drop_path:  # resuming needs no random state, and ranks draw apart
+            torch.manual_seed((self.args.seed * 1_000_003 + step) * world.ranks + world.rank)
         try:
             if self.graph_wanted and self.graph is None:
                 self._capture(images, params, labels)
@@ -104,14 +113,14 @@ class Engine:
 
     def _update(self, images, params, labels):
         args = self.args
-        x = augment.apply(images, params, colour=args.jitter > 0 or args.gray > 0)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            pooled, logits = self.net(x)
+        x = augment.apply(images, params, self.stages)
+        with self._autocast():
+            pooled, logits = self.net(x, augment.styles(params) if args.mixstyle else None)
         loss_id = identity_loss(logits, labels, args.smoothing)
         all_pooled, all_labels = world.gather(pooled), world.gather(labels)
-        loss_triplet = triplet_loss(all_pooled, all_labels, args.margin)
-        # Every rank knows the triplet loss of the whole batch but only its own part of the gradient: see world.gather.
-        loss = loss_id + args.triplet * loss_triplet * world.ranks
+        loss_pair = PAIR_LOSSES[args.pair_loss](all_pooled, all_labels, args.margin)
+        # Every rank knows the pair loss of the whole batch but only its own part of the gradient: see world.gather.
+        loss = loss_id + args.pair_weight * loss_pair * world.ranks
         if self.teacher:
             loss = loss + args.distill * distillation_loss(pooled, logits, *self._ask_teacher(x))
         self.optimizer.zero_grad(set_to_none=True)
@@ -119,18 +128,43 @@ class Engine:
         world.average_([p.grad for p in self.parameters])
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.averaged:
-            self._average_weights()
+        if args.ema:
+            self._average_weights(1 - args.ema)
         with torch.no_grad():
-            total = loss - args.triplet * loss_triplet * (world.ranks - 1)
+            total = loss - args.pair_weight * loss_pair * (world.ranks - 1)
             correct = (logits.argmax(1) == labels).float().mean()
-            self.current.copy_(torch.stack([total, loss_id, loss_triplet, correct]).detach())
+            self.current.copy_(torch.stack([total, loss_id, loss_pair, correct]).detach())
+
+    def _autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     @torch.no_grad()
-    def _average_weights(self):
-        ours, theirs = self.model.state_dict().values(), self.averaged.state_dict().values()
-        floats = [(a, b) for a, b in zip(theirs, ours) if a.is_floating_point()]
-        torch._foreach_lerp_([a for a, _ in floats], [b for _, b in floats], 1 - self.args.ema)
+    def _average_weights(self, share):
+        """Move the averaged weights by `share` of the way to the present ones."""
+        torch._foreach_lerp_(list(self.averaged.parameters()), list(self.model.parameters()), share)
+
+    def average_epoch(self, epoch):
+        """Stochastic weight averaging (Izmailov et al., arXiv 1803.05407): the mean of the weights at the ends of the last
+        `--swa` epochs; until then the weights as they are. epoch: how many are done."""
+        if self.args.swa:
+            self._average_weights(1 / max(1, epoch - (self.args.num_epochs - self.args.swa)))
+
+    @torch.no_grad()
+    def refresh_norms(self, batches, params):
+        """The averaged weights need batch-norm statistics of their own: from NORM_BATCHES batches of the epoch.
+
+        batches: an iterable of uint8 [B, 3, H, W]; params: [steps, B, P] of `augment.draw`.
+        """
+        norms = [module for module in self.averaged.eval().modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.train().momentum = None  # the mean over all batches
+        for images, drawn in zip(batches, params[:NORM_BATCHES]):
+            with self._autocast():
+                self.averaged.neck(self.averaged.features(augment.apply(images, drawn, self.stages)))
+        for norm in norms:
+            norm.eval().momentum = 0.1
+        world.average_([statistic for norm in norms for statistic in (norm.running_mean, norm.running_var)])
 
     def _capture(self, images, params, labels):
         """Record one step as a CUDA graph. The warm-up steps that this needs are undone."""
@@ -185,7 +219,7 @@ class Engine:
         return restore_model(record, path).to(self.device).eval().requires_grad_(False)
 
     def _ask_teacher(self, x):
-        with torch.no_grad(), torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with torch.no_grad(), self._autocast():
             size = (self.teacher.config["height"], self.teacher.config["width"])
             pooled = self.teacher.features(x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear"))
             neck = self.teacher.neck(pooled)
@@ -223,7 +257,7 @@ class Engine:
         model = self.best_model.eval()
         sums = torch.zeros(3, device=self.device, dtype=torch.float64)
         for rows in torch.arange(world.rank, len(cache), world.ranks).split(128):
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            with self._autocast():
                 logits = model.classifier(model.neck(model.features(cache[rows]))).float()
             truth = labels[rows].to(self.device)
             sums += torch.stack([F.cross_entropy(logits, truth, reduction="sum"), (logits.argmax(1) == truth).sum(),
@@ -239,7 +273,7 @@ class Engine:
         images = torch.cat([cache[part].cpu() for part in rows.split(128)])
         parts = []
         for part in images.split(128):
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            with self._autocast():
                 parts.append(model(part.to(self.device)).float().cpu())
         return torch.cat(parts), labels[rows], images
 

@@ -1,5 +1,6 @@
-"""What training minimises: `identity + triplet (+ distillation)`. Change the loss here."""
+"""What training minimises: `identity + pairs (+ distillation)`. Change the loss here."""
 
+import torch
 import torch.nn.functional as F
 
 
@@ -20,6 +21,26 @@ def triplet_loss(features, labels, margin=0.3):
     hardest_positive = squared.masked_fill(~same, 0).amax(1).sqrt()
     hardest_negative = squared.masked_fill(same, 4).amin(1).sqrt()
     return F.relu(hardest_positive - hardest_negative + margin).mean()
+
+
+def circle_loss(features, labels, margin=0.25, scale=64.0):
+    """Circle loss over all pairs of the batch (Sun et al., arXiv 2002.10857, eq. 6 for each anchor), mean over the anchors.
+
+    features, labels: as for `triplet_loss`. Similarities are pulled towards 1 within an identity and 0 between identities, the
+    more the further they are from there; the weights carry no gradient.
+    """
+    features = F.normalize(features.float())
+    similar = features @ features.T
+    same = labels[:, None] == labels[None, :]
+    itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    pull = F.relu(1 + margin - similar).detach() * (1 - margin - similar)
+    push = F.relu(similar + margin).detach() * (similar - margin)
+    pull = (scale * pull).masked_fill(~same | itself, -torch.inf).logsumexp(1)
+    push = (scale * push).masked_fill(same, -torch.inf).logsumexp(1)
+    return F.softplus(pull + push).mean()
+
+
+PAIR_LOSSES = {"triplet": triplet_loss, "circle": circle_loss}
 
 
 def distillation_loss(features, logits, teacher_features, teacher_logits, temperature=4.0):

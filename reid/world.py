@@ -8,11 +8,12 @@ import torch.distributed as dist
 from reid import ReidError
 
 rank, ranks, device = 0, 1, None
+talk = None  # a group of the CPUs, for what Python tells Python without waiting for a GPU
 
 
 def start(device_name="auto"):
     """Join torchrun's process group, if there is one, and return (rank, ranks). Each rank takes the GPU of its local rank."""
-    global rank, ranks, device
+    global rank, ranks, device, talk
     if "RANK" not in os.environ or dist.is_initialized():
         return rank, ranks
     cuda = device_name != "cpu" and torch.cuda.is_available()
@@ -23,7 +24,7 @@ def start(device_name="auto"):
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if cuda else "gloo")
-    rank, ranks = dist.get_rank(), dist.get_world_size()
+    rank, ranks, talk = dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo")
     return rank, ranks
 
 
@@ -60,6 +61,15 @@ def average_(tensors):
     dist.all_reduce(flat)
     for tensor, mean in zip(tensors, flat.div_(ranks).split([tensor.numel() for tensor in tensors])):
         tensor.copy_(mean.view_as(tensor))
+
+
+def any_(flag):
+    """Whether it is true on some rank."""
+    if ranks == 1:
+        return flag
+    box = torch.tensor([int(flag)])
+    dist.all_reduce(box, dist.ReduceOp.MAX, group=talk)
+    return bool(box)
 
 
 def total(tensor):
