@@ -31,13 +31,13 @@ def load_index(uri, run, wanted):
     """The gallery and its queries in memory, as `eval.py` needs them: every score counts there."""
     if not is_engine(uri):
         return GalleryIndex.load(uri, wanted)
-    gallery = _engine().open(uri, run, wanted)
-    index = gallery.download()
-    gallery.close()
-    queries = _engine().open(uri, run, wanted, part="queries")
-    index.queries = queries.download()
-    queries.close()
-    return index
+    parts = []
+    for part in ("queries", ""):  # the queries first: where they are missing, it is eval.py that makes them
+        gallery = _engine().open(uri, run, wanted, part=part)
+        parts.append(gallery.download())
+        gallery.close()
+    parts[1].queries = parts[0]
+    return parts[1]
 
 
 def save_index(index, uri, run):

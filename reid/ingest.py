@@ -25,6 +25,7 @@ def add(gallery, extractor, records, strict=False, progress=True, rank=0, ranks=
     Each of `ranks` processes does every ranks-th image.
     """
     offset = reserve(gallery, records, rank, ranks)
+    progress = progress and rank == 0
     gallery.bad.clear()
     written, started = 0, time.monotonic()
     mine = torch.arange(rank, len(records), ranks)

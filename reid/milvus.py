@@ -30,7 +30,7 @@ class MilvusGallery:
     queries = None
 
     def __init__(self, uri, run, part=""):
-        self.uri, self.run, self._known, self.bad = str(uri), run, {}, []
+        self.uri, self.run, self.part, self._known, self.bad = str(uri), run, part, {}, []
         for column, field in zip(("paths", "pids", "camids", "seqs", "frames"), FIELDS):
             setattr(self, column, _Column(self, field))
         self.embeddings = _Vectors(self)
@@ -39,7 +39,7 @@ class MilvusGallery:
     @classmethod
     def open(cls, uri, run, extractor_or_fingerprint=None, part=""):
         """Open a gallery that was made before; a missing one, or one of other weights, raises ReidError."""
-        again = rebuild_command(uri, run)
+        again = rebuild_command(uri, run, part)
         if is_file(uri) and not Path(uri).exists():
             raise ReidError(f"{uri}: no such gallery; make it: {again}")
         self = cls(uri, run, part)
@@ -112,7 +112,7 @@ class MilvusGallery:
         values, self.dim = self.engine.settings()
         if values["format"] != FORMAT:
             raise ReidError(f"{self.uri}: another format ({values['format']}); make it again: "
-                            + rebuild_command(self.uri, self.run))
+                            + rebuild_command(self.uri, self.run, self.part))
         for name in ("fingerprint", "preprocessing", "mirror", "data_root", "index_type", "threshold", "false_match_rate",
                      "cameras"):
             setattr(self, name, values[name])

@@ -41,7 +41,8 @@ def collection_name(run, part=""):
     return "reid_" + re.sub(r"\W", "_", run, flags=re.ASCII) + (f"_{part}" if part else "")
 
 
-def rebuild_command(uri, run, script="inference.py"):
+def rebuild_command(uri, run, part=""):
+    script = "eval.py" if part else "inference.py"  # evaluation alone keeps queries
     return f"python {script} --save_index --gallery_uri {shlex.quote(str(uri))} --exp_name {shlex.quote(run)}"
 
 

@@ -145,8 +145,10 @@ def test_refused_galleries(tmp_path):
         gallery.search(torch.ones(1, DIM), 20_000)
     with pytest.raises(ReidError, match=r"other weights.*--save_index --gallery_uri"):
         open_gallery(uri, RUN, "1" * 32)
-    with pytest.raises(ReidError, match="no gallery of the run other"):
+    with pytest.raises(ReidError, match=r"no gallery of the run other.*inference\.py"):
         open_gallery(uri, "other", PRINT)
+    with pytest.raises(ReidError, match=r"python eval\.py --save_index"):
+        load_index(uri, RUN, PRINT)  # it has no queries
     for mirror, dim, data_root, message in ((True, 32, "nowhere", "64 numbers"), (False, DIM, "nowhere", "--mirror"),
                                             (True, DIM, "elsewhere", "elsewhere")):
         with pytest.raises(ReidError, match=message):
