@@ -13,8 +13,8 @@ import hashlib
 import os
 from pathlib import Path
 
-from reid import ReidError, prepare, run, synthetic
-from reid.download import download
+from reid import ReidError, check_ranges, prepare, run, sources, synthetic
+from reid.download import download, without_password
 
 
 def get_args_parser():
@@ -37,8 +37,7 @@ def get_args_parser():
 
 
 def main(args):
-    if not 0 <= args.train_share <= 1:
-        raise ReidError(f"--train_share {args.train_share}: must lie between 0 and 1")
+    check_ranges(args, {"train_share": (0, 1), "num_ids": (1, 1 << 20), "seed": (0, 1 << 40)})
     output = Path(args.output or f"data/{'synthetic' if args.synthetic else 'market-1501-grouped'}")
     counts = None
     if args.synthetic:
@@ -46,7 +45,7 @@ def main(args):
     elif args.folder:
         source = f"images of {os.path.realpath(args.folder)} (--train_share {args.train_share:g})"
     elif args.any_counts:
-        source = os.path.realpath(args.archive) if args.archive else args.url
+        source = os.path.realpath(args.archive) if args.archive else without_password(args.url)
     else:
         source, counts = "Market-1501", prepare.MARKET_COUNTS
 
@@ -66,10 +65,10 @@ def build(args, output, source, counts):
         if args.synthetic:
             images = synthetic.dataset(args.num_ids, args.seed)
         elif args.folder:
-            print(prepare.TREE_RULE.format(share=args.train_share))
-            images = prepare.from_tree(args.folder, args.train_share)
+            print(sources.TREE_RULE.format(share=args.train_share))
+            images = sources.from_tree(args.folder, args.train_share)
         else:
-            images = prepare.from_archive(archive)
+            images = sources.from_archive(archive)
         try:
             prepare.fill(tree, images, source, counts)
         except ReidError:

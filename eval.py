@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from reid import ReidError, __version__, gallery, metrics, report, rerank, run, spacetime, storage, world
+from reid import ReidError, __version__, check_ranges, gallery, metrics, report, rerank, run, spacetime, storage, world
 from reid.checkpoint import (
     checkpoint_path,
     fingerprint,
@@ -58,6 +58,7 @@ def get_args_parser():
 
 
 def main(args):
+    check_ranges(args, {"fmr": (1e-9, 1), "batch_size": (1, 1 << 16)})
     if args.compare:
         return print(compare_table(*(saved_run(args, name) for name in args.compare)))
     if args.report:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from reid import ReidError, extract, rerank, run, storage, viz, world
+from reid import ReidError, check_ranges, extract, rerank, run, storage, viz, world
 from reid.checkpoint import checkpoint_path, load_spacetime
 from reid.data import UNKNOWN, UNKNOWN_PID, Name, folder_pid, list_images, parse_name, read_folder, read_split
 from reid.gallery import build_gallery, open_gallery
@@ -54,8 +54,8 @@ def get_args_parser():
 
 
 def main(args):
-    if args.topk < 1:
-        raise ReidError(f"--topk {args.topk}: at least 1 result is needed")
+    check_ranges(args, {"topk": (1, 1 << 40), "positions": (1, 1 << 40), "cameras": (-1, 1 << 40), "batch_size": (1, 1 << 16),
+                        "port": (0, 65535)})
     if args.output:
         viz.picture_format(args.output)  # a wrong name is said now, not after the work
     checkpoint = checkpoint_path(args.exp_name)
@@ -74,6 +74,7 @@ def main(args):
         return world.stop()
     if world.rank == 0:
         print(f"{extractor.describe()}; {len(index):,} images in the gallery", flush=True)
+    args.topk = max(1, min(args.topk, len(index)))
     if args.serve:
         return serve.serve(serve.create_app(extractor, index, host=args.host), listener)
 

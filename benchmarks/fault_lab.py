@@ -1,5 +1,6 @@
 """What benchmarks/faults.py works with: the scripts as forked processes, small data, a faulty server, a small disk."""
 
+import importlib
 import multiprocessing
 import os
 import random
@@ -19,12 +20,13 @@ from types import SimpleNamespace
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a fork may not inherit threads, and bits depend on their number
 
 import torch
+import torch.utils.tensorboard
 
 import data_prep
 import eval as evaluate
 import inference
 import train
-from reid import ReidError, checkpoint, download, run, storage
+from reid import ReidError, checkpoint, download, run, storage, tracking
 from reid import index as index_module
 from reid.model import build_model, default_config
 
@@ -33,8 +35,17 @@ FORK = multiprocessing.get_context("fork")
 NOBODY = 65534  # user id: root reads what nobody may
 TINY = ["--height", 64, "--width", 32, "--batch_size", 8, "--lr", 0.005, "--weights", "none", "--precision", "fp32",
         "--num_epochs", 2, "--warmup_epochs", 1, "--eval_freq", 1, "--num_data_loaders", 1]
-os.sync = lambda: None  # a killed process loses nothing that the kernel has, and syncing all disks would take most of the time
+tracking._mlflow()  # imported before the forks, too: most of a small training would be its import
+importlib.import_module("mlflow.store.tracking.sqlalchemy_store")
+storage.fsync_tree = lambda folder: None  # a killed process loses nothing that the kernel has; waiting for the disk takes longest
 download.time = SimpleNamespace(sleep=lambda seconds: time.sleep(seconds / 20))  # back-off, shortened
+
+
+FAULTS = {}  # name -> generator function(lab, tries): yields "" for a try that lost nothing, else what was lost
+
+
+def fault(name):
+    return lambda function: FAULTS.setdefault(name, function)
 
 
 class Skip(Exception):
@@ -108,8 +119,8 @@ class Script(Child):
 class Lab:
     """A working folder and, made when first needed, what the faults are tried on."""
 
-    def __init__(self, root):
-        self.root, self.rng, self.count = Path(root), random.Random(0), 0
+    def __init__(self, root, seed):
+        self.root, self.seed, self.rng, self.count = Path(root), seed, random.Random(seed), 0
         self.root.chmod(0o755)
 
     def fresh(self, model=False):
@@ -158,7 +169,7 @@ class Lab:
         path = self.root / "market.zip"
         with zipfile.ZipFile(path, "w") as archive:
             for i in range(5000):
-                archive.writestr(f"m/bounding_box_train/{i // 10:04d}_c1s1_{i % 10:06d}_00.jpg", self.rng.randbytes(300))
+                archive.writestr(f"m/bounding_box_train/{i // 10:04d}_c1s1_{i % 10:06d}_00.jpg", random.Random(i).randbytes(300))
         return path
 
     @cached_property

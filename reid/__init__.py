@@ -5,9 +5,25 @@ import sys
 
 __version__ = "1.0.0"
 
+ADVICE = {  # what to do about an error of the system, which is then no traceback
+    **dict.fromkeys([errno.ENOSPC, errno.EROFS, errno.EDQUOT], "free some space or choose another folder"),
+    **dict.fromkeys([errno.EACCES, errno.EPERM], "check its permissions"),
+    **dict.fromkeys([errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP], "give another name"),
+    **dict.fromkeys([errno.EIO, errno.ESTALE], "check the disk or the network"), errno.EMFILE: "raise the limit of ulimit -n",
+}
+
 
 class ReidError(Exception):
     """Something the user can mend. The message is one line: what is wrong, where, and what to do about it."""
+
+
+def check_ranges(args, limits):
+    """Raise ReidError for an argument outside of its (lowest, highest); NaN always is. limits: {name: (lowest, highest)}."""
+    for name, (low, high) in limits.items():
+        values = getattr(args, name, None)
+        for value in values if isinstance(values, list) else [] if values is None else [values]:
+            if not low <= value <= high:
+                raise ReidError(f"--{name} {value}: must lie between {low:,} and {high:,}")
 
 
 def run(parser, main):
@@ -20,7 +36,8 @@ def run(parser, main):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file name may hold what the terminal's encoding has not
     try:
         status = main(args) or 0
-        sys.stdout.flush()
+        if sys.stdout:  # None in a service that has none
+            sys.stdout.flush()
     except ReidError as error:
         status = fail(parser.prog, " ".join(str(error).split()))
     except KeyboardInterrupt:
@@ -29,11 +46,13 @@ def run(parser, main):
         sys.stdout = None
         status = 141
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT):
+        if error.errno not in ADVICE:
             raise
-        denied = error.errno in (errno.EACCES, errno.EPERM)
-        advice = "check its permissions" if denied else "free some space or choose another folder"
-        status = fail(parser.prog, f"{error.filename or 'write'}: {error.strerror}; {advice}")
+        status = fail(parser.prog, f"{error.filename or 'write'}: {error.strerror}; {ADVICE[error.errno]}")
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "allocate memory" not in str(error) and "out of memory" not in str(error):
+            raise
+        status = fail(parser.prog, "not enough memory; a smaller --batch_size or smaller images need less")
     sys.exit(status)
 
 

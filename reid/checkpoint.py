@@ -13,6 +13,8 @@ from reid.model import build_model, check_config
 from reid.spacetime import SpaceTime
 
 FORMAT, VERSION = "reid-checkpoint", 1
+PLAIN_NAME = re.compile(r"\w[\w .+=@,-]{0,99}(?<![ .])")
+DEVICE_NAME = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)  # Windows': not even a folder may be called so
 
 
 def checkpoint_payload(model, metrics, args, training=None):
@@ -47,10 +49,17 @@ def versions():
     return {"python": platform.python_version(), "torch": str(torch.__version__), "cuda": str(torch.version.cuda)}
 
 
+def check_name(exp_name):
+    """The name of a run, which becomes folders and files; raises ReidError where it could not, on any system."""
+    if not PLAIN_NAME.fullmatch(exp_name) or DEVICE_NAME.match(exp_name):
+        raise ReidError(f"--exp_name {exp_name!r:.120}: a plain name is needed, it becomes a folder")
+    return exp_name
+
+
 def checkpoint_path(exp_name, name="best.pth", models="models"):
     """`models/<run>/<name>`; an unknown run raises ReidError that lists the runs there are."""
-    path = Path(models) / exp_name / name
-    if Path(exp_name).name != exp_name or not path.is_file():
+    path = Path(models) / check_name(exp_name) / name
+    if not path.is_file():
         known = sorted(p.parent.name for p in Path(models).glob(f"*/{name}"))
         raise ReidError(f"--exp_name {exp_name}: no {path}; runs here: {', '.join(known) or 'none, train one with train.py'}")
     return path
@@ -95,9 +104,13 @@ def load_spacetime(path, data_root):
     if not Path(path).exists():
         raise ReidError(f"{path}: not there; learn it with: python eval.py --spacetime --exp_name {Path(path).parent.name}")
     record = storage.load(path, "reid-spacetime", 1)
-    if record["data_root"] != Path(data_root).name:
-        raise ReidError(f"{path}: knows the cameras of {record['data_root']}, not of {data_root}; remove it to learn anew")
-    return SpaceTime.from_state(record["evidence"])
+    known = record.get("data_root")
+    if known != Path(data_root).name:
+        raise ReidError(f"{path}: knows the cameras of {known!r:.80}, not of {data_root}; remove it to learn anew")
+    try:
+        return SpaceTime.from_state(record.get("evidence"))
+    except ReidError as error:
+        raise ReidError(f"{path}: {error}") from error
 
 
 def fingerprint(record):

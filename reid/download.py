@@ -7,10 +7,11 @@ import time
 import requests
 from tqdm import tqdm
 
-from reid import ReidError
-from reid.prepare import locked, make_folder
+from reid import ReidError, storage
+from reid.prepare import make_folder
 
 TRIES = 6  # failures in a row, without one byte gained, before a download is given up
+MAX_SIZE = 50 << 30  # bytes; a server that never ends would fill the disk
 MAX_WAIT = 300  # seconds, whatever a server's Retry-After says
 
 
@@ -29,10 +30,11 @@ def download(url, path):
     """
     if path.exists():
         return
+    shown = without_password(url)
     make_folder(path.parent)
     part = path.with_name(f"{path.name}.part")
-    print(f"downloading {url} to {path}", flush=True)
-    with open(part, "ab") as file, locked(part):
+    print(f"downloading {shown} to {path}", flush=True)
+    with open(part, "ab") as file, storage.locked(part, "another data_prep.py is fetching it; wait for it"):
         failures, best = 0, file.tell()
         while True:
             try:
@@ -40,11 +42,11 @@ def download(url, path):
                 break
             except (requests.RequestException, _TryAgain) as error:
                 if isinstance(error, ValueError):  # what requests raises for an address that is none
-                    raise ReidError(f"--url {url}: {error}") from error
+                    raise ReidError(f"--url {shown}: {error}") from error
                 failures = 0 if file.tell() > best else failures + 1
                 best = max(best, file.tell())
                 if failures == TRIES:
-                    raise ReidError(f"{url}: download failed {TRIES} times ({error}); run again to continue, or get the "
+                    raise ReidError(f"{shown}: download failed {TRIES} times ({error}); run again to continue, or get the "
                                     "archive another way and give it to --archive") from error
                 wait = getattr(error, "wait", None)
                 wait = 2**failures if wait is None else min(wait, MAX_WAIT)
@@ -58,6 +60,7 @@ def download(url, path):
 def _fetch(url, file):
     """One request; appends to `file` and returns when it is complete."""
     have = file.tell()
+    shown = without_password(url)
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
     with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as answer:
         said, code = answer.headers, answer.status_code
@@ -67,9 +70,9 @@ def _fetch(url, file):
             wait = said.get("Retry-After", "")
             raise _TryAgain(f"the server answered {code} {answer.reason}", int(wait) if wait.isdecimal() else None)
         if code not in (200, 206, 416):
-            raise ReidError(f"{url}: the server answered {code} {answer.reason}; give another --url, or --archive")
+            raise ReidError(f"{shown}: the server answered {code} {answer.reason}; give another --url, or --archive")
         if code != 416 and "html" in said.get("Content-Type", ""):
-            raise ReidError(f"{url}: the server answered with a web page, not an archive; open it in a browser, download "
+            raise ReidError(f"{shown}: the server answered with a web page, not an archive; open it in a browser, download "
                             "the archive there and give it to --archive")
         span = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", said.get("Content-Range", ""))
         if code == 416 or (code == 206 and not (span and int(span[1]) == have)):
@@ -82,8 +85,16 @@ def _fetch(url, file):
         with tqdm(total=size, initial=file.tell(), unit="B", unit_scale=True, disable=None) as bar:
             for chunk in answer.iter_content(1 << 14):
                 bar.update(file.write(chunk))
+                if file.tell() > MAX_SIZE:
+                    _empty(file)
+                    raise ReidError(f"{shown}: more than {MAX_SIZE >> 30} GB, that is no dataset of people; give another --url")
         if size is not None and file.tell() != size:
             raise _TryAgain(f"the connection closed after {file.tell():,} of {size:,} bytes")
+
+
+def without_password(url):
+    """The address as it may be shown and written down."""
+    return re.sub("//[^/]*@", "//", url)
 
 
 def _empty(file):

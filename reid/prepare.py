@@ -1,46 +1,22 @@
-"""From an archive or a folder to the grouped tree `{train,val,query,gallery}/<pid>/<name>`.
+"""The grouped tree `{train,val,query,gallery}/<pid>/<name>`: made from a source of images, checked, counted."""
 
-Every source is an iterator of (split, folder of the identity, file name, content), the content being bytes or the path
-of a file. Names inside archives never become paths: only file names that `parse_name` accepts are written, into folders
-that this module names.
-"""
-
-import bz2
-import gzip
-import hashlib
 import json
-import lzma
 import os
 import shutil
-import stat
-import tarfile
-import zipfile
-from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
 
-from reid import ReidError
-from reid.data import DISTRACTOR, IMAGE_SUFFIXES, JUNK, UNKNOWN, folder_pid, list_images, make_records, parse_name
-
-try:
-    import fcntl
-except ImportError:  # Windows: two runs at once are then not kept apart
-    fcntl = None
+from reid import ReidError, storage
+from reid.data import DISTRACTOR, JUNK, UNKNOWN, list_images, make_records
+from reid.sources import lot
 
 SPLITS = ("train", "val", "query", "gallery")
-FOLDERS = {"bounding_box_train": "train", "query": "query", "bounding_box_test": "gallery"}  # Market-1501's own names
 MARKET_URL = "https://www.kaggle.com/api/v1/datasets/download/pengcw1/market-1501"
 MARKET_COUNTS = {"train": 12_185, "val": 751, "query": 3_368, "gallery": 19_732, "junk": 3_819, "distractors": 2_798}
-DECOMPRESS = {b"\x1f\x8b": gzip.open, b"\xfd7": lzma.open, b"BZ": bz2.open}  # by a file's first two bytes
 STAMP = "prepared.json"  # in the finished tree: what it was made from, and how many images each split has
 
-MAX_MEMBER = 50 << 20  # bytes of one image; a crop of a person has a few thousand
-MAX_EXPANSION, FREE_EXPANSION = 20, 100 << 20  # an archive may unpack to 20 times its size + 100 MiB: photos hardly shrink
-
-
-# ---- The tree -------------------------------------------------------------------------------------------------------
 
 @contextmanager
 def building(output):
@@ -52,16 +28,16 @@ def building(output):
     output = Path(os.path.realpath(output))
     partial = output.with_name(f"{output.name}.partial")
     make_folder(partial)
-    with locked(partial):
+    with storage.locked(partial, "another data_prep.py is at work on it; wait until it has finished"):
         for entry in os.scandir(partial):
             shutil.rmtree(entry) if entry.is_dir(follow_symlinks=False) else os.unlink(entry)
         try:
             yield partial
-            if hasattr(os, "sync"):
-                os.sync()  # one call instead of 36,000: after a power cut, too, the tree is whole or absent
+            storage.fsync_tree(partial)  # after a power cut, too, the tree is whole or absent
             if output.is_dir():
                 output.rmdir()  # empty, or `finished` had refused; Windows does not rename over it
             partial.rename(output)
+            storage.fsync_folder(output.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -74,28 +50,6 @@ def make_folder(path):
         raise ReidError(f"{path}: a file is in the way; choose another --output") from None
 
 
-@contextmanager
-def locked(path):
-    """Keep a second run away from `path`. The lock dies with its process: none is ever stale."""
-    if not fcntl:
-        yield
-        return
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine = path.exists() and os.path.samestat(os.fstat(fd), path.stat())  # else its owner has just renamed it
-        except BlockingIOError:
-            mine = False
-        except OSError:
-            mine = True  # some network file systems lock no folders: do without
-        if not mine:
-            raise ReidError(f"{path}: another data_prep.py is at work on it; wait until it has finished")
-        yield
-    finally:
-        os.close(fd)
-
-
 def finished(output, source):
     """Whether `output` is a whole tree made from `source`. Raises ReidError where it is anything but that or empty."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
@@ -103,7 +57,7 @@ def finished(output, source):
     try:
         stamp = json.loads((output / STAMP).read_text())
         made_from, images = stamp["source"], stamp["images"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise ReidError(f"{output}: exists, but data_prep.py did not make it; choose another --output") from None
     if made_from != source:
         raise ReidError(f"{output}: holds {made_from}, not {source}; remove it or choose another --output")
@@ -114,7 +68,7 @@ def finished(output, source):
 
 
 def fill(root, images, source, counts=None):
-    """Write the images of a source below `root`, take out the validation images and stamp the tree.
+    """Write the images of a source (see reid.sources) below `root`, take out the validation images and stamp the tree.
 
     counts: what a complete dataset holds (as MARKET_COUNTS), None for any. Raises ReidError where they differ, and where
     two different files have the same place.
@@ -157,18 +111,13 @@ def _place(content, target):
         shutil.copyfile(content, target)
 
 
-def _lot(name):
-    """A sort key that is the same everywhere and, unlike the name itself, favours no camera."""
-    return hashlib.sha256(os.fsencode(name)).digest()
-
-
 def _hold_out(root):
     """Move one image of each training identity to val: the one whose name has the least SHA-256. A single image stays."""
     train = root / "train"
     for folder in sorted(train.iterdir()) if train.is_dir() else ():
         names = os.listdir(folder)
         if len(names) > 1:
-            chosen = min(names, key=_lot)
+            chosen = min(names, key=lot)
             held = root / "val" / folder.name
             held.mkdir(parents=True)
             (folder / chosen).rename(held / chosen)
@@ -186,156 +135,3 @@ def table(root):
         note = f"   (of these {', '.join(extra)})" if extra else ""
         lines.append(f"{split:<8}{len(records):>9,}{len(people):>12,}{len(cameras) or '-':>9}{note}")
     return "\n".join(lines)
-
-
-# ---- Sources --------------------------------------------------------------------------------------------------------
-
-def from_archive(path):
-    """Yield the images of a .zip, .tar, .tar.gz, .tar.bz2 or .tar.xz file, or of a folder, that has Market-1501's folders.
-
-    The folders may lie at any depth. Left out: every other folder, links, devices, and names that are not an image's.
-    Raises ReidError for what cannot be read, is encrypted, or unpacks to more than photographs can.
-    """
-    path, empty = Path(path), True
-    if not path.exists():
-        raise ReidError(f"{path}: no such file or folder")
-    try:
-        for image in _folder_images(path) if path.is_dir() else _archive_images(path):
-            empty = False
-            yield image
-    except ReidError:
-        raise
-    except Exception as error:  # the archive readers raise a dozen types, among them MemoryError and struct.error
-        raise ReidError(f"{path}: cannot be unpacked ({str(error) or type(error).__name__}); not a whole "
-                        ".zip, .tar, .tar.gz or .tar.xz archive, get it again") from error
-    if empty:
-        raise ReidError(f"{path}: no image named like 0002_c1s1_000451_03.jpg in a folder {' or '.join(FOLDERS)}")
-
-
-def _folder_images(path):
-    for where, folders, names in os.walk(path.resolve()):
-        folders.sort()
-        for file in (Path(where, name) for name in sorted(names)):
-            if (wanted := _wanted(f"{file.parent.name}/{file.name}")) and file.is_file():  # not a dangling link
-                yield *wanted, file
-
-
-def _archive_images(path):
-    with open(path, "rb") as file:
-        magic = file.read(2)  # the name says nothing about a download, and lies about a web page
-    return _zip_images(path) if magic == b"PK" else _tar_images(path, DECOMPRESS.get(magic, open))
-
-
-def _wanted(member):
-    """(split, identity, file name) of an archive member that is an image of the dataset, else None."""
-    folder, _, name = member.replace("\\", "/").rpartition("/")
-    split = FOLDERS.get(folder.rpartition("/")[2])
-    if split is None or os.path.splitext(name)[1].lower() not in IMAGE_SUFFIXES or parse_name(name) is None:
-        return None
-    return split, name.partition("_")[0], name
-
-
-class _Budget:
-    """Counts the bytes that an archive unpacks to, and stops it long before it fills memory or disk."""
-
-    def __init__(self, path):
-        self.path, self.limit, self.spent = path, path.stat().st_size * MAX_EXPANSION + FREE_EXPANSION, 0
-
-    def check(self, total, single=0):
-        if single > MAX_MEMBER or total > self.limit:
-            raise ReidError(f"{self.path}: unpacks to far more than images of people would; not a dataset, or a trap")
-
-    def spend(self, size):
-        self.spent += size
-        self.check(self.spent, size)
-
-
-class _Stream:
-    """A decompressed tar as a file for `tarfile`, with a budget: headers and skipped members count as well."""
-
-    def __init__(self, file, budget):
-        self.file, self.budget, self.tell, self.close = file, budget, file.tell, file.close
-
-    def read(self, size):
-        self.budget.check(self.file.tell() + size, size)
-        return self.file.read(size)
-
-    def seek(self, position):
-        self.budget.check(position)
-        return self.file.seek(position)
-
-
-def _tar_images(path, opener):
-    budget = _Budget(path)
-    with opener(path, "rb") as file, tarfile.open(fileobj=(stream := _Stream(file, budget)), mode="r:") as tar:
-        for member in tar:
-            if member.isreg() and not member.issparse() and (wanted := _wanted(member.name)):
-                budget.spend(member.size)
-                yield *wanted, tar.extractfile(member).read()
-        stream.seek(tar.offset)  # tarfile takes a damaged header, or none, for the end
-        if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError("it breaks off")
-        while stream.read(1 << 20):  # a checksum stands at the very end
-            pass
-
-
-def _zip_images(path):
-    budget = _Budget(path)
-    with zipfile.ZipFile(path) as archive:
-        for member in archive.infolist():
-            kind = stat.S_IFMT(member.external_attr >> 16)
-            if kind in (0, stat.S_IFREG) and (wanted := _wanted(member.filename)):
-                if member.flag_bits & 1:
-                    raise ReidError(f"{path}: is encrypted; unpack it yourself and give the folder to --archive")
-                budget.spend(member.file_size)
-                yield *wanted, archive.read(member)
-
-
-def from_tree(folder, train_share):
-    """Yield the images of any folder-per-identity tree, split into train, query and gallery by `TREE_RULE`."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ReidError(f"{folder}: no such folder")
-    people = defaultdict(list)  # name of the identity's folder -> paths of its images
-    for path in list_images(folder):
-        if "/" in path and (folder / path).is_file():  # not a dangling link
-            people[path.rpartition("/")[0]].append(path)
-    if not people:
-        raise ReidError(f"{folder}: no images in sub-folders; give a tree with one folder per identity")
-    owners = {}
-    for path in sorted(people):
-        name = path.rpartition("/")[2]
-        if name in FOLDERS:
-            raise ReidError(f"{folder / path}: this is Market-1501's own layout; use --archive {folder}")
-        other = owners.setdefault(folder_pid(name), path)
-        if other != path:
-            raise ReidError(f"{folder}: {other} and {path} name the same identity; give one folder per identity")
-    known = sorted((path for pid, path in owners.items() if pid not in (JUNK, DISTRACTOR)),
-                   key=lambda path: _lot(path.rpartition("/")[2]))
-    count = round(len(known) * train_share)
-    training, testing = set(known[:count]), set(known[count:])
-    for person, paths in people.items():
-        queries = _queries(paths) if person in testing else ()
-        for path in paths:
-            split = "train" if person in training else "query" if path in queries else "gallery"
-            yield split, person.rpartition("/")[2], path.rpartition("/")[2], folder / path
-
-
-TREE_RULE = """\
-rule: identities stand in the order of the SHA-256 of their folder's name, and the first {share:g} of them are for training.
-      Of each other identity seen by two or more cameras, one image of every camera with at least two (of one camera,
-      where none has two) is a query; without cameras in the names, one image is. The rest is gallery, as is all of an
-      identity with a single image or camera. Folders -1 and 0 are junk and distractors: gallery."""
-
-
-def _queries(paths):
-    """The query images among one test identity's `paths`, such that each has a match in what is left."""
-    cameras = defaultdict(list)
-    for path in sorted(paths, key=lambda path: _lot(path.rpartition("/")[2])):
-        parsed = parse_name(path.rpartition("/")[2])
-        cameras[parsed.camid if parsed else UNKNOWN].append(path)
-    if UNKNOWN in cameras:
-        return cameras[UNKNOWN][:1] if len(paths) > 1 else []
-    if len(cameras) < 2:
-        return []
-    return [seen[0] for seen in cameras.values() if len(seen) > 1] or min(cameras.items())[1][:1]

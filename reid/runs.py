@@ -1,16 +1,24 @@
 """A training run: its name and folder, what it trains on, what it saves, and how it goes on after a stop."""
 
 import argparse
+import weakref
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from reid import ReidError, storage, world
-from reid.checkpoint import FORMAT, VERSION, checkpoint_payload, load_checkpoint
+from reid import ReidError, check_ranges, storage, world
+from reid.checkpoint import FORMAT, VERSION, check_name, checkpoint_payload, load_checkpoint
 from reid.data import DISTRACTOR, read_split
+
+MANY = 1 << 20
+SHARES = ["flip", "erase", "jitter", "gray", "blur", "jpeg", "grid", "mixstyle", "dropout", "drop_path", "smoothing", "ema"]
+LIMITS = dict.fromkeys(SHARES, (0, 1)) | {
+    "batch_size": (2, MANY), "num_instances": (2, MANY), "height": (32, 2048), "width": (32, 2048), "num_data_loaders": (0, 1024),
+    "num_epochs": (1, MANY), "eval_freq": (1, MANY), "warmup_epochs": (0, MANY), "swa": (0, MANY), "lr": (0, 1e38),
+    "weight_decay": (0, 1), "pair_weight": (0, MANY), "margin": (-MANY, MANY), "distill": (0, MANY), "seed": (0, 1 << 40)}
 
 
 class LabelledImages(NamedTuple):
@@ -54,6 +62,13 @@ def load_training_set(roots, train_all):
     return train, val, classes
 
 
+def _leave(folder):
+    """Remove what a run that is over needs no more: its lock, and the folder if nothing was saved in it."""
+    with suppress(OSError):
+        (folder / ".lock").unlink(missing_ok=True)
+        folder.rmdir()
+
+
 class Run:
     """`models/<name>/`, held by a lock for as long as this process lives.
 
@@ -62,24 +77,28 @@ class Run:
     """
 
     def __init__(self, args, parser, operational):
+        check_ranges(args, LIMITS)
         self.state, self.best = None, None
+        self.writer, self.writing = ThreadPoolExecutor(1), None
         if args.resume and not args.exp_name:
             raise ReidError("--resume needs the --exp_name of the run to go on with")
         if not args.exp_name:
             from reid.tracking import new_run_name
 
             args.exp_name = world.share(new_run_name() if world.rank == 0 else None)
-        if Path(args.exp_name).name != args.exp_name or args.exp_name.startswith("."):
-            raise ReidError(f"--exp_name {args.exp_name}: a plain name is needed, it becomes a folder")
-        self.name, self.folder = args.exp_name, Path("models") / args.exp_name
+        self.name, self.folder = args.exp_name, Path("models") / check_name(args.exp_name)
         if args.resume:
             self.state = load_checkpoint(self.folder / "last.pth")
             args = self._settings_of_the_run(args, parser, operational)
         elif any((self.folder / name).exists() for name in ("last.pth", "best.pth")):
             raise ReidError(f"--exp_name {self.name}: {self.folder} exists; add --resume to go on, or choose another name")
         self.args = args
-        self.lock = storage.lock(self.folder / ".lock", f"another process is training {self.name}") if world.rank == 0 else None
-        self.writer, self.writing = ThreadPoolExecutor(1), None
+        if world.rank == 0:
+            held, message = ExitStack(), f"another process is training {self.name}; wait for it, or choose another --exp_name"
+            held.enter_context(storage.locked(self.folder / ".lock", message))
+            held.callback(_leave, self.folder.absolute())
+            held.callback(self.writer.shutdown)  # first, so that the last write is done
+            weakref.finalize(self, held.close)  # however the run ends, short of kill -9
         self.tracker_id = (self.state or {}).get("training", {}).get("tracker_id")
 
     def _settings_of_the_run(self, args, parser, operational):

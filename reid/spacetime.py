@@ -82,9 +82,18 @@ class SpaceTime:
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise ReidError(f"this is no camera and time model of format {FORMAT}: learn it again on the training set")
         try:
-            return cls(**{k: v for k, v in state.items() if k != "format"})
-        except TypeError as error:
-            raise ReidError(f"the camera and time model is incomplete ({error}): learn it again") from None
+            model = cls(**{k: v for k, v in state.items() if k != "format"})
+            c, k = len(model.cameras), len(model.start)
+            shapes = {"cameras": (torch.int64, (c,)), "recordings": (torch.int64, (k, 2)), "start": (torch.float64, (k,)),
+                      "log_odds": (torch.float32, (c + 1, c + 1, int(_bins("cpu").max()) + 1))}
+            good = all((getattr(model, name).dtype, getattr(model, name).shape) == want for name, want in shapes.items())
+            good &= all(isinstance(value, float) and 0 < value < math.inf for value in (model.rate, model.weight))
+            good = good and k > 0 < c and bool(torch.isfinite(model.log_odds).all() & torch.isfinite(model.start).all())
+        except (TypeError, AttributeError):
+            good = False
+        if not good:
+            raise ReidError("the camera and time model is incomplete or damaged: learn it again")
+        return model
 
     def _places(self, camids, seqs, frames):
         """Position in `cameras` (their number if unknown) and tick on the time line, both int32 [N]."""

@@ -1,5 +1,6 @@
 """Files that are either whole or absent: checkpoints, indexes and everything else a run leaves behind."""
 
+import ctypes
 import hashlib
 import os
 import tempfile
@@ -28,6 +29,8 @@ def atomic_path(path):
     Temporary files of processes that were killed are removed: a live writer holds a lock on its own.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():  # the rename would put a file in the place of /dev/null, if root asks for it
+        raise ReidError(f"{path}: is not a file that can be written; choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{path.name}."
     for stale in path.parent.glob(f"{prefix}*.tmp"):
@@ -44,7 +47,7 @@ def atomic_path(path):
             os.fsync(written.fileno())
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
-        _fsync_folder(path.parent)
+        fsync_folder(path.parent)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
@@ -65,18 +68,31 @@ def _remove_if_abandoned(path):
         pass  # somebody is writing it, or has just finished
 
 
-def lock(path, message):
-    """Hold `path` locked while the returned object lives; the system lets go of it when the process ends, however it ends."""
+@contextmanager
+def locked(path, message):
+    """Keep other processes away from `path`: a folder, or a file, which is made if it is not there.
+
+    The lock dies with its process, however that ends, so none is ever stale. One held by another raises ReidError.
+    """
     path = Path(path)
+    if not fcntl:
+        yield
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "w")
+    fd = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise ReidError(f"{path.parent}: {message}; wait for it, or choose another --exp_name") from error
-    return file
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = path.exists() and os.path.samestat(os.fstat(fd), path.stat())  # else its owner has just moved it away
+        except BlockingIOError:
+            mine = False
+        except OSError:
+            mine = True  # some network file systems lock no folders: do without
+        if not mine:
+            raise ReidError(f"{path}: {message}")
+        yield
+    finally:
+        os.close(fd)
 
 
 def _umask():
@@ -85,13 +101,30 @@ def _umask():
     return mask
 
 
-def _fsync_folder(folder):
+def fsync_folder(folder):
+    """Until the names in `folder` are on disk."""
     if os.name == "posix":
         fd = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def fsync_tree(folder):
+    """Until everything written to the file system of `folder` is on disk: one call where a tree has 36,000 files.
+
+    Linux waits for that file system alone, and an error that came when it wrote is raised here.
+    """
+    if hasattr(libc := ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None, "syncfs"):
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            if libc.syncfs(fd):
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
+        finally:
+            os.close(fd)
+    elif hasattr(os, "sync"):
+        os.sync()
 
 
 def checksum(obj):

@@ -9,9 +9,11 @@ import logging
 import os
 import random
 import re
+import shutil
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from urllib.parse import quote, unquote
@@ -233,6 +235,10 @@ def _database(path):
     path = Path(path).absolute()
     if path.exists() and not (path.is_file() and os.access(path, os.R_OK | os.W_OK)):
         raise PermissionError("not a file that can be written")  # MLflow would try again for 100 seconds
+    for stale in path.parent.glob("mlflow-*.tmp"):  # of a run that was killed at this
+        with suppress(OSError):
+            if time.time() - stale.stat().st_mtime > 600:
+                shutil.rmtree(stale)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(".tmp", "mlflow-", path.parent, ignore_cleanup_errors=True) as folder:

@@ -1,5 +1,6 @@
 """The fast part of benchmarks/faults.py: each fault once or twice, where no other test has it, and what was lost once."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -7,9 +8,10 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
-from reid import ReidError, images, storage
-from reid.checkpoint import load_checkpoint, save_checkpoint
+from reid import ReidError, images, run, storage
+from reid.checkpoint import check_name, load_checkpoint, load_spacetime, save_checkpoint
 from reid.model import build_model, default_config
 
 fcntl = pytest.importorskip("fcntl")
@@ -81,3 +83,60 @@ def test_a_name_that_the_terminal_cannot_show(root, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [b"caf\\udce9.jpg", b"\\u65e5.jpg"]
+
+
+@pytest.mark.parametrize("kind", ["EPS", "ICO", "PCX"])
+def test_only_formats_of_photographs_are_opened(tmp_path, kind):
+    """Whatever the suffix says: Pillow would run Ghostscript on an EPS."""
+    Image.new("RGB", (16, 16)).save(tmp_path / "x.jpg", kind)
+    with pytest.raises(ReidError, match="not an image"):
+        images.decode(tmp_path / "x.jpg")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/null")])
+def test_only_files_are_replaced(tmp_path, make):
+    """`--json /dev/null` by root must leave the device alone."""
+    make(tmp_path / "x")
+    with pytest.raises(ReidError, match="is not a file"), storage.atomic_path(tmp_path / "x"):
+        pass
+    assert not (tmp_path / "x").is_file() and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "/x", "a/b", "a\\b", "a\nb", "-x", ".x", "x.", "x ", "con", "NUL.txt",
+                                  "x" * 101])
+def test_names_that_are_no_folder(name):
+    with pytest.raises(ReidError, match="plain name"):
+        check_name(name)
+
+
+@pytest.mark.parametrize("name", ["masked-hog-908", "7", "ResNet 50", "lr=0.1,v2", "Ünal", "console"])
+def test_names_of_runs(name):
+    assert check_name(name) == name
+
+
+@pytest.mark.parametrize("evidence", [None, {}, {"format": 1}, {"format": 1, "cameras": torch.ones(2)}])
+def test_strange_camera_and_time(tmp_path, evidence):
+    storage.save(tmp_path / "x.pt", {"data_root": "people", "evidence": evidence}, "reid-spacetime", 1)
+    with pytest.raises(ReidError, match=r"x\.pt: "):
+        load_spacetime(tmp_path / "x.pt", "people")
+    storage.save(tmp_path / "x.pt", {}, "reid-spacetime", 1)
+    with pytest.raises(ReidError, match="knows the cameras of None"):
+        load_spacetime(tmp_path / "x.pt", "people")
+
+
+@pytest.mark.parametrize("error", [IsADirectoryError(21, "Is a directory", "x"), OSError(36, "File name too long", "x"),
+                                   MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")])
+def test_what_the_system_refuses_is_one_line(monkeypatch, capsys, error):
+    def main(args):
+        raise error
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    with pytest.raises(SystemExit) as end:
+        run(argparse.ArgumentParser("x.py"), main)
+    assert end.value.code == 1
+    assert capsys.readouterr().err.startswith("x.py: error: ")
+
+
+def test_without_stdout(root):
+    code = "import argparse, reid; reid.run(argparse.ArgumentParser(), lambda args: print('x'))"
+    done = subprocess.run(["sh", "-c", '"$0" -c "$1" >&-', sys.executable, code], cwd=root, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

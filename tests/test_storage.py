@@ -139,9 +139,17 @@ def test_killed_writer_leaves_the_old_file_and_the_next_sweeps(path):
     assert not leftover.exists()
 
 
-def test_lock_is_held_once(tmp_path):
-    held = storage.lock(tmp_path / ".lock", "somebody is here")
-    with pytest.raises(ReidError, match="somebody is here"):
-        storage.lock(tmp_path / ".lock", "somebody is here")
-    held.close()
-    storage.lock(tmp_path / ".lock", "somebody is here").close()
+@pytest.mark.parametrize("name", ["folder", "file"])
+def test_lock_is_held_once(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    with storage.locked(tmp_path / name, "somebody is here"):
+        with pytest.raises(ReidError, match=f"{name}: somebody is here"), storage.locked(tmp_path / name, "somebody is here"):
+            pass
+    with storage.locked(tmp_path / name, "somebody is here"):
+        pass
+
+
+def test_everything_of_a_tree_is_written(tmp_path):
+    storage.fsync_tree(tmp_path)
+    with pytest.raises(OSError):
+        storage.fsync_tree(tmp_path / "nothing")
