@@ -143,17 +143,21 @@ class GalleryIndex:
             index.queries = cls._restore(part["queries"], path)
         return index
 
-    def search(self, embeddings, topk, camids=None, exclude=None, rank=0, world=1):
+    def search(self, embeddings, topk, camids=None, exclude=None, rank=0, world=1, frames=None):
         """The `topk` most similar rows of each query, exact: (scores float32 [Q, k], rows int64 [Q, k]), best first.
 
-        embeddings: float32 [Q, D] of norm 1. camids: cameras to keep. exclude: row to leave out for each query, int64 [Q]
-        (-1: none), or a list of lists of rows. Equal scores stand in the order of their rows. Where fewer than topk rows
-        are left, score is -inf and row -1. torchrun: each rank searches its stretch of the rows, all get the whole answer.
+        embeddings: float32 [Q, D] of norm 1. camids: cameras to keep. frames: (first, last) frame to keep. exclude: row to
+        leave out for each query, int64 [Q] (-1: none), or a list of lists of rows. Equal scores stand in the order of their
+        rows. Where fewer than topk rows are left, score is -inf and row -1. torchrun: each rank searches its stretch of the
+        rows, all get the whole answer.
         """
         if embeddings.ndim != 2 or embeddings.shape[1] != self.embeddings.shape[1]:
             raise ReidError(f"queries of shape {tuple(embeddings.shape)} in a gallery of {self.embeddings.shape[1]} dimensions")
         start, stop = len(self) * rank // world, len(self) * (rank + 1) // world
         keep = None if camids is None else torch.isin(self.camids[start:stop], torch.tensor(list(camids), dtype=torch.int64))
+        if frames is not None:
+            within = (self.frames[start:stop] >= frames[0]) & (self.frames[start:stop] <= frames[1])
+            keep = within if keep is None else keep & within
         if exclude is not None:
             exclude = exclude.tolist() if isinstance(exclude, torch.Tensor) else exclude
             exclude = [[row - start for row in ([rows] if isinstance(rows, int) else rows) if start <= row < stop]
