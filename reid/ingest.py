@@ -29,8 +29,8 @@ def add(gallery, extractor, records, strict=False, progress=True, rank=0, ranks=
     gallery.bad.clear()
     written, started = 0, time.monotonic()
     mine = torch.arange(rank, len(records), ranks)
-    bar = tqdm(total=len(mine), unit="row", disable=not progress)
-    with ThreadPoolExecutor(1) as pool:  # the engine takes one batch while the next is embedded
+    with (tqdm(total=len(mine), unit="row", disable=not progress) as bar,
+          ThreadPoolExecutor(1) as pool):  # the engine takes one batch while the next is embedded
         pending = None
         for part in mine.split(BLOCK):
             block = records.select(part)
@@ -43,7 +43,6 @@ def add(gallery, extractor, records, strict=False, progress=True, rank=0, ranks=
                 pending = pool.submit(upsert, gallery, block.select(kept), rows, part[kept] + offset, contents[kept])
                 bar.update(len(rows))
         written += pending.result() if pending else 0
-    bar.close()
     parts = gather((written, gallery.bad), ranks)
     written, gallery.bad = sum(part[0] for part in parts), [left_out for part in parts for left_out in part[1]]
     if rank == 0:
