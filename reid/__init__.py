@@ -8,7 +8,7 @@ __version__ = "1.0.0"
 ADVICE = {  # what to do about an error of the system, which is then no traceback
     **dict.fromkeys([errno.ENOSPC, errno.EROFS, errno.EDQUOT], "free some space or choose another folder"),
     **dict.fromkeys([errno.EACCES, errno.EPERM], "check its permissions"),
-    **dict.fromkeys([errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP], "give another name"),
+    **dict.fromkeys([errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EEXIST, errno.ENOENT], "give another name"),
     **dict.fromkeys([errno.EIO, errno.ESTALE], "check the disk or the network"), errno.EMFILE: "raise the limit of ulimit -n",
 }
 

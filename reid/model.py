@@ -234,7 +234,7 @@ def pick_device(name="auto"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ReidError(f"--device {name} is not available here ({str(error).splitlines()[0]}); try --device cpu") from error
     return device
