@@ -1,6 +1,7 @@
 """Writing a gallery into Milvus: nothing twice, and nothing lost when a process or the server dies in the middle."""
 
 import hashlib
+import itertools
 import signal
 import socket
 import subprocess
@@ -166,33 +167,42 @@ def files(tmp_path, monkeypatch):
     return folder(tmp_path / "data", 320)
 
 
-def test_server_killed_and_started_again(files, server):
-    def interrupt():
-        server.kill()
-        time.sleep(0.5)
-        server.start()
+@pytest.fixture
+def at_batch(monkeypatch):
+    """Function (number, action): do something when so many batches have been acknowledged."""
+    def plan(number, action):
+        upsert, calls = ingest.upsert, itertools.count(1)
 
-    killer = threading.Timer(1.2, interrupt)
-    killer.start()
-    gallery = build_gallery(server.uri, RUN, FakeExtractor(wait=0.1), files, save=True, progress=False)
-    killer.join()
-    assert len(gallery) == 320 and list(gallery.download().paths) == files.paths
+        def counted(*args):
+            written = upsert(*args)
+            if next(calls) == number:
+                action()
+            return written
+
+        monkeypatch.setattr(ingest, "upsert", counted)
+
+    return plan
 
 
-def test_dead_server_is_one_error_that_says_what_is_safe(files, server, monkeypatch):
-    monkeypatch.setattr(milvus_client, "TIMEOUT", 2)
+def test_server_killed_and_started_again(files, server, at_batch):
+    starter = threading.Timer(0.5, server.start)
+    at_batch(7, lambda: (server.kill(), starter.start()))
+    gallery = build_gallery(server.uri, RUN, FakeExtractor(), files, save=True, progress=False)
+    assert starter.finished.is_set() and len(gallery) == 320 and list(gallery.download().paths) == files.paths
+    starter.join()
+
+
+def test_dead_server_is_one_error_that_says_what_is_safe(files, server, at_batch, monkeypatch):
     monkeypatch.setenv("MILVUS_TOKEN", "root:s3cret")
-    killer = threading.Timer(1.2, server.kill)
-    killer.start()
+    at_batch(7, lambda: (server.kill(), monkeypatch.setattr(milvus_client, "TIMEOUT", 2)))
     with pytest.raises(ReidError, match="run again goes on") as caught:
-        build_gallery(server.uri, RUN, FakeExtractor(wait=0.2), files, save=True, progress=False)
-    killer.join()
+        build_gallery(server.uri, RUN, FakeExtractor(), files, save=True, progress=False)
     assert "\n" not in str(caught.value) and "s3cret" not in str(caught.value)
     server.start()
-    monkeypatch.setattr(milvus_client, "TIMEOUT", 30)
+    monkeypatch.setattr(milvus_client, "TIMEOUT", 60)
     extractor = FakeExtractor()
     gallery = build_gallery(server.uri, RUN, extractor, files, save=True, progress=False)
-    assert extractor.embedded < 320 and list(gallery.download().paths) == files.paths
+    assert extractor.embedded == 320 - 7 * 16 and list(gallery.download().paths) == files.paths
 
 
 def test_readers_while_ingesting(files, server):
