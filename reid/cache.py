@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from tqdm import tqdm
 
+from reid import ReidError
 from reid.images import decode, resize
 
 
@@ -31,7 +32,11 @@ class ImageCache:
         for _ in tqdm(loading, total=len(files), desc="decode", unit="img", disable=None):
             pass
         if self.where == "device":
-            self.pixels = self.pixels.to(device)
+            try:
+                self.pixels = self.pixels.to(device)
+            except torch.OutOfMemoryError as error:
+                raise ReidError(f"--cache device: {len(files):,} images take {bytes_needed / 2**30:.1f} GiB, which the GPU has "
+                                "not; use --cache host or auto") from error
 
     def __len__(self):
         return len(self.files)

@@ -95,11 +95,11 @@ class Engine:
                 group["lr"].fill_(lr)
             else:
                 group["lr"] = lr
-        if self.args.dropout or self.args.drop_path:  # resuming needs no random state, and ranks draw apart
-            torch.manual_seed((self.args.seed * 1_000_003 + step) * world.ranks + world.rank)
         try:
             if self.graph_wanted and self.graph is None:
                 self._capture(images, params, labels)
+            if self.args.dropout or self.args.drop_path:  # resuming needs no random state, and ranks draw apart
+                torch.manual_seed((self.args.seed * 1_000_003 + step) * world.ranks + world.rank)
             if self.graph:
                 for static, value in zip(self.inputs, (images, params, labels)):
                     static.copy_(value)

@@ -3,12 +3,20 @@
 import pytest
 import torch
 
-from reid import cache
+from reid import ReidError, cache
 from reid.cache import ImageCache
 from reid.data import read_split
 from reid.images import decode, resize
 
 GIB = 1 << 30
+
+def test_images_that_the_gpu_cannot_hold(people, monkeypatch):
+    def no_room(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.Tensor, "to", no_room)
+    with pytest.raises(ReidError, match=r"6 images take .* use --cache host or auto"):
+        ImageCache(read_split(people, "query").files()[:6], (64, 32), torch.device("cpu"), "device")
 
 
 @pytest.mark.parametrize("where", ["device", "host", "none"])

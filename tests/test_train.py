@@ -9,7 +9,9 @@ import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import chdir
+from contextlib import chdir, nullcontext
+from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -192,6 +194,42 @@ def test_the_weights_of_the_last_epochs_are_averaged():
         means.append(averaged.body.conv0(x).mean((0, 2, 3)))
     assert torch.allclose(averaged.body.norm0.running_mean, torch.stack(means).mean(0), atol=1e-4)
     assert not averaged.training and trained.best_model is averaged
+
+
+class PretendGraph:
+    """Of a CUDA graph what a CPU can have: the recorded step runs again on what stands in the static inputs."""
+
+    def __init__(self, trained):
+        self.replay = lambda: trained._update(*trained.inputs)
+
+
+def no_graph(_):
+    raise RuntimeError("no driver\nno more")
+
+
+@pytest.mark.parametrize("graph", [PretendGraph, no_graph])
+def test_recording_a_step_changes_nothing(monkeypatch, capsys, graph):
+    """Warm-up and recording are undone to the last bit, and so is an attempt that fails."""
+    args = train.get_args_parser().parse_args([*TINY, *LEVERS])
+    images, labels = torch.randint(256, (3, 8, 3, 64, 32), dtype=torch.uint8), torch.arange(8) // 4
+    params = augment.draw(24, (64, 32), torch.Generator().manual_seed(0), mixstyle=0.5).view(3, 8, -1)
+    states = []
+    for wanted in (False, True):
+        torch.manual_seed(0)
+        trained = Engine(build_model(default_config([1, 2], height=64, width=32)), args, 3, torch.device("cpu"))
+        trained.graph_wanted = wanted
+        for name in ("Stream", "current_stream", "synchronize"):
+            monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+        monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+        monkeypatch.setattr(torch.cuda, "graph", lambda _: nullcontext())
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", partial(graph, trained))
+        trained.train()
+        for step in range(3):
+            trained.step(images[step], params[step], labels, step)
+        assert bool(trained.graph) == (wanted and graph is PretendGraph)
+        states.append([*trained._tensors(), trained.losses])
+    assert all(torch.equal(*pair) for pair in zip(*states, strict=True))
+    assert ("no CUDA graph of the eager step here (no driver)" in capsys.readouterr().out) == (graph is no_graph)
 
 
 def test_ranks_share_an_epoch_without_overlap(monkeypatch):
