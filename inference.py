@@ -37,6 +37,7 @@ def get_args_parser():
     add("--index_type", choices=list(INDEXES), default="FLAT", help="of a Milvus gallery; others than FLAT search only a part "
         "of it: their recall is printed")
     add("--cameras", type=int, nargs="+", help="search these cameras only")
+    add("--frames", type=int, nargs=2, metavar=("FIRST", "LAST"), help="search images with these frame numbers only")
     add("--rerank", action="store_true", help=f"re-rank the best {CANDIDATES} (k-reciprocal encoding)")
     add("--spacetime", action="store_true", help="also weigh camera and time, as learnt by eval.py --spacetime")
     # what comes out
@@ -154,11 +155,12 @@ def gallery_of(args, extractor):
 
 def search(args, index, embeddings, names, ranks):
     """(scores, rows), lists of Q tensors: by cosine, or the best CANDIDATES in the order that other evidence gives them."""
+    how = {"camids": args.cameras, "frames": args.frames, **ranks}
     if not (args.rerank or args.spacetime):
-        return index.search(embeddings, args.topk, camids=args.cameras, **ranks)
+        return index.search(embeddings, args.topk, **how)
     path = checkpoint_path(args.exp_name).with_name("spacetime.pt")
     evidence = load_spacetime(path, args.data_root) if args.spacetime else None
-    _, candidates = index.search(embeddings, max(args.topk, CANDIDATES), camids=args.cameras, **ranks)
+    _, candidates = index.search(embeddings, max(args.topk, CANDIDATES), **how)
     scores, rows = [], []
     for query, name, found in zip(embeddings, names, candidates):
         found = found[found >= 0]
