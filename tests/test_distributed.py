@@ -53,18 +53,18 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(root, people, folder):
-    """One process, batch-norm statistics frozen: where it started, how far it moved, and its first losses."""
+    """One process, batch-norm statistics frozen: where it started, how far it moved, its first losses, its last metrics."""
     out = run(folder, command(root, 1, *settings(people, "one", *FROZEN)))
     record = last(folder, "one")
     torch.manual_seed(0)
     start = flat(build_model(record["config"]).state_dict())
-    return start, flat(record["state_dict"]) - start, losses(out)
+    return start, flat(record["state_dict"]) - start, losses(out), record["metrics"]
 
 
 @pytest.mark.parametrize("ranks, then", [(2, 1), (1, 2)])
 def test_frozen_statistics_give_the_same_weights_whoever_goes_on(root, people, folder, one, ranks, then):
     """Of two ranks each has images of one identity: every negative of the triplet loss is the other rank's."""
-    start, way, first = one
+    start, way, first, metrics = one
     name = f"from-{ranks}"
     process = subprocess.Popen(command(root, ranks, *settings(people, name, *FROZEN)), cwd=folder, env=ENVIRONMENT,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -81,7 +81,10 @@ def test_frozen_statistics_give_the_same_weights_whoever_goes_on(root, people, f
     assert losses(out) == pytest.approx(first, rel=2e-3)
     assert (f"{ranks} ranks" in out) == (ranks > 1)
     run(folder, command(root, then, "--data_root", people, "--exp_name", name, "--resume", "--device", "cpu"))
-    missed = flat(last(folder, name)["state_dict"]) - start - way
+    record = last(folder, name)
+    for key in ("val/loss", "val/accuracy"):  # of an odd number of images, which two ranks cannot share evenly
+        assert record["metrics"][key] == pytest.approx(metrics[key], rel=1e-3)
+    missed = flat(record["state_dict"]) - start - way
     assert missed.norm() < 0.005 * way.norm(), missed.norm() / way.norm()
 
 

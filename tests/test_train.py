@@ -18,7 +18,7 @@ import torch
 
 import train
 from reid import ReidError, augment, engine, storage, world
-from reid.checkpoint import load_checkpoint
+from reid.checkpoint import load_checkpoint, save_checkpoint
 from reid.engine import Engine, learning_rate
 from reid.model import build_model, default_config
 from reid.runs import load_training_set
@@ -194,6 +194,25 @@ def test_the_weights_of_the_last_epochs_are_averaged():
         means.append(averaged.body.conv0(x).mean((0, 2, 3)))
     assert torch.allclose(averaged.body.norm0.running_mean, torch.stack(means).mean(0), atol=1e-4)
     assert not averaged.training and trained.best_model is averaged
+
+
+def test_a_teacher_of_another_backbone_and_size(tmp_path):
+    path = tmp_path / "teacher.pth"
+    save_checkpoint(path, build_model(default_config([1, 2], "resnet50", height=96, width=48)), {}, {})
+    images, labels = torch.randint(256, (8, 3, 64, 32), dtype=torch.uint8), torch.arange(8) // 4
+    params = augment.draw(8, (64, 32), torch.Generator().manual_seed(0))
+    found = {}
+    for weight in (0, 1):
+        torch.manual_seed(0)
+        args = train.get_args_parser().parse_args([*TINY, "--teacher", str(path), "--distill", str(weight)])
+        pupil = Engine(build_model(default_config([1, 2], height=64, width=32)), args, 1, torch.device("cpu"))
+        pupil.train()
+        pupil.step(images, params, labels, 0)
+        found[weight] = pupil.end_epoch(0)
+    assert found[1]["train/loss"] > found[0]["train/loss"] and found[1]["train/loss_id"] == found[0]["train/loss_id"]
+    assert not pupil.teacher.training and all(parameter.grad is None for parameter in pupil.teacher.parameters())
+    with pytest.raises(ReidError, match="trained on other identities"):
+        Engine(build_model(default_config([1, 3], height=64, width=32)), args, 1, torch.device("cpu"))
 
 
 class PretendGraph:
