@@ -57,6 +57,8 @@ class Child:
 
     def __init__(self, cwd, function, *args, user=None):
         self.log = tempfile.mkdtemp(prefix="reid-log-")
+        for name in ("out", "err"):
+            (Path(self.log) / name).touch()  # it may be killed before it begins
         sys.stdout.flush()
         self.process = FORK.Process(target=self._run, args=(cwd, user, function, args))
         self.process.start()

@@ -108,7 +108,7 @@ def _(lab, _tries):
     for kind, prepare in SURROUNDINGS.items():
         folder = lab.fresh(model=True)
         for name in SCRIPTS:
-            args = list(map(str, lab.train(folder) if name == "train" else given(lab, name)))
+            args = list(map(str, lab.train(folder)[1:] if name == "train" else given(lab, name)))
             child = Child(folder, lambda name=name, args=args, prepare=prepare: (prepare(), Script._main(name, args))).wait()
             told = " | ".join(child.err.strip().splitlines()[-3:])[-300:]
             yield "" if child.status == 0 and "Traceback" not in child.err else f"{kind}, {name}.py: {child.status}, {told}"
@@ -121,7 +121,7 @@ def _(lab, _tries):
     for name in SCRIPTS:
         for how in (signal.SIGPIPE, signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
             folder = lab.fresh(model=True)
-            args = list(map(str, lab.train(folder) if name == "train" else given(lab, name)))
+            args = list(map(str, lab.train(folder)[1:] if name == "train" else given(lab, name)))
             if how == signal.SIGPIPE:
                 child = Child(folder, _into_closed_pipe, name, args)
             else:
@@ -140,4 +140,5 @@ def _into_closed_pipe(name, args):
     read, write = os.pipe()
     os.close(read)
     os.dup2(write, 1)
+    sys.stdout = open(1, "w", closefd=False)
     Script._main(name, args)

@@ -1,6 +1,7 @@
 """Human re-identification: find the same person in a gallery of crops from other cameras."""
 
 import errno
+import os
 import sys
 
 __version__ = "1.0.0"
@@ -8,7 +9,7 @@ __version__ = "1.0.0"
 ADVICE = {  # what to do about an error of the system, which is then no traceback
     **dict.fromkeys([errno.ENOSPC, errno.EROFS, errno.EDQUOT], "free some space or choose another folder"),
     **dict.fromkeys([errno.EACCES, errno.EPERM], "check its permissions"),
-    **dict.fromkeys([errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EEXIST, errno.ENOENT], "give another name"),
+    **dict.fromkeys([errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP], "try another"),
     **dict.fromkeys([errno.EIO, errno.ESTALE], "check the disk or the network"), errno.EMFILE: "raise the limit of ulimit -n",
 }
 
@@ -32,12 +33,14 @@ def run(parser, main):
     What users get wrong ends as one line on stderr and exit status 1, Ctrl-C as 130: never as a traceback.
     """
     args = parser.parse_args()
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # in a service that has closed them
+            setattr(sys, name, open(os.devnull, "w"))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file name may hold what the terminal's encoding has not
     try:
         status = main(args) or 0
-        if sys.stdout:  # None in a service that has none
-            sys.stdout.flush()
+        sys.stdout.flush()
     except ReidError as error:
         status = fail(parser.prog, " ".join(str(error).split()))
     except KeyboardInterrupt:

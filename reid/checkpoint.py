@@ -106,7 +106,7 @@ def load_spacetime(path, data_root):
     record = storage.load(path, "reid-spacetime", 1)
     known = record.get("data_root")
     if known != Path(data_root).name:
-        raise ReidError(f"{path}: knows the cameras of {known!r:.80}, not of {data_root}; remove it to learn anew")
+        raise ReidError(f"{path}: knows the cameras of {str(known)!r:.80}, not of {data_root}; remove it to learn anew")
     try:
         return SpaceTime.from_state(record.get("evidence"))
     except ReidError as error:

@@ -120,7 +120,7 @@ def test_strange_camera_and_time(tmp_path, evidence):
     with pytest.raises(ReidError, match=r"x\.pt: "):
         load_spacetime(tmp_path / "x.pt", "people")
     storage.save(tmp_path / "x.pt", {}, "reid-spacetime", 1)
-    with pytest.raises(ReidError, match="knows the cameras of None"):
+    with pytest.raises(ReidError, match="knows the cameras of 'None'"):
         load_spacetime(tmp_path / "x.pt", "people")
 
 
