@@ -26,8 +26,6 @@ from reid.data import read_split
 from reid.extract import Extractor
 from reid.index import GalleryIndex
 
-SPACETIME_PEOPLE = 200  # training identities whose embeddings tell how much camera and time should weigh
-
 
 def get_args_parser():
     parser = argparse.ArgumentParser("eval.py", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -192,14 +190,11 @@ def learn_spacetime(args, checkpoint):
     if path.exists():
         return load_spacetime(path, args.data_root)
     train = read_split(args.data_root, "train")
-    people = train.pids.unique()
-    some = train.select(torch.isin(train.pids, people[:: max(1, len(people) // SPACETIME_PEOPLE)]))
-    print(f"camera and time: learning from {len(people)} training identities", flush=True)
-    embeddings, kept, _ = make_extractor(args, checkpoint).embed_records(some.files())
-    some = some.select(kept)
-    evidence = spacetime.fit(train.pids, train.camids, train.seqs, train.frames)
-    weight = spacetime.fit_weight(embeddings, some.pids, some.camids, some.seqs, some.frames)
-    evidence = replace(evidence, weight=weight)
+    print(f"camera and time: learning from {len(train.pids.unique()):,} training identities", flush=True)
+    embeddings, kept, _ = make_extractor(args, checkpoint).embed_records(train.files())
+    train = train.select(kept)
+    columns = train.pids, train.camids, train.seqs, train.frames
+    evidence = replace(spacetime.fit(*columns), weight=spacetime.fit_weight(embeddings, *columns))
     save_spacetime(path, evidence, args.data_root)
     print(f"camera and time: saved as {path}")
     return evidence
