@@ -20,7 +20,6 @@ from types import SimpleNamespace
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a fork may not inherit threads, and bits depend on their number
 
 import torch
-import torch.utils.tensorboard
 
 import data_prep
 import eval as evaluate
@@ -35,8 +34,6 @@ FORK = multiprocessing.get_context("fork")
 NOBODY = 65534  # user id: root reads what nobody may
 TINY = ["--height", 64, "--width", 32, "--batch_size", 8, "--lr", 0.005, "--weights", "none", "--precision", "fp32",
         "--num_epochs", 2, "--warmup_epochs", 1, "--eval_freq", 1, "--num_data_loaders", 1]
-tracking._mlflow()  # imported before the forks, too: most of a small training would be its import
-importlib.import_module("mlflow.store.tracking.sqlalchemy_store")
 storage.fsync_tree = lambda folder: None  # a killed process loses nothing that the kernel has; waiting for the disk takes longest
 download.time = SimpleNamespace(sleep=lambda seconds: time.sleep(seconds / 20))  # back-off, shortened
 
@@ -182,6 +179,9 @@ class Lab:
         return folder
 
     def train(self, folder):
+        tracking._mlflow()  # imported before the fork, too: most of a small training would be its import
+        for name in ("mlflow.store.tracking.sqlalchemy_store", "torch.utils.tensorboard"):
+            importlib.import_module(name)
         resume = ["--resume"] if (Path(folder) / "models/cut/last.pth").exists() else []
         return ["train", "--data_root", self.data, "--exp_name", "cut", *TINY, *resume]
 

@@ -103,17 +103,32 @@ SURROUNDINGS = {  # what is done in a process before its script begins
 }
 
 
-@fault("strange surroundings: " + ", ".join(SURROUNDINGS))
+@fault("strange surroundings: data_prep.py, eval.py, inference.py")
+def _(lab, _tries):
+    folder = lab.fresh(model=True)
+    for kind, prepare in SURROUNDINGS.items():
+        for name in ("data_prep", "eval", "inference"):
+            problem = surrounded(folder, prepare, name, given(lab, name))
+            yield problem and f"{kind}, {problem}"
+        shutil.rmtree(folder / "out")
+    shutil.rmtree(folder)
+
+
+@fault("strange surroundings: train.py")
 def _(lab, _tries):
     for kind, prepare in SURROUNDINGS.items():
-        folder = lab.fresh(model=True)
-        for name in SCRIPTS:
-            args = list(map(str, lab.train(folder)[1:] if name == "train" else given(lab, name)))
-            child = Child(folder, lambda name=name, args=args, prepare=prepare: (prepare(), Script._main(name, args))).wait()
-            told = " | ".join(child.err.strip().splitlines()[-3:])[-300:]
-            yield "" if child.status == 0 and "Traceback" not in child.err else f"{kind}, {name}.py: {child.status}, {told}"
-        yield compare(weights_of, folder, weights_of(lab.trained)) and f"{kind}: other weights"
+        folder = lab.fresh()
+        problem = surrounded(folder, prepare, "train", lab.train(folder)[1:])
+        problem = problem or compare(weights_of, folder, weights_of(lab.trained))
+        yield problem and f"{kind}, {problem}"
         shutil.rmtree(folder)
+
+
+def surrounded(folder, prepare, name, args):
+    """What went wrong in a script that begins after prepare()."""
+    child = Child(folder, lambda: (prepare(), Script._main(name, list(map(str, args))))).wait()
+    told = " | ".join(child.err.strip().splitlines()[-3:])[-300:]
+    return "" if child.status == 0 and "Traceback" not in child.err else f"{name}.py: {child.status}, {told}"
 
 
 @fault("the reader of a pipe goes away; signals HUP, INT, TERM")
