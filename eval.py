@@ -22,7 +22,7 @@ from reid.checkpoint import (
     versions,
 )
 from reid.compare import compare_table
-from reid.data import read_split
+from reid.data import folder_pid, read_split
 from reid.extract import Extractor
 from reid.index import GalleryIndex
 
@@ -42,6 +42,7 @@ def get_args_parser():
     add("--rerank", action="store_true", help="also with k-reciprocal re-ranking")
     add("--spacetime", action="store_true", help="also with camera and time, learnt on the training identities")
     add("--protocol", choices=["market", "nocam"], default="market", help="nocam: only the query's own file is ignored")
+    add("--single_shot", type=int, metavar="N", help="also N times with one random gallery image of each person and camera")
     add("--multi_query", action="store_true", help="average all images of a query's identity from its camera")
     add("--fmr", type=float, default=1e-3, help="false-match rate of the threshold that is stored with the index")
     # how to embed
@@ -56,7 +57,7 @@ def get_args_parser():
 
 
 def main(args):
-    check_ranges(args, {"fmr": (1e-9, 1), "batch_size": (1, 1 << 16)})
+    check_ranges(args, {"fmr": (1e-9, 1), "batch_size": (1, 1 << 16), "single_shot": (1, 1000)})
     if args.compare:
         return print(compare_table(*(saved_run(args, name) for name in args.compare)))
     if args.report:
@@ -75,12 +76,18 @@ def main(args):
     data = gather_data(queries, index, args)
     print(f"{args.exp_name} on {args.data_root}: {len(queries):,} queries, {len(index):,} images in the gallery, "
           f"{'mirrored images averaged' if index.mirror else 'no mirrored images'}", flush=True)
+    if is_cross_domain(record, args.data_root):
+        print(f"cross-domain: {args.exp_name} was not trained on the people and cameras of this dataset")
 
     scorers = {"visual": None} | extra_scorers(args, checkpoint, data, queries, index)
     results = {name: metrics.evaluate(*data.values(), scores=scores, protocol=args.protocol) if scores is None else
                metrics.evaluate(None, None, *list(data.values())[2:], scores=scores, protocol=args.protocol)
                for name, scores in scorers.items()}
     print_results(results)
+    if args.single_shot:
+        shots = metrics.single_shot(*data.values(), repeats=args.single_shot, protocol=args.protocol)
+        print(f"single-shot, {args.single_shot} random galleries: " + ", ".join(
+            f"{name} {100 * mean:.2f} ± {100 * deviation:.2f}" for name, (mean, deviation) in shots.items()))
     roc = metrics.roc(*data.values(), rates=sorted({1e-4, 1e-3, 1e-2, args.fmr}), protocol=args.protocol)
     index.threshold, index.false_match_rate = roc.threshold[args.fmr], args.fmr
     for rate, tpr in roc.tpr.items():
@@ -90,7 +97,9 @@ def main(args):
         gallery.save_index(index, uri, args.exp_name)
         print(f"index saved: {uri}")
     if args.json:
-        write_json(args, record, results, roc, index)
+        write_json(args, record, results, roc, index, {
+            "single_shot": shots if args.single_shot else None,
+            "cameras": metrics.camera_table(*data.values(), protocol=args.protocol)._asdict()})
     if args.report:
         title = f"{args.exp_name} on {args.data_root}"
         page = report.write_report(args.report, title, queries, index, data, results, roc, vars(args), versions())
@@ -145,6 +154,16 @@ def saved_run(args, name):
         raise ReidError(f"{path}: has a gallery but no queries; make it again: python eval.py --save_index --exp_name {name}")
     plain = argparse.Namespace(multi_query=False)
     return name, index, metrics.evaluate(*gather_data(index.queries, index, plain).values(), protocol=args.protocol)
+
+
+def is_cross_domain(record, data_root):
+    """Whether a network was trained on other people than those of `data_root`/train."""
+    trained = record["args"].get("data_root")
+    if trained:
+        return Path(data_root).name not in {Path(root).name for root in ([trained] if isinstance(trained, str) else trained)}
+    folder = Path(data_root) / "train"  # converted weights tell nothing but the ids of their classes
+    people = {folder_pid(path.name) for path in folder.iterdir()} if folder.is_dir() else set()
+    return people != set(record["config"].get("classes", ()))
 
 
 def gather_data(queries, index, args):
@@ -209,27 +228,37 @@ def print_results(results):
         values = [result.mAP, result.mAP_trapezoid, *(result.rank[k] for k in (1, 5, 10, 20)), result.mINP]
         cells = [f"{100 * value:{len(head)}.2f}" for value, head in zip(values, heads)]
         print(name.ljust(width) + "  ".join([*cells, " / ".join(f"{100 * result.match_rate[k - 1]:.2f}" for k in (1, 5, 10))]))
+    for name, result in results.items():
+        spans = metrics.bootstrap(result)
+        print(f"95 % interval over the queries, {name}: " + ", ".join(
+            f"{head} {100 * span.low:.2f} to {100 * span.high:.2f}" for head, span in zip(("mAP", "Rank-1"), spans.values())))
     result = next(iter(results.values()))
     print(f"{result.valid:,} queries valid, {sum(result.skipped.values()):,} skipped"
           + "".join(f"; {count:,}: {reason}" for reason, count in result.skipped.items()))
 
 
-def write_json(args, record, results, roc, index):
+def write_json(args, record, results, roc, index, more):
     """Everything that was measured, and what it was measured with."""
     def plain(value):
         if isinstance(value, torch.Tensor):
-            return [None if x != x else x for x in value.tolist()]
+            value = value.tolist()
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        if isinstance(value, float) and value != value:
+            return None
         return {str(key): plain(item) for key, item in value.items()} if isinstance(value, dict) else value
 
     document = {
         "exp_name": args.exp_name, "version": __version__, "fingerprint": index.fingerprint, "versions": versions(),
         "arguments": vars(args), "training_arguments": record["args"],
         "counts": {"queries": len(index.queries), "gallery": len(index), "left_out": len(index.bad) + len(index.queries.bad)},
-        "results": {name: {key: plain(value) for key, value in vars(result).items()} for name, result in results.items()},
+        "cross_domain": is_cross_domain(record, args.data_root),
+        "results": {name: plain(vars(result) | {"interval": {k: list(v) for k, v in metrics.bootstrap(result).items()}})
+                    for name, result in results.items()},
         "roc": {"tpr": plain(roc.tpr), "threshold": plain(roc.threshold)},
-    }
+    } | plain(more)
     with storage.atomic_path(args.json) as temporary:
-        temporary.write_text(json.dumps(document, indent=1))
+        temporary.write_text(json.dumps(document, indent=1, default=str))
     print(f"results written: {args.json}")
 
 
