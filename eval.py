@@ -163,7 +163,7 @@ def is_cross_domain(record, data_root):
         return Path(data_root).name not in {Path(root).name for root in ([trained] if isinstance(trained, str) else trained)}
     folder = Path(data_root) / "train"  # converted weights tell nothing but the ids of their classes
     people = {folder_pid(path.name) for path in folder.iterdir()} if folder.is_dir() else set()
-    return people != set(record["config"].get("classes", ()))
+    return not people or people != set(record["config"].get("classes", ()))
 
 
 def gather_data(queries, index, args):
