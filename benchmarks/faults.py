@@ -110,9 +110,13 @@ def main(args):
     print("\n| fault | tries | survived | lost |\n|---|---:|---:|---:|")
     for row in rows:
         print(f"| {row['name']} | {row['tries']:,} | {row['survived']:,} | {row['lost']:,} |")
-    if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+    write(args.json, rows)
     return 1 if any(row["lost"] for row in rows) else 0
+
+
+def write(path, rows):
+    if path:
+        Path(path).write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def merged(paths):
@@ -151,6 +155,7 @@ def inject(args):
                   f" ({time.perf_counter() - started:.0f} s)", flush=True)
             for problem in sorted(set(lost))[:20]:
                 print(f"    LOST: {problem}", flush=True)
+            write(args.json, rows)  # a part that is stopped counts as far as it came
     return rows
 
 

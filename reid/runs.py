@@ -102,15 +102,22 @@ class Run:
         self.tracker_id = (self.state or {}).get("training", {}).get("tracker_id")
 
     def _settings_of_the_run(self, args, parser, operational):
-        saved = self.state["args"]
+        saved, training, last = self.state["args"], self.state.get("training"), self.folder / "last.pth"
+        if not isinstance(training, dict) or not all(isinstance(training.get(key), int) for key in ("epoch", "step")) \
+                or not isinstance(training.get("best"), (list, type(None))):
+            raise ReidError(f"{last}: holds no training state, so it cannot be resumed")
+        defaults = {key: parser.get_default(key) for key in saved}
+        wrong = [key for key, value in defaults.items() if value is not None and not isinstance(
+            saved[key], (int, float) if isinstance(value, float) else type(value))]
+        if wrong or not all(isinstance(key, str) for key in saved):
+            raise ReidError(f"{last}: settings of the wrong type ({', '.join(map(str, wrong[:3]))}); it is damaged or not ours")
+        check_ranges(argparse.Namespace(**saved), LIMITS)
         for key, value in vars(args).items():
             if key in operational or key not in saved:
                 continue
             if value != parser.get_default(key) and value != saved[key]:
                 raise ReidError(f"--resume goes on with --{key} {saved[key]}, not {value}; leave it out, or start a new run")
         kept = {key: value for key, value in vars(args).items() if key in operational or key not in saved}
-        if "training" not in self.state:
-            raise ReidError(f"{self.folder / 'last.pth'}: holds no training state, so it cannot be resumed")
         return argparse.Namespace(**{**saved, **kept})
 
     def restore(self, engine):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+import train
 from reid import ReidError, images, run, storage
 from reid.checkpoint import check_name, load_checkpoint, load_spacetime, save_checkpoint
 from reid.model import build_model, default_config
@@ -140,3 +141,17 @@ def test_without_stdout(root):
     code = "import argparse, reid; reid.run(argparse.ArgumentParser(), lambda args: print('x'))"
     done = subprocess.run(["sh", "-c", '"$0" -c "$1" >&-', sys.executable, code], cwd=root, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("change, reason", [
+    ({"training": []}, "no training state"), ({"training": {"epoch": "1", "step": 0, "best": None}}, "no training state"),
+    ({"args": {"lr": torch.ones(2)}}, r"wrong type \(lr\)"), ({"args": {1: 2}}, "wrong type"),
+    ({"args": {"num_epochs": 10**9}}, "--num_epochs 1000000000: must lie between")])
+def test_strange_checkpoints_are_not_resumed(tmp_path, monkeypatch, change, reason):
+    monkeypatch.chdir(tmp_path)
+    model = build_model(default_config([1, 2], height=64, width=32))
+    save_checkpoint(tmp_path / "last.pth", model, {}, {}, {"epoch": 1, "step": 0, "best": None})
+    record = {key: value for key, value in load_checkpoint("last.pth").items() if key not in ("format", "version")}
+    storage.save("models/x/last.pth", record | change, "reid-checkpoint", 1)
+    with pytest.raises(ReidError, match=reason):
+        train.main(train.get_args_parser().parse_args(["--exp_name", "x", "--resume"]))
