@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from reid import ReidError
 
 TOKEN = "MILVUS_TOKEN"  # environment variable with `user:password` or an API key
-TIMEOUT = 60  # seconds that one call may take, and for which a call to a server that has gone is repeated
+TIMEOUT = 60  # seconds that one call may take, and for which a call that failed since the server has gone is repeated
 BACK_OFF = (0.1, 5)  # seconds to wait before the first repetition, doubled each time up to the second figure
 OUTAGES = (2, 101)  # codes of Milvus: no connection, collection not loaded
 NUMBERS = ("pid", "camid", "seq", "frame", "position", "content")  # int64 fields besides the primary key
@@ -84,11 +84,12 @@ class Collection:
 
     def call(self, method, **arguments):
         """One call of the MilvusClient on this collection, repeated while the server is away (all our calls may be)."""
-        wait, end = BACK_OFF[0], time.monotonic() + TIMEOUT
+        wait, end = BACK_OFF[0], None
         while True:
             try:
                 return getattr(self._client, method)(collection_name=self.name, timeout=TIMEOUT, **arguments)
             except Exception as error:
+                end = end or time.monotonic() + TIMEOUT
                 if not _is_outage(error) or time.monotonic() + wait > end:
                     raise self.failure(method, error) from None
             time.sleep(wait)
@@ -155,7 +156,8 @@ def _is_outage(error):
 
     code = getattr(error, "code", None)
     code = code() if callable(code) else code
-    return code in OUTAGES or code is StatusCode.UNAVAILABLE or (isinstance(error, ValueError) and "closed" in str(error))
+    return (code in (*OUTAGES, StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED)
+            or (isinstance(error, ValueError) and "closed" in str(error)))
 
 
 def _encode(settings):
@@ -164,8 +166,8 @@ def _encode(settings):
 
 def reason(error):
     """The first line of an error, without secrets."""
-    text = str(getattr(error, "message", "") or error or type(error).__name__).splitlines()[0]
-    return without_secrets(text)[:200]
+    told = error.details() if hasattr(error, "details") else getattr(error, "message", "")  # of gRPC, of pymilvus
+    return without_secrets((str(told or error) or type(error).__name__).splitlines()[0])[:200]
 
 
 def without_secrets(text):

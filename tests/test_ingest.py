@@ -20,6 +20,8 @@ from reid.gallery import build_gallery, open_gallery
 REASON = "pymilvus and milvus-lite are not installed (requirements-scale.txt)"
 pytest.importorskip("pymilvus", reason=REASON)
 pytest.importorskip("milvus_lite", reason=REASON)
+from grpc import StatusCode  # noqa: E402
+
 from reid.milvus import MilvusGallery  # noqa: E402
 
 RUN, PRINT, DIM = "masked-hog-908", "0" * 32, 64
@@ -203,6 +205,28 @@ def test_dead_server_is_one_error_that_says_what_is_safe(files, server, at_batch
     extractor = FakeExtractor()
     gallery = build_gallery(server.uri, RUN, extractor, files, save=True, progress=False)
     assert extractor.embedded == 320 - 7 * 16 and list(gallery.download().paths) == files.paths
+
+
+class Failing(Exception):
+    """A client whose every call fails as gRPC's do."""
+
+    def __init__(self, code):
+        self.code, self.details = (lambda: code), (lambda: "the details\nand more")
+
+    def __getattr__(self, method):
+        def call(*args, **options):
+            raise self
+        return call
+
+
+def test_calls_are_repeated_after_an_outage_only(tmp_path):
+    gallery = build_gallery(str(tmp_path / "milvus.db"), RUN, FakeExtractor(), folder(tmp_path / "data", 5), save=True)
+    for code in (StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED):
+        gallery.engine._client = Failing(code)
+        assert len(gallery) == 5
+    gallery.engine._client = Failing(StatusCode.INTERNAL)
+    with pytest.raises(ReidError, match=r"query failed \(the details\); the rows are as they were"):
+        len(gallery)
 
 
 def test_readers_while_ingesting(files, server):
