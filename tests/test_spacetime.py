@@ -121,6 +121,15 @@ def test_the_weight_does_not_trust_a_network_on_the_people_it_has_learnt():
     assert 0.2 * strangers < fit_weight(by_heart, *columns) < 1.6 * strangers
 
 
+def test_the_weight_is_fitted_in_a_gallery_of_everybody(model):
+    """Strangers who pass at a likely time must be as many as in a real gallery; only the queries are of one half."""
+    columns = world(40)
+    asked = columns[0] % 2 == 0
+    half = spacetime._World(model, asked, embeddings(columns[0], noise=1.0), torch.zeros(len(asked), 64), *columns)
+    assert asked[half.q].all() and len(half.q) == 20 * len(WALK)
+    assert half.cosines(0.0)[0].shape == half.evidence.shape == (len(half.q), len(asked))
+
+
 def test_too_few_people_for_two_halves_get_the_usual_weight():
     columns = world(1)
     assert fit_weight(embeddings(columns[0], noise=0.5), *columns) == spacetime.DEFAULT_WEIGHT
