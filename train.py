@@ -65,7 +65,7 @@ def get_args_parser():
     # schedule
     add("--num_epochs", type=int, default=60)
     add("--lr", type=float, default=0.05, help="peak of the cosine, SGD with Nesterov momentum 0.9")
-    add("--warmup_epochs", type=float, default=5)
+    add("--warmup_epochs", type=float, default=5.0)
     add("--weight_decay", type=float, default=5e-4)
     add("--ema", type=float, default=0.0, help="decay per step of averaged weights, e.g. 0.999; 0 is off")
     add("--swa", type=int, default=0, help="average the weights of the last so many epochs; 0 is off")
