@@ -24,7 +24,7 @@ from reid import prepare, tracking
 
 SCRIPTS = {"train.py": train, "eval.py": evaluate, "inference.py": inference, "data_prep.py": data_prep}
 # Hours become seconds; everything else of a line stays as it is.
-SMALL = {"num_epochs": 1, "warmup_epochs": 0, "height": 64, "width": 32, "batch_size": 16, "weights": "none"}
+SMALL = {"num_epochs": 1, "warmup_epochs": 0.0, "height": 64, "width": 32, "batch_size": 16, "weights": "none"}
 ELSEWHERE = {"./dashboards.sh": "test_dashboards.py", "torchrun": "test_distributed.py"}  # which test starts it for real
 MARKET_FOLDERS = {"train": "bounding_box_train", "val": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
 
