@@ -2,7 +2,7 @@
 
     python benchmarks/scale.py                          embedded engine: 20k, 200k and 1 M random embeddings
     python benchmarks/scale.py --uri http://host:19530  a server or a cluster (MILVUS_TOKEN)
-    python benchmarks/scale.py --quick                  20k and 50k: a minute
+    python benchmarks/scale.py --quick                  20k and 50k
     python benchmarks/scale.py --sizes 1000000 --folder DIR --limit 300
 
 The last stops writing after 300 s and goes on when it is called again, until all rows are there and the searches follow. Searches
