@@ -31,6 +31,8 @@ def get_args_parser():
                         "Market-1501: another dataset of its layout")
     parser.add_argument("--train_share", type=float, default=0.5, help="share of identities that --from uses for "
                         "training (default: %(default)s)")
+    parser.add_argument("--times", metavar="CSV", help="for --from: camera and time of every image, in the columns path, camera, "
+                        "time (seconds or ISO 8601); then the file names tell them, for --spacetime")
     parser.add_argument("--num_ids", type=int, default=70, help="identities that --synthetic draws (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of --synthetic: another seed, other people (default: 0)")
     return parser
@@ -40,10 +42,13 @@ def main(args):
     check_ranges(args, {"train_share": (0, 1), "num_ids": (1, 1 << 20), "seed": (0, 1 << 40)})
     output = Path(args.output or f"data/{'synthetic' if args.synthetic else 'market-1501-grouped'}")
     counts = None
+    if args.times and not args.folder:
+        raise ReidError("--times goes with --from: other sources have camera and time in their names")
     if args.synthetic:
         source = f"synthetic people (--num_ids {args.num_ids} --seed {args.seed})"
     elif args.folder:
         source = f"images of {os.path.realpath(args.folder)} (--train_share {args.train_share:g})"
+        source += f", times of {os.path.realpath(args.times)}" if args.times else ""
     elif args.any_counts:
         source = os.path.realpath(args.archive) if args.archive else without_password(args.url)
     else:
@@ -66,7 +71,7 @@ def build(args, output, source, counts):
             images = synthetic.dataset(args.num_ids, args.seed)
         elif args.folder:
             print(sources.TREE_RULE.format(share=args.train_share))
-            images = sources.from_tree(args.folder, args.train_share)
+            images = sources.from_tree(args.folder, args.train_share, args.times)
         else:
             images = sources.from_archive(archive)
         try:

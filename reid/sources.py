@@ -5,6 +5,7 @@ of a file. Names inside archives never become paths: of those only file names th
 """
 
 import bz2
+import csv
 import gzip
 import hashlib
 import lzma
@@ -13,6 +14,7 @@ import stat
 import tarfile
 import zipfile
 from collections import defaultdict
+from datetime import datetime
 from pathlib import Path
 
 from reid import ReidError
@@ -20,6 +22,7 @@ from reid.data import DISTRACTOR, IMAGE_SUFFIXES, JUNK, UNKNOWN, folder_pid, lis
 
 FOLDERS = {"bounding_box_train": "train", "query": "query", "bounding_box_test": "gallery"}  # Market-1501's own names
 DECOMPRESS = {b"\x1f\x8b": gzip.open, b"\xfd7": lzma.open, b"BZ": bz2.open}  # by a file's first two bytes
+FRAMES_PER_SECOND = 25  # of Market-1501's cameras, and so in every name
 MAX_MEMBER = 50 << 20  # bytes of one image; a crop of a person has a few thousand
 MAX_EXPANSION, FREE_EXPANSION = 20, 100 << 20  # an archive may unpack to 20 times its size + 100 MiB: photos hardly shrink
 
@@ -125,15 +128,20 @@ def _zip_images(path):
                 yield *wanted, archive.read(member)
 
 
-def from_tree(folder, train_share):
-    """Yield the images of any folder-per-identity tree, split into train, query and gallery by `TREE_RULE`."""
+def from_tree(folder, train_share, times=None):
+    """Yield the images of any folder-per-identity tree, split into train, query and gallery by `TREE_RULE`.
+
+    times: a CSV file with the camera and the time of every image (see `read_times`), which its new name then tells.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise ReidError(f"{folder}: no such folder")
+    files = {path: path for path in list_images(folder) if "/" in path and (folder / path).is_file()}  # no dangling link
+    if times:
+        files = _named_by(read_times(times), times, files)
     people = defaultdict(list)  # name of the identity's folder -> paths of its images
-    for path in list_images(folder):
-        if "/" in path and (folder / path).is_file():  # not a dangling link
-            people[path.rpartition("/")[0]].append(path)
+    for path in files:
+        people[path.rpartition("/")[0]].append(path)
     if not people:
         raise ReidError(f"{folder}: no images in sub-folders; give a tree with one folder per identity")
     owners = {}
@@ -152,7 +160,60 @@ def from_tree(folder, train_share):
         queries = _queries(paths) if person in testing else ()
         for path in paths:
             split = "train" if person in training else "query" if path in queries else "gallery"
-            yield split, person.rpartition("/")[2], path.rpartition("/")[2], folder / path
+            yield split, person.rpartition("/")[2], path.rpartition("/")[2], folder / files[path]
+
+
+def read_times(file):
+    """{path: (camera, frame)} of a CSV file with the columns path, camera and time; frame 0 is the earliest time in it.
+
+    path is relative to the tree, camera a number from 0 on, time in seconds or ISO 8601 (2026-03-01T12:00:05). Raises ReidError
+    with the line that is not so.
+    """
+    seen = {}
+    try:
+        with open(file, newline="", encoding="utf-8-sig") as text:
+            rows = csv.DictReader(text)
+            if missing := {"path", "camera", "time"} - set(rows.fieldnames or ()):
+                raise ReidError(f"{file}: no column {', '.join(sorted(missing))}; its first line must name path, camera, time")
+            for row in rows:
+                try:
+                    path, camera, second = row["path"].replace("\\", "/"), int(row["camera"]), _seconds(row["time"])
+                    if not (0 <= camera < 10**9 and abs(second) < 10**12):
+                        raise ValueError
+                except (ValueError, TypeError, AttributeError, OverflowError):
+                    raise ReidError(f"{file}, line {rows.line_num}: not a path, a camera number and a time in seconds or "
+                                    "ISO 8601") from None
+                if path in seen:
+                    raise ReidError(f"{file}, line {rows.line_num}: {path} for the second time")
+                seen[path] = camera, second
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ReidError(f"{file}: cannot be read as CSV ({error})") from None
+    earliest = min((second for _, second in seen.values()), default=0)
+    return {path: (camera, round((second - earliest) * FRAMES_PER_SECOND)) for path, (camera, second) in seen.items()}
+
+
+def _seconds(text):
+    try:
+        return float(text)
+    except ValueError:
+        return datetime.fromisoformat(text).timestamp()
+
+
+def _named_by(times, source, files):
+    """{path with a name in Market-1501's manner: path} for the paths of `files`, each of which must be in `times`."""
+    for path in files:
+        if path not in times:
+            raise ReidError(f"{source}: has no line for {path}; list every image")
+    if strange := next((path for path in times if path not in files), None):
+        raise ReidError(f"{source}: {strange} is no image of the tree; paths are relative to it")
+    named = {}
+    for number, path in enumerate(sorted(files)):
+        folder, _, name = path.rpartition("/")
+        camera, frame = times[path]
+        pid = folder_pid(folder.rpartition("/")[2])
+        pid = pid if pid < 10**18 else pid % 10**18  # names hold 18 digits; in a tree the folder tells the identity
+        named[f"{folder}/{pid:04}_c{camera}s1_{frame:06}_{number:02}{os.path.splitext(name)[1]}"] = path
+    return named
 
 
 TREE_RULE = """\

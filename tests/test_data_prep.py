@@ -596,6 +596,40 @@ def test_every_query_of_a_tree_has_a_match(tmp_path):
         assert {pid for _, pid, _ in queries} == matchable - seen_once
 
 
+def test_a_csv_tells_cameras_and_times(tmp_path, prep):
+    folder = make_tree(tmp_path / "mine", {"anna": ["a.jpg", "b.png", "c.jpg"], "7": ["a.jpg"], "-1": ["junk.jpg"]})
+    times = tmp_path / "times.csv"
+    times.write_text("camera,path,time,note\n3,anna/a.jpg,2026-03-01T12:00:05,x\n4,anna/b.png,2026-03-01T12:01:05.2,\n"
+                     "3,anna/c.jpg,2026-03-01T12:00:00,\n0,7/a.jpg,2026-03-01T12:00:01,\n3,-1/junk.jpg,2026-03-01T12:00:09,\n")
+    status, _, stderr = prep("--from", folder, "--train_share", "0", "--times", times)
+    assert status == 0, stderr
+    found = {data: sources.parse_name(path.rpartition("/")[2]) for path, data in tree(tmp_path / "out").items()}
+    assert {data: (name.camid, name.seq, name.frame) for data, name in found.items()} == {
+        b"anna/a.jpg": (3, 1, 125), b"anna/b.png": (4, 1, 1630), b"anna/c.jpg": (3, 1, 0), b"7/a.jpg": (0, 1, 25),
+        b"-1/junk.jpg": (3, 1, 225)}
+    assert found[b"7/a.jpg"].pid == 7 and found[b"-1/junk.jpg"].pid == -1
+    queries = [path for path in tree(tmp_path / "out") if path.startswith("query/")]
+    assert len(queries) == 1 and "_c3s1_" in queries[0]  # the camera with two images: the CSV chooses, not the names
+
+
+@pytest.mark.parametrize("text, told", [
+    ("path,camera\na/x.jpg,1\n", "no column time"),
+    ("path,camera,time\na/x.jpg,one,3\n", "line 2"),
+    ("path,camera,time\na/x.jpg,1,noon\n", "line 2"),
+    ("path,camera,time\na/x.jpg,1,nan\n", "line 2"),
+    ("path,camera,time\na/x.jpg,1\n", "line 2"),
+    ("path,camera,time\na/x.jpg,1,2\na/x.jpg,1,3\n", "second time"),
+    ("path,camera,time\na/z.jpg,1,2\n", "no line for a/x.jpg"),
+    ("path,camera,time\na/x.jpg,1,2\nb/z.jpg,1,2\n", "b/z.jpg"),
+    ("\0\0", "times.csv"),
+])
+def test_a_wrong_csv_is_one_line(tmp_path, prep, text, told):
+    folder = make_tree(tmp_path / "mine", {"a": ["x.jpg"]})
+    (tmp_path / "times.csv").write_text(text)
+    refused(prep("--from", folder, "--times", tmp_path / "times.csv"), "times.csv", told)
+    clean(tmp_path)
+
+
 def test_trees_that_are_ambiguous_are_refused(tmp_path, prep):
     refused(prep("--from", tmp_path / "nothing"), "no such folder")
     (tmp_path / "empty").mkdir()
@@ -604,6 +638,7 @@ def test_trees_that_are_ambiguous_are_refused(tmp_path, prep):
     refused(prep("--from", make_tree(tmp_path / "same", {"7": ["x.jpg"], "007": ["y.jpg"]})), "same identity")
     refused(prep("--from", pack(tmp_path / "market", members())), "--archive")
     refused(prep("--from", tmp_path, "--train_share", "2"), "--train_share")
+    refused(prep("--synthetic", "--times", tmp_path / "times.csv"), "--times")
     clean(tmp_path)
 
 
