@@ -13,16 +13,16 @@ import hashlib
 import os
 from pathlib import Path
 
-from reid import ReidError, check_ranges, prepare, run, sources, synthetic
+from reid import HelpFormatter, ReidError, check_ranges, prepare, run, sources, synthetic
 from reid.download import download, without_password
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--archive", metavar="PATH", help="archive or folder with bounding_box_train, query and "
                         "bounding_box_test at any depth, instead of a download")
-    source.add_argument("--url", default=prepare.MARKET_URL, help="address of such an archive (default: %(default)s)")
+    source.add_argument("--url", default=prepare.MARKET_URL, help="address of such an archive")
     source.add_argument("--from", dest="folder", metavar="DIR", help="tree with one folder of images per identity")
     source.add_argument("--synthetic", action="store_true", help="draw people instead of reading images of real ones")
     parser.add_argument("--output", "--data_root", metavar="DIR", help="the tree to make (default: "
@@ -30,11 +30,11 @@ def get_args_parser():
     parser.add_argument("--any_counts", action="store_true", help="accept an archive that has not the image counts of "
                         "Market-1501: another dataset of its layout")
     parser.add_argument("--train_share", type=float, default=0.5, help="share of identities that --from uses for "
-                        "training (default: %(default)s)")
+                        "training")
     parser.add_argument("--times", metavar="CSV", help="for --from: camera and time of every image, in the columns path, camera, "
                         "time (seconds or ISO 8601); then the file names tell them, for --spacetime")
-    parser.add_argument("--num_ids", type=int, default=70, help="identities that --synthetic draws (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of --synthetic: another seed, other people (default: 0)")
+    parser.add_argument("--num_ids", type=int, default=70, help="identities that --synthetic draws")
+    parser.add_argument("--seed", type=int, default=0, help="of --synthetic: another seed, other people")
     return parser
 
 

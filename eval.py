@@ -12,7 +12,21 @@ from pathlib import Path
 
 import torch
 
-from reid import ReidError, __version__, check_ranges, gallery, metrics, report, rerank, run, spacetime, storage, world
+from reid import (
+    HelpFormatter,
+    ReidError,
+    __version__,
+    check_ranges,
+    extract,
+    gallery,
+    metrics,
+    report,
+    rerank,
+    run,
+    spacetime,
+    storage,
+    world,
+)
 from reid.checkpoint import (
     checkpoint_path,
     fingerprint,
@@ -28,7 +42,7 @@ from reid.index import GalleryIndex
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser("eval.py", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser("eval.py", description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--exp_name", default="masked-hog-908", help="run whose models/<run>/best.pth is evaluated")
     add("--data_root", default="data/market-1501-grouped", help="grouped dataset with query/ and gallery/")
@@ -46,12 +60,7 @@ def get_args_parser():
     add("--multi_query", action="store_true", help="average all images of a query's identity from its camera")
     add("--fmr", type=float, default=1e-3, help="false-match rate of the threshold that is stored with the index")
     # how to embed
-    add("--mirror", action=argparse.BooleanOptionalAction, default=True, help="average each image with its mirror image")
-    add("--device", default="auto", help="auto, cuda, cuda:1, cpu")
-    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
-    add("--engine", choices=["torch", "openvino"], default="torch", help="openvino: faster on a CPU (requirements-openvino.txt)")
-    add("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile on a GPU; auto: for large galleries")
-    add("--batch_size", type=int, help="default: 32 on a CPU, 512 on a GPU")
+    extract.add_arguments(parser)
     add("--strict", action="store_true", help="stop at the first image that cannot be read, instead of leaving it out")
     return parser
 
@@ -68,6 +77,7 @@ def main(args):
     uri = args.gallery_uri or f"index/{args.exp_name}.pt"
     if args.load_index:
         index = load_index(args, uri, fingerprint(record))
+        args.mirror = index.mirror
     else:
         index = build_index(args, checkpoint, rank, ranks)
     if rank:  # the other ranks have done their part of the embedding
@@ -116,7 +126,7 @@ def main(args):
 def build_index(args, checkpoint, rank, ranks):
     """Embed gallery and queries of the dataset."""
     images, queries = read_split(args.data_root, "gallery"), read_split(args.data_root, "query")
-    extractor = make_extractor(args, checkpoint)
+    extractor = Extractor.from_args(checkpoint, args)
     if rank == 0:
         print(extractor.describe(), flush=True)
     options = {"strict": args.strict, "rank": rank, "world": ranks, "progress": rank == 0}
@@ -127,11 +137,6 @@ def build_index(args, checkpoint, rank, ranks):
     return index
 
 
-def make_extractor(args, checkpoint):
-    return Extractor(checkpoint, world.device or args.device, args.precision, args.engine, args.compile, args.mirror,
-                     args.batch_size)
-
-
 def load_index(args, uri, wanted):
     """The saved index, if it is of these weights, this dataset and these settings."""
     index = gallery.load_index(uri, args.exp_name, wanted)
@@ -140,7 +145,7 @@ def load_index(args, uri, wanted):
         raise ReidError(f"{uri}: has a gallery but no queries; {again}")
     if Path(index.data_root).resolve() != Path(args.data_root).resolve():
         raise ReidError(f"{uri}: made of {index.data_root}, not of {args.data_root}; {again}")
-    if index.mirror != args.mirror:
+    if args.mirror not in (None, index.mirror):
         raise ReidError(f"{uri}: made {'with' if index.mirror else 'without'} mirrored images; give "
                         f"{'--mirror' if index.mirror else '--no-mirror'}, or {again}")
     return index
@@ -210,7 +215,7 @@ def learn_spacetime(args, checkpoint):
         return load_spacetime(path, args.data_root)
     train = read_split(args.data_root, "train")
     print(f"camera and time: learning from {len(train.pids.unique()):,} training identities", flush=True)
-    embeddings, kept, _ = make_extractor(args, checkpoint).embed_records(train.files())
+    embeddings, kept, _ = Extractor.from_args(checkpoint, args).embed_records(train.files())
     train = train.select(kept)
     columns = train.pids, train.camids, train.seqs, train.frames
     evidence = replace(spacetime.fit(*columns), weight=spacetime.fit_weight(embeddings, *columns))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from reid import ReidError, check_ranges, extract, rerank, run, storage, viz, world
+from reid import HelpFormatter, ReidError, check_ranges, extract, rerank, run, storage, viz, world
 from reid.checkpoint import checkpoint_path, load_spacetime
 from reid.data import UNKNOWN, UNKNOWN_PID, Name, folder_pid, list_images, parse_name, read_folder, read_split
 from reid.gallery import build_gallery, open_gallery
@@ -23,11 +23,11 @@ CANDIDATES = 200  # rows of the gallery that re-ranking looks at
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser("inference.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser("inference.py", description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--query_paths", nargs="+", help="images, folders or globs; default: the first query of --data_root")
-    add("--topk", type=int, default=5, help="results for each query (default: 5)")
-    add("--exp_name", default="masked-hog-908", help="run whose models/<run>/best.pth embeds (default: masked-hog-908)")
+    add("--topk", type=int, default=5, help="results for each query")
+    add("--exp_name", default="masked-hog-908", help="run whose models/<run>/best.pth embeds")
     # the gallery
     add("--data_root", default="data/market-1501-grouped", help="grouped dataset whose gallery/ is searched")
     add("--gallery", metavar="DIR", help="search any folder of images instead")
@@ -46,7 +46,7 @@ def get_args_parser():
     add("--json", metavar="PATH", help="write the ranked lists")
     # other things to do
     add("--serve", action="store_true", help="open a search page instead")
-    add("--host", default="127.0.0.1", help="address of the search page (default: this machine only)")
+    add("--host", default="127.0.0.1", help="address of the search page: this machine only, unless another is given")
     add("--port", type=int, default=8000)
     add("--export", choices=["onnx"], help="write models/<run>/best.onnx instead, checked against PyTorch")
     extract.add_arguments(parser)

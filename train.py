@@ -11,7 +11,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from reid import ReidError, augment, run, world
+from reid import HelpFormatter, ReidError, augment, run, world
 from reid.cache import ImageCache
 from reid.checkpoint import load_weights
 from reid.data import pk_batches
@@ -22,7 +22,7 @@ from reid.runs import Run, load_training_set
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser("train.py", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser("train.py", description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     # the run
     add("--exp_name", help="name of the run; default: a new name from MLflow, such as masked-hog-908")

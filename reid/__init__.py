@@ -1,5 +1,6 @@
 """Human re-identification: find the same person in a gallery of crops from other cameras."""
 
+import argparse
 import errno
 import os
 import sys
@@ -16,6 +17,14 @@ ADVICE = {  # what to do about an error of the system, which is then no tracebac
 
 class ReidError(Exception):
     """Something the user can mend. The message is one line: what is wrong, where, and what to do about it."""
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the lines of a script's description, and tells every default that says something."""
+
+    def _get_help_string(self, action):
+        silent = action.default is None or action.default is False or action.default == ""
+        return action.help if silent else super()._get_help_string(action)
 
 
 def check_ranges(args, limits):
