@@ -54,6 +54,7 @@ def connect(uri):
             raise ReidError(f"--gallery_uri {without_secrets(uri)}: give index/<run>.pt, a name.db, or http://host:19530")
         if parts.username or parts.password:
             raise ReidError(f"--gallery_uri {without_secrets(uri)}: no password in an address; put user:password in {TOKEN}")
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         from pymilvus import MilvusClient
 
@@ -61,7 +62,8 @@ def connect(uri):
             import milvus_lite  # noqa: F401
     except ImportError as error:
         raise ReidError(f"{uri}: needs {error.name}; pip install -r requirements-scale.txt") from error
-    for name in ("pymilvus", "milvus_lite", "grpc"):  # they print tracebacks of what we tell in one line
+    # they print pages of what we tell in one line; gRPC's C core, which starts with the first connection, too
+    for name in ("pymilvus", "milvus_lite", "grpc"):
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     if is_file(uri):
         if Path(uri).exists() and not Path(uri).is_dir():

@@ -11,6 +11,7 @@ import pytest
 # Tests run beside each other, and threads that wait for a core that another test has are slower than none.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # as reid.milvus_client does; the tests import gRPC before it
 
 # A caller such as nohup ignores signals, which children inherit and a shell cannot undo; the tests stop theirs by signals.
 for name in ("SIGHUP", "SIGINT", "SIGTERM"):
