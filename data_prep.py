@@ -29,8 +29,7 @@ def get_args_parser():
                         "data/market-1501-grouped; data/synthetic with --synthetic)")
     parser.add_argument("--any_counts", action="store_true", help="accept an archive that has not the image counts of "
                         "Market-1501: another dataset of its layout")
-    parser.add_argument("--train_share", type=float, default=0.5, help="share of identities that --from uses for "
-                        "training")
+    parser.add_argument("--train_share", type=float, default=0.5, help="share of identities that --from trains on")
     parser.add_argument("--times", metavar="CSV", help="for --from: camera and time of every image, in the columns path, camera, "
                         "time (seconds or ISO 8601); then the file names tell them, for --spacetime")
     parser.add_argument("--num_ids", type=int, default=70, help="identities that --synthetic draws")

@@ -12,33 +12,13 @@ from pathlib import Path
 
 import torch
 
-from reid import (
-    HelpFormatter,
-    ReidError,
-    __version__,
-    check_ranges,
-    extract,
-    gallery,
-    metrics,
-    report,
-    rerank,
-    run,
-    spacetime,
-    storage,
-    world,
-)
-from reid.checkpoint import (
-    checkpoint_path,
-    fingerprint,
-    load_checkpoint,
-    load_spacetime,
-    save_spacetime,
-    versions,
-)
+from reid import HelpFormatter, ReidError, __version__, check_ranges, gallery, metrics, report, run, spacetime, storage, world
+from reid.checkpoint import checkpoint_path, fingerprint, load_checkpoint, load_spacetime, save_spacetime, versions
 from reid.compare import compare_table
 from reid.data import folder_pid, read_split
-from reid.extract import Extractor
+from reid.extract import Extractor, add_arguments
 from reid.index import GalleryIndex
+from reid.rerank import estimate_bytes, rerank
 
 
 def get_args_parser():
@@ -60,7 +40,7 @@ def get_args_parser():
     add("--multi_query", action="store_true", help="average all images of a query's identity from its camera")
     add("--fmr", type=float, default=1e-3, help="false-match rate of the threshold that is stored with the index")
     # how to embed
-    extract.add_arguments(parser)
+    add_arguments(parser)
     add("--strict", action="store_true", help="stop at the first image that cannot be read, instead of leaving it out")
     return parser
 
@@ -86,14 +66,16 @@ def main(args):
     data = gather_data(queries, index, args)
     print(f"{args.exp_name} on {args.data_root}: {len(queries):,} queries, {len(index):,} images in the gallery, "
           f"{'mirrored images averaged' if index.mirror else 'no mirrored images'}", flush=True)
-    if is_cross_domain(record, args.data_root):
+    cross_domain = is_cross_domain(record, args.data_root)
+    if cross_domain:
         print(f"cross-domain: {args.exp_name} was not trained on the people and cameras of this dataset")
 
     scorers = {"visual": None} | extra_scorers(args, checkpoint, data, queries, index)
     results = {name: metrics.evaluate(*data.values(), scores=scores, protocol=args.protocol) if scores is None else
                metrics.evaluate(None, None, *list(data.values())[2:], scores=scores, protocol=args.protocol)
                for name, scores in scorers.items()}
-    print_results(results)
+    intervals = {name: metrics.bootstrap(result) for name, result in results.items()}
+    print_results(results, intervals)
     if args.single_shot:
         shots = metrics.single_shot(*data.values(), repeats=args.single_shot, protocol=args.protocol)
         print(f"single-shot, {args.single_shot} random galleries: " + ", ".join(
@@ -107,8 +89,8 @@ def main(args):
         gallery.save_index(index, uri, args.exp_name)
         print(f"index saved: {uri}")
     if args.json:
-        write_json(args, record, results, roc, index, {
-            "single_shot": shots if args.single_shot else None,
+        write_json(args, record, results, intervals, roc, index, {
+            "cross_domain": cross_domain, "single_shot": shots if args.single_shot else None,
             "cameras": metrics.camera_table(*data.values(), protocol=args.protocol)._asdict()})
     if args.report:
         title = f"{args.exp_name} on {args.data_root}"
@@ -188,9 +170,9 @@ def extra_scorers(args, checkpoint, data, queries, index):
     """{"+rerank": scores, ...} as asked for; scores are callables(start, stop) -> float32 [stop - start, G]."""
     scorers, q_emb, g_emb = {}, data["q_emb"], data["g_emb"]
     if args.rerank:
-        need = rerank.estimate_bytes(len(q_emb), len(g_emb), g_emb.shape[1])
+        need = estimate_bytes(len(q_emb), len(g_emb), g_emb.shape[1])
         print(f"re-ranking: about {need / 2**20:,.0f} MiB of memory", flush=True)
-        scorers["+rerank"] = rerank.rerank(q_emb, g_emb).scores
+        scorers["+rerank"] = rerank(q_emb, g_emb).scores
     if args.spacetime:
         if args.multi_query:
             raise ReidError("--spacetime needs the time of each query, which --multi_query averages over: give one of them")
@@ -204,7 +186,7 @@ def extra_scorers(args, checkpoint, data, queries, index):
         scorers["+spacetime"] = fused
         if args.rerank:
             bonus = evidence.bonus(*(torch.cat(columns) for columns in zip(of_queries, of_gallery)))
-            scorers["+both"] = rerank.rerank(q_emb, g_emb, bonus=bonus).scores
+            scorers["+both"] = rerank(q_emb, g_emb, bonus=bonus).scores
     return scorers
 
 
@@ -224,7 +206,7 @@ def learn_spacetime(args, checkpoint):
     return evidence
 
 
-def print_results(results):
+def print_results(results, intervals):
     """One row per way of scoring; match rate and Rank-k are different things and stand apart."""
     heads = ["mAP", "mAP trapezoid", "Rank-1", "Rank-5", "Rank-10", "Rank-20", "mINP", "match rate at 1 / 5 / 10"]
     width = max(len(name) for name in results) + 2
@@ -233,8 +215,7 @@ def print_results(results):
         values = [result.mAP, result.mAP_trapezoid, *(result.rank[k] for k in (1, 5, 10, 20)), result.mINP]
         cells = [f"{100 * value:{len(head)}.2f}" for value, head in zip(values, heads)]
         print(name.ljust(width) + "  ".join([*cells, " / ".join(f"{100 * result.match_rate[k - 1]:.2f}" for k in (1, 5, 10))]))
-    for name, result in results.items():
-        spans = metrics.bootstrap(result)
+    for name, spans in intervals.items():
         print(f"95 % interval over the queries, {name}: " + ", ".join(
             f"{head} {100 * span.low:.2f} to {100 * span.high:.2f}" for head, span in zip(("mAP", "Rank-1"), spans.values())))
     result = next(iter(results.values()))
@@ -242,7 +223,7 @@ def print_results(results):
           + "".join(f"; {count:,}: {reason}" for reason, count in result.skipped.items()))
 
 
-def write_json(args, record, results, roc, index, more):
+def write_json(args, record, results, intervals, roc, index, more):
     """Everything that was measured, and what it was measured with."""
     def plain(value):
         if isinstance(value, torch.Tensor):
@@ -257,8 +238,7 @@ def write_json(args, record, results, roc, index, more):
         "exp_name": args.exp_name, "version": __version__, "fingerprint": index.fingerprint, "versions": versions(),
         "arguments": vars(args), "training_arguments": record["args"],
         "counts": {"queries": len(index.queries), "gallery": len(index), "left_out": len(index.bad) + len(index.queries.bad)},
-        "cross_domain": is_cross_domain(record, args.data_root),
-        "results": {name: plain(vars(result) | {"interval": {k: list(v) for k, v in metrics.bootstrap(result).items()}})
+        "results": {name: plain(vars(result) | {"interval": {head: list(span) for head, span in intervals[name].items()}})
                     for name, result in results.items()},
         "roc": {"tpr": plain(roc.tpr), "threshold": plain(roc.threshold)},
     } | plain(more)

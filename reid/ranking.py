@@ -60,17 +60,16 @@ def make_task(q_emb, g_emb, q_pids, q_camids, g_pids, g_camids, *, q_ids=None, g
     if given != shape:
         raise ReidError(f"{given} queries and gallery images do not fit {shape} pids: pass equal numbers")
 
-    ahead = {}  # of the last product: (low, high) and first query -> scores
+    ahead = None  # (low, high), first query and scores of the last product
 
     def product(start, stop, low, high):
         """Scores of embeddings. 64 MiB are multiplied at a time: on a CPU that takes half as long as block by block."""
-        for (*columns, first), part in ahead.items():
-            if columns == [low, high] and first <= start and stop <= first + len(part):
-                return part[start - first : stop - first]
-        ahead.clear()
-        last = max(stop, start + (1 << 24) // max(1, high - low))
-        part = ahead[low, high, start] = q_emb[start:last] @ g_emb[low:high].T
-        return part[: stop - start]
+        nonlocal ahead
+        if not (ahead and ahead[0] == (low, high) and ahead[1] <= start and stop <= ahead[1] + len(ahead[2])):
+            ahead = None  # before the next one is there
+            last = max(stop, start + (1 << 24) // max(1, high - low))
+            ahead = (low, high), start, q_emb[start:last] @ g_emb[low:high].T
+        return ahead[2][start - ahead[1] : stop - ahead[1]]
 
     def source(start, stop, low, high):
         if scores is None:

@@ -146,8 +146,8 @@ class Searcher:
             _, found = self.index.search(F.normalize(torch.randn(count, self.extractor.dim)), NEIGHBOURS)
             picked = {random.choice(near) for near in ([row for row in rows if row >= 0] for rows in found.tolist()) if near}
         else:
-            people = ((self.index.pids != JUNK) & (self.index.pids != DISTRACTOR)).nonzero()[:, 0].tolist()
-            picked = random.sample(people, min(count, len(people)))
+            people = ((self.index.pids != JUNK) & (self.index.pids != DISTRACTOR)).nonzero()[:, 0]
+            picked = people[torch.randperm(len(people))[:count]].tolist()
         return [self.describe(row) for row in picked]
 
 
