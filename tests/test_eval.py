@@ -49,8 +49,8 @@ def test_json_holds_every_query_and_reads_as_strict_json(script, tmp_path):
     index.queries = Rows(range(6))
     result, more = metrics.evaluate(*data), {"cross_domain": True, "cameras": metrics.camera_table(*data)._asdict()}
     args = argparse.Namespace(exp_name="run", data_root=str(tmp_path), json=tmp_path / "out.json")
-    script.write_json(args, {"args": {}, "config": {}}, {"visual": result}, {"visual": metrics.bootstrap(result)}, metrics.roc(*data), index,
-                      more)
+    script.write_json(args, {"args": {}, "config": {}}, {"visual": result}, {"visual": metrics.bootstrap(result)},
+                      metrics.roc(*data), index, more)
 
     def refuse(constant):
         raise AssertionError(constant)
