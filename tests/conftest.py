@@ -43,3 +43,19 @@ def people(root, tmp_path_factory):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder
+
+
+@pytest.fixture
+def prep(tmp_path, monkeypatch, capsys):
+    """Run data_prep.py's command line in this process: returns (exit status, stdout, stderr). --output is added."""
+    import data_prep  # not above: PyTorch reads the environment when it is imported
+    from reid import run
+
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+    def call(*args, output=tmp_path / "out"):
+        monkeypatch.setattr(sys, "argv", ["data_prep.py", *map(str, args), "--output", str(output)])
+        with pytest.raises(SystemExit) as end:
+            run(data_prep.get_args_parser(), data_prep.main)
+        return end.value.code, *capsys.readouterr()
+    return call
