@@ -187,7 +187,8 @@ def read_times(file):
                     raise ReidError(f"{file}, line {rows.line_num}: {path} for the second time")
                 seen[path] = camera, second
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ReidError(f"{file}: cannot be read as CSV ({error})") from None
+        reason = getattr(error, "strerror", None) or error
+        raise ReidError(f"{file}: cannot be read as CSV ({reason}); give one with the columns path, camera, time") from None
     earliest = min((second for _, second in seen.values()), default=0)
     return {path: (camera, round((second - earliest) * FRAMES_PER_SECOND)) for path, (camera, second) in seen.items()}
 
