@@ -75,7 +75,7 @@ stop() {  # the whole groups: without their leaders, workers would live on
 
 mlflow_server() {
   if [[ $STORE == sqlite:///mlflow.db && ! -e mlflow.db ]]; then  # a training may be making the same tables just now
-    python3 -c 'from reid.tracking import open_store; open_store()' || exit 1
+    python3 -c 'from reid.training.tracking import open_store; open_store()' || exit 1
   fi
   exec mlflow server --backend-store-uri "$STORE" --host "$HOST" --port "$MLFLOW_PORT" --workers 1
 }

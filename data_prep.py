@@ -13,8 +13,10 @@ import hashlib
 import os
 from pathlib import Path
 
-from reid import HelpFormatter, ReidError, check_ranges, prepare, run, sources, synthetic
-from reid.download import download, without_password
+from reid import ReidError
+from reid.cli import HelpFormatter, check_ranges, run
+from reid.data import prepare, sources, synthetic
+from reid.data.download import download, without_password
 
 
 def get_args_parser():

@@ -12,13 +12,17 @@ from pathlib import Path
 
 import torch
 
-from reid import HelpFormatter, ReidError, __version__, check_ranges, gallery, metrics, report, run, spacetime, storage, world
+from reid import ReidError, __version__, distributed
 from reid.checkpoint import checkpoint_path, fingerprint, load_checkpoint, load_spacetime, save_spacetime, versions
-from reid.compare import compare_table
-from reid.data import folder_pid, read_split
-from reid.extract import Extractor, add_arguments
-from reid.index import GalleryIndex
-from reid.rerank import estimate_bytes, rerank
+from reid.cli import HelpFormatter, check_ranges, run
+from reid.data.datasets import folder_pid, read_split
+from reid.extras import report
+from reid.files import atomic_path
+from reid.retrieval import gallery, metrics, spacetime
+from reid.retrieval.compare import compare_table
+from reid.retrieval.extract import Extractor, add_arguments
+from reid.retrieval.index import GalleryIndex
+from reid.retrieval.rerank import estimate_bytes, rerank
 
 
 def get_args_parser():
@@ -51,7 +55,7 @@ def main(args):
         return print(compare_table(*(saved_run(args, name) for name in args.compare)))
     if args.report:
         report.check_folder(args.report)  # a wrong folder is said now, not after the work
-    rank, ranks = world.start(args.device)
+    rank, world_size = distributed.start(args.device)
     checkpoint = checkpoint_path(args.exp_name)
     record = load_checkpoint(checkpoint)
     uri = args.gallery_uri or f"index/{args.exp_name}.pt"
@@ -59,9 +63,9 @@ def main(args):
         index = load_index(args, uri, fingerprint(record))
         args.mirror = index.mirror
     else:
-        index = build_index(args, checkpoint, rank, ranks)
-    if rank:  # the other ranks have done their part of the embedding
-        return world.stop()
+        index = build_index(args, checkpoint, rank, world_size)
+    if rank:  # the other world_size have done their part of the embedding
+        return distributed.stop()
     queries = index.queries
     data = gather_data(queries, index, args)
     print(f"{args.exp_name} on {args.data_root}: {len(queries):,} queries, {len(index):,} images in the gallery, "
@@ -101,17 +105,17 @@ def main(args):
         print(f"left out: {file}: {reason}", file=sys.stderr)
     if left_out:
         print(f"eval.py: {left_out} images could not be read and were left out (exit status 3)", file=sys.stderr)
-    world.stop()
+    distributed.stop()
     return 3 if left_out else 0
 
 
-def build_index(args, checkpoint, rank, ranks):
+def build_index(args, checkpoint, rank, world_size):
     """Embed gallery and queries of the dataset."""
     images, queries = read_split(args.data_root, "gallery"), read_split(args.data_root, "query")
     extractor = Extractor.from_args(checkpoint, args)
     if rank == 0:
         print(extractor.describe(), flush=True)
-    options = {"strict": args.strict, "rank": rank, "world": ranks, "progress": rank == 0}
+    options = {"strict": args.strict, "rank": rank, "world_size": world_size, "progress": rank == 0}
     index = GalleryIndex.build(extractor, images, **options)
     index.queries = GalleryIndex.build(extractor, queries, **options)
     if rank == 0 and not (len(index) and len(index.queries)):
@@ -154,7 +158,7 @@ def is_cross_domain(record, data_root):
 
 
 def gather_data(queries, index, args):
-    """The arguments of reid.metrics: embeddings, ids, cameras."""
+    """The arguments of reid.retrieval.metrics: embeddings, ids, cameras."""
     q_emb, q_pids, q_camids = queries.embeddings.float(), queries.pids, queries.camids
     if args.multi_query:  # the gallery's images of a query's identity and camera are never ranked for it, so they may help
         own = {pair for pair in zip(q_pids.tolist(), q_camids.tolist()) if pair[0] > 0 <= pair[1]}
@@ -242,7 +246,7 @@ def write_json(args, record, results, intervals, roc, index, more):
                     for name, result in results.items()},
         "roc": {"tpr": plain(roc.tpr), "threshold": plain(roc.threshold)},
     } | plain(more)
-    with storage.atomic_path(args.json) as temporary:
+    with atomic_path(args.json) as temporary:
         temporary.write_text(json.dumps(document, indent=1, default=str))
     print(f"results written: {args.json}")
 

@@ -12,12 +12,16 @@ from pathlib import Path
 
 import torch
 
-from reid import HelpFormatter, ReidError, check_ranges, extract, rerank, run, storage, viz, world
+from reid import ReidError, distributed
 from reid.checkpoint import checkpoint_path, load_spacetime
-from reid.data import UNKNOWN, UNKNOWN_PID, Name, folder_pid, list_images, parse_name, read_folder, read_split
-from reid.gallery import build_gallery, open_gallery
-from reid.index import GalleryIndex
-from reid.milvus_client import INDEXES
+from reid.cli import HelpFormatter, check_ranges, run
+from reid.data.datasets import UNKNOWN, UNKNOWN_PID, Name, folder_pid, list_images, parse_name, read_folder, read_split
+from reid.extras import pictures as viz
+from reid.extras.milvus_client import INDEXES
+from reid.files import atomic_path
+from reid.retrieval import extract, rerank
+from reid.retrieval.gallery import build_gallery, open_gallery
+from reid.retrieval.index import GalleryIndex
 
 CANDIDATES = 200  # rows of the gallery that re-ranking looks at
 
@@ -63,17 +67,17 @@ def main(args):
     if args.export:
         return export(args, checkpoint)
     if args.serve:
-        from reid import serve  # FastAPI: only the page's users pay for the import
+        from reid.extras import page as serve  # FastAPI: only the page's users pay for the import
 
         listener = serve.listen(args.host, args.port)  # a taken port is said before the gallery is embedded
     query_files = [] if args.serve else find_queries(args)
-    world.start(args.device)  # torchrun: every rank embeds and writes its part of a Milvus gallery
+    distributed.start(args.device)  # torchrun: every rank embeds and writes its part of a Milvus gallery
     extractor = extract.Extractor.from_args(checkpoint, args)
     index = gallery_of(args, extractor)
     ours = isinstance(index, GalleryIndex) and not args.serve  # then every rank also searches its stretch of the rows
-    if world.rank and not ours:
-        return world.stop()
-    if world.rank == 0:
+    if distributed.rank and not ours:
+        return distributed.stop()
+    if distributed.rank == 0:
         print(f"{extractor.describe()}; {len(index):,} images in the gallery", flush=True)
     args.topk = max(1, min(args.topk, len(index)))
     if args.serve:
@@ -82,9 +86,9 @@ def main(args):
     embeddings, kept, bad = extractor.embed_records(query_files, strict=args.strict, progress=False)
     files = [query_files[i] for i in kept.tolist()]
     names = [name_of(file, args.data_root) for file in files]
-    scores, rows = search(args, index, embeddings, names, {"rank": world.rank, "world": world.ranks} if ours else {})
-    if world.rank:
-        return world.stop()
+    scores, rows = search(args, index, embeddings, names, {"rank": distributed.rank, "world_size": distributed.world_size} if ours else {})
+    if distributed.rank:
+        return distributed.stop()
     rankings = [ranking(index, *item) for item in zip(files, names, scores, rows)]
     threshold = None if args.rerank or args.spacetime else index.threshold  # it is a cosine, their scores are not
     for item in rankings:
@@ -96,7 +100,7 @@ def main(args):
         written = viz.draw_ranking(args.output, drawn, args.positions, threshold)
         print(f"pictures written: {', '.join(map(str, written))}")
     if args.json:
-        with storage.atomic_path(args.json) as temporary:
+        with atomic_path(args.json) as temporary:
             temporary.write_text(json.dumps({"exp_name": args.exp_name, "fingerprint": index.fingerprint,
                                              "threshold": threshold, "rankings": rankings}, indent=1))
         print(f"results written: {args.json}")
@@ -109,7 +113,7 @@ def main(args):
 
 def export(args, checkpoint):
     """Write best.onnx beside the checkpoint, after comparing its output with PyTorch's on the query images."""
-    from reid.export import export_onnx
+    from reid.extras.onnx import export_onnx
 
     output = checkpoint.with_suffix(".onnx")
     lowest = export_onnx(checkpoint, output, find_queries(args)[:64], args.mirror is not False)
@@ -142,10 +146,10 @@ def gallery_of(args, extractor):
         return index
     records = read_folder(args.gallery) if args.gallery else read_split(args.data_root, "gallery")
     index = build_gallery(uri, args.exp_name, extractor, records, args.save_index, args.index_type,
-                          strict=args.strict, rank=world.rank, world=world.ranks)
-    if world.rank == 0 and not len(index):
+                          strict=args.strict, rank=distributed.rank, world_size=distributed.world_size)
+    if distributed.rank == 0 and not len(index):
         raise ReidError(f"{args.gallery or args.data_root}: not one image of the gallery could be read")
-    if args.save_index and world.rank == 0:
+    if args.save_index and distributed.rank == 0:
         print(f"index saved: {uri}")
         if args.index_type != "FLAT":
             recall, compared = index.recall()

@@ -11,14 +11,16 @@ import time
 import torch
 from tqdm import tqdm
 
-from reid import HelpFormatter, ReidError, augment, run, world
-from reid.cache import ImageCache
+from reid import ReidError, distributed
 from reid.checkpoint import load_weights
-from reid.data import pk_batches
-from reid.engine import NORM_BATCHES, Engine
-from reid.losses import PAIR_LOSSES
+from reid.cli import HelpFormatter, run
+from reid.data.datasets import pk_batches
 from reid.model import EMBEDDING_SIZES, build_model, default_config, pick_device
-from reid.runs import Run, load_training_set
+from reid.training import augment
+from reid.training.cache import ImageCache
+from reid.training.losses import PAIR_LOSSES
+from reid.training.run import Run, load_training_set
+from reid.training.trainer import NORM_BATCHES, Engine
 
 
 def get_args_parser():
@@ -82,13 +84,13 @@ OPERATIONAL = {"exp_name", "resume", "data_root", "cache", "num_data_loaders", "
 
 
 def main(args):
-    rank, ranks = world.start(args.device)
+    rank, world_size = distributed.start(args.device)
     run_ = Run(args, get_args_parser(), OPERATIONAL)  # the name, the folder and its lock, and what --resume finds there
     args = run_.args
-    device = world.device or pick_device(args.device)
+    device = distributed.device or pick_device(args.device)
     torch.manual_seed(args.seed)
 
-    check_settings(args, ranks)
+    check_settings(args, world_size)
     size = (args.height, args.width)
     train_set, val_set, classes = load_training_set(args.data_root, args.train_all)
     # rows of every epoch are known beforehand, so a set that cannot fill a batch fails here and not after the decoding
@@ -106,7 +108,7 @@ def main(args):
               f"images on {cache.where}; {engine.describe()}", flush=True)
     epoch, first_step = run_.restore(engine)
 
-    stop = StopSignal(second_kills=ranks == 1)  # of several processes torchrun makes an end
+    stop = StopSignal(second_kills=world_size == 1)  # of several processes torchrun makes an end
     with run_.tracking() as tracker:
         while epoch < args.num_epochs:
             rows, params = plan_epoch(args, train_set.labels, epoch)
@@ -119,14 +121,14 @@ def main(args):
             for i, images in enumerate(batches, first_step):
                 engine.step(images, params[i], labels[i], epoch * steps + i)
                 done = i + 1
-                if stopping := done < steps and world.any_(stop.asked):  # a whole epoch is saved as such
+                if stopping := done < steps and distributed.any_(stop.asked):  # a whole epoch is saved as such
                     break
             metrics = engine.end_epoch(epoch * steps + first_step)
             metrics["train/images_per_s"] = (done - first_step) * args.batch_size / (time.perf_counter() - started)
             if stopping:
                 run_.save_last(engine, epoch, done)
                 run_.wait()
-                world.any_(True)  # torchrun kills the others when the first one leaves: not before last.pth is written
+                distributed.any_(True)  # torchrun kills the others when the first one leaves: not before last.pth is written
                 raise KeyboardInterrupt
             epoch, first_step = epoch + 1, 0
 
@@ -145,16 +147,16 @@ def main(args):
     run_.finish()
 
 
-def check_settings(args, ranks):
+def check_settings(args, world_size):
     """Raise ReidError for settings that contradict each other."""
-    if args.batch_size % ranks:
-        raise ReidError(f"--batch_size {args.batch_size}: {ranks} processes cannot share it evenly; choose a multiple of {ranks}")
+    if args.batch_size % world_size:
+        raise ReidError(f"--batch_size {args.batch_size}: {world_size} processes cannot share it evenly; choose a multiple of {world_size}")
     if args.swa and (args.ema or args.swa > args.num_epochs):
         raise ReidError(f"--swa {args.swa}: at most --num_epochs {args.num_epochs}, and not together with --ema")
 
 
 def plan_epoch(args, labels, epoch):
-    """This rank's part of an epoch: rows int64 [steps, B / ranks] and their augmentation float32 [steps, B / ranks, P].
+    """This rank's part of an epoch: rows int64 [steps, B / world_size] and their augmentation float32 [steps, B / world_size, P].
 
     A pure function of (seed, epoch), of which each rank takes its own columns: no rank sees what another one sees, together
     they see what one process would, and resuming needs no state.
@@ -163,8 +165,8 @@ def plan_epoch(args, labels, epoch):
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
     settings = {name: getattr(args, name) for name in augment.SETTINGS}
     params = augment.draw(rows.numel(), (args.height, args.width), generator, **settings).reshape(*rows.shape, -1)
-    share = args.batch_size // world.ranks
-    return tuple(part[:, world.rank * share : (world.rank + 1) * share] for part in (rows, params))
+    share = args.batch_size // distributed.world_size
+    return tuple(part[:, distributed.rank * share : (distributed.rank + 1) * share] for part in (rows, params))
 
 
 class StopSignal:

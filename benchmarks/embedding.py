@@ -1,4 +1,4 @@
-"""Embedding: `reid.extract.Extractor` against plain PyTorch, the usual ways to feed it, and OpenVINO on its own.
+"""Embedding: `reid.retrieval.extract.Extractor` against plain PyTorch, the usual ways to feed it, and OpenVINO on its own.
 
 A and B alternate in one process; the ratio is the median of the rounds' ratios (over 1: ours is faster). Every peer runs the
 same weights in torchvision's own DenseNet-121 (last stride 1, no mirrored images), so the embeddings are compared too.
@@ -23,12 +23,14 @@ from PIL import Image
 from torchvision import models, transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from reid import ReidError, images, metrics, run
+from reid import ReidError, images
 from reid.checkpoint import save_checkpoint
-from reid.data import read_folder, read_split
-from reid.extract import Extractor
-from reid.index import GalleryIndex
+from reid.cli import run
+from reid.data.datasets import read_folder, read_split
 from reid.model import build_model, default_config
+from reid.retrieval import metrics
+from reid.retrieval.extract import Extractor
+from reid.retrieval.index import GalleryIndex
 
 
 def get_args_parser():
@@ -172,7 +174,7 @@ def on_gpu(checkpoint, files, rounds):
     small = torch.stack([images.decode(file) for file in files[:64]]).cuda()
     pixels = images.resize(small, extractor.size).repeat(8, 1, 1, 1)
     normal = peer.pixels(pixels.cpu()).cuda()
-    from reid.extract import DTYPES, plain_network
+    from reid.retrieval.extract import DTYPES, plain_network
 
     compiled = torch.compile(plain_network(extractor._model, DTYPES[extractor.precision]))
     ways = {"folded": None, "torch.compile": compiled}

@@ -1,4 +1,4 @@
-"""Evaluation of Market-1501's size: `reid.metrics.evaluate` against the loop in Python and the one in Cython.
+"""Evaluation of Market-1501's size: `reid.retrieval.metrics.evaluate` against the loop in Python and the one in Cython.
 
 A and B alternate in one process, and the medians are compared. The Python loop does, query by query, what torchreid's
 `eval_market1501` does; the Cython one is built from the PyPI package fastreid (needs pip, Cython, setuptools and a C
@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from reid.metrics import evaluate
+from reid.retrieval.metrics import evaluate
 
 QUERIES, GALLERY, JUNK, DISTRACTORS, PEOPLE, CAMERAS = 3368, 19732, 3819, 2798, 750, 6  # Market-1501's test
 MEMORY_BAR = 350  # MB beyond the features

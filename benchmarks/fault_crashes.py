@@ -19,8 +19,8 @@ from benchmarks.fault_lab import (
     tree_of,
     weights_of,
 )
-from reid import index as index_module
-from reid import storage
+from reid import files as storage
+from reid.retrieval import index as index_module
 
 # ---- kill -9 --------------------------------------------------------------------------------------------------------
 

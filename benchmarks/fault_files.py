@@ -10,9 +10,11 @@ import torch
 
 from benchmarks import fault_inputs as inputs
 from benchmarks.fault_lab import FAULTS, NOBODY, TINY, Child, Script, contents, fault
-from reid import ReidError, checkpoint, spacetime, storage
-from reid import index as index_module
-from reid.data import parse_name, read_folder
+from reid import ReidError, checkpoint
+from reid import files as storage
+from reid.data.datasets import parse_name, read_folder
+from reid.retrieval import index as index_module
+from reid.retrieval import spacetime
 
 # ---- Bad files ------------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from reid import storage
+from reid import files as storage
 
 READ, LEFT_OUT = "read", "left out"  # what must become of an image
 

@@ -25,9 +25,13 @@ import data_prep
 import eval as evaluate
 import inference
 import train
-from reid import ReidError, checkpoint, download, run, storage, tracking
-from reid import index as index_module
+from reid import ReidError, checkpoint
+from reid import files as storage
+from reid.cli import run
+from reid.data import download
 from reid.model import build_model, default_config
+from reid.retrieval import index as index_module
+from reid.training import tracking
 
 SCRIPTS = {"data_prep": data_prep, "train": train, "eval": evaluate, "inference": inference}
 FORK = multiprocessing.get_context("fork")

@@ -28,8 +28,8 @@ import torch  # noqa: E402
 from benchmarks import fault_crashes, fault_files, fault_misuse  # noqa: E402, F401 (they fill FAULTS)
 from benchmarks.fault_lab import FAULTS, Child, Lab, Script, Skip, compare, fault, weights_of  # noqa: E402
 from reid import checkpoint  # noqa: E402
-from reid.extract import Extractor  # noqa: E402
 from reid.model import build_model, default_config  # noqa: E402
+from reid.retrieval.extract import Extractor  # noqa: E402
 
 # ---- Resources and determinism --------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""k-reciprocal re-ranking: `reid.rerank` against the dense numpy way that most repositories copy.
+"""k-reciprocal re-ranking: `reid.retrieval.rerank` against the dense numpy way that most repositories copy.
 
 Both alternate in one process and the medians are compared. The peak memory of ours is measured beyond the features. In
 full, it is the whole of Market-1501's test: the dense way takes 9 GB for it.
@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import reid.rerank as module
-from reid.metrics import evaluate
-from reid.rerank import estimate_bytes, rerank
+from reid.retrieval import rerank as module
+from reid.retrieval.metrics import evaluate
+from reid.retrieval.rerank import estimate_bytes, rerank
 
 QUERIES, GALLERY = 3368, 19732  # Market-1501's test
 K1, K2 = 20, 6

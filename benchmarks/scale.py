@@ -27,10 +27,10 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from reid import ReidError
-from reid.data import Records
-from reid.index import GalleryIndex
-from reid.milvus import MilvusGallery
-from reid.milvus_client import INDEXES, is_file
+from reid.data.datasets import Records
+from reid.extras.milvus import MilvusGallery
+from reid.extras.milvus_client import INDEXES, is_file
+from reid.retrieval.index import GalleryIndex
 
 DIM, CAMERAS, PER_PERSON = 1024, 20, 20
 STEP = 50_000  # rows between two looks at the clock

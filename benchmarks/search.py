@@ -1,4 +1,4 @@
-"""Exact search: `reid.search.ExactSearch` against faiss IndexFlatIP, A and B in turn in one process, both against float64.
+"""Exact search: `reid.retrieval.search.ExactSearch` against faiss IndexFlatIP, A and B in turn in one process, both against float64.
 
 Also how long an index of a million images takes to open.
 """
@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from reid.data import make_records
-from reid.index import GalleryIndex
-from reid.search import ExactSearch
+from reid.data.datasets import make_records
+from reid.retrieval.index import GalleryIndex
+from reid.retrieval.search import ExactSearch
 
 TOPK, DIM, LARGE = 10, 1024, 1_000_000
 

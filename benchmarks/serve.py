@@ -17,7 +17,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from reid.data import read_split
+from reid.data.datasets import read_split
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -18,12 +18,12 @@ from torchvision import models, transforms
 from tqdm import tqdm
 
 import train
-from reid import augment
-from reid.cache import ImageCache
-from reid.engine import Engine
 from reid.images import MEAN, STD
-from reid.losses import identity_loss, triplet_loss
 from reid.model import build_model, default_config, pick_device
+from reid.training import augment
+from reid.training.cache import ImageCache
+from reid.training.losses import identity_loss, triplet_loss
+from reid.training.trainer import Engine
 
 
 def noise_images(folder, count):

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
-from reid import ReidError, storage
+from reid import ReidError
+from reid.files import checksum, load, save
 from reid.images import PREPROCESSING
 from reid.model import build_model, check_config
-from reid.spacetime import SpaceTime
+from reid.retrieval.spacetime import SpaceTime
 
 FORMAT, VERSION = "reid-checkpoint", 1
 PLAIN_NAME = re.compile(r"\w[\w .+=@,-]{0,99}(?<![ .])")
@@ -30,7 +31,7 @@ def checkpoint_payload(model, metrics, args, training=None):
 
 def save_checkpoint(path, model, metrics, args, training=None):
     """Write a checkpoint, whole or not at all; see `checkpoint_payload`."""
-    storage.save(path, checkpoint_payload(model, metrics, args, training), FORMAT, VERSION)
+    save(path, checkpoint_payload(model, metrics, args, training), FORMAT, VERSION)
 
 
 def _copy(node, dtype=None):
@@ -67,7 +68,7 @@ def checkpoint_path(exp_name, name="best.pth", models="models"):
 
 def load_checkpoint(path):
     """The dict of a checkpoint on the CPU: config, state_dict, metrics, args, versions (and training for last.pth)."""
-    record = storage.load(path, FORMAT, VERSION)
+    record = load(path, FORMAT, VERSION)
     parts = {"config": dict, "state_dict": dict, "metrics": dict, "args": dict}
     for name, kind in parts.items():
         if not isinstance(record.get(name), kind):
@@ -95,15 +96,15 @@ def restore_model(record, path="checkpoint"):
 
 
 def save_spacetime(path, evidence, data_root):
-    """Keep a reid.spacetime.SpaceTime beside its checkpoint, with the dataset whose cameras and clocks it knows."""
-    storage.save(path, {"data_root": Path(data_root).name, "evidence": evidence.state()}, "reid-spacetime", 1)
+    """Keep a reid.retrieval.spacetime.SpaceTime beside its checkpoint, with the dataset whose cameras and clocks it knows."""
+    save(path, {"data_root": Path(data_root).name, "evidence": evidence.state()}, "reid-spacetime", 1)
 
 
 def load_spacetime(path, data_root):
     """The SpaceTime of `save_spacetime`; raises ReidError where there is none or it is of another dataset."""
     if not Path(path).exists():
         raise ReidError(f"{path}: not there; learn it with: python eval.py --spacetime --exp_name {Path(path).parent.name}")
-    record = storage.load(path, "reid-spacetime", 1)
+    record = load(path, "reid-spacetime", 1)
     known = record.get("data_root")
     if known != Path(data_root).name:
         raise ReidError(f"{path}: knows the cameras of {str(known)!r:.80}, not of {data_root}; remove it to learn anew")
@@ -119,7 +120,7 @@ def fingerprint(record):
     weights = {key: value.to(torch.float16) if value.is_floating_point() else value
                for key, value in record["state_dict"].items()
                if not key.startswith("classifier.") and not key.endswith("num_batches_tracked")}
-    digest = storage.checksum([PREPROCESSING, sorted(config.items()), sorted(weights.items())])
+    digest = checksum([PREPROCESSING, sorted(config.items()), sorted(weights.items())])
     return hashlib.sha256(digest.encode()).hexdigest()[:16]
 
 

@@ -11,7 +11,7 @@ import pytest
 # Tests run beside each other, and threads that wait for a core that another test has are slower than none.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # as reid.milvus_client does; the tests import gRPC before it
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # as reid.extras.milvus_client does; the tests import gRPC before it
 
 # A caller such as nohup ignores signals, which children inherit and a shell cannot undo; the tests stop theirs by signals.
 for name in ("SIGHUP", "SIGINT", "SIGTERM"):
@@ -49,7 +49,7 @@ def people(root, tmp_path_factory):
 def prep(tmp_path, monkeypatch, capsys):
     """Run data_prep.py's command line in this process: returns (exit status, stdout, stderr). --output is added."""
     import data_prep  # not above: PyTorch reads the environment when it is imported
-    from reid import run
+    from reid.cli import run
 
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 

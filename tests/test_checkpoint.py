@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from reid import ReidError, storage
+from reid import ReidError
+from reid import files as storage
 from reid.checkpoint import (
     FORMAT,
     VERSION,

@@ -16,7 +16,7 @@ from urllib.request import urlopen
 
 import pytest
 
-from reid.tracking import Tracker, open_store
+from reid.training.tracking import Tracker, open_store
 
 bash = shutil.which("bash")
 modern = bash and subprocess.run([bash, "-c", "((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404))"]).returncode == 0

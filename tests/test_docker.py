@@ -63,10 +63,10 @@ def test_inference_imports_only_what_is_locked(root, tmp_path):
         for module, owners in names.items():
             if not keep & {owner.lower().replace("_", "-") for owner in owners}:
                 sys.modules.setdefault(module, None)
-        import data_prep, inference, reid.rerank, reid.serve, reid.viz
+        import data_prep, inference, reid.retrieval.rerank, reid.extras.page, reid.extras.pictures
         if "openvino" in names:
             from reid.model import build_model, default_config
-            from reid.openvino import OpenVinoNetwork
+            from reid.extras.openvino import OpenVinoNetwork
             OpenVinoNetwork(build_model(default_config([1], height=64, width=32)).eval(), "fp32", 1, Path(sys.argv[2]), "")
             assert sys.modules["openvino_telemetry"] is None"""
     done = subprocess.run([sys.executable, "-c", code, ",".join(locked(root)), tmp_path / "kept"], cwd=root,

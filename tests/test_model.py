@@ -7,8 +7,8 @@ from torch import nn
 
 from reid import ReidError
 from reid.checkpoint import load_weights
-from reid.extract import plain_network
 from reid.model import IBN, DenseLayer, build_model, check_config, default_config, mix_style
+from reid.retrieval.extract import plain_network
 
 SIZE = {"height": 64, "width": 32}
 CONFIG = default_config([1, 2, 3], **SIZE)

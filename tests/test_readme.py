@@ -20,7 +20,8 @@ import data_prep
 import eval as evaluate
 import inference
 import train
-from reid import prepare, tracking
+from reid.data import prepare
+from reid.training import tracking
 
 SCRIPTS = {"train.py": train, "eval.py": evaluate, "inference.py": inference, "data_prep.py": data_prep}
 # Hours become seconds; everything else of a line stays as it is.

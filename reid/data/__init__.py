@@ -1,0 +1,1 @@
+"""Datasets: names, records, preparation, drawn people."""

@@ -1,0 +1,274 @@
+"""A person as a walking 3-d stick figure, drawn with lit tubes: the hand of `reid.data.synthetic`.
+
+Body units: the height is 1, x points to the person's left, y up, z ahead. Yaw 0 faces the camera.
+"""
+
+import math
+
+from PIL import Image, ImageDraw
+
+from reid.data.canvas import darker, mix
+
+
+def _cloth(p, front, turn):
+    """A function size -> image of the top's cloth. front: the chest is seen; turn: sine of the yaw."""
+    def paint(size):
+        w, h = size
+        image = Image.new("RGB", size, p.top)
+        draw = ImageDraw.Draw(image)
+        step = max(5, h // 9)
+        if p.pattern in ("stripes", "plaid"):
+            for y in range(0, h, step):
+                draw.rectangle([0, y, w, y + step * (0.45 if p.pattern == "stripes" else 0.3)], fill=p.top2)
+        if p.pattern in ("vertical", "plaid"):
+            ink = p.top2 if p.pattern == "vertical" else mix(p.top, p.top2, 0.55)
+            for x in range(int(turn * step), w, step):
+                draw.rectangle([x, 0, x + step * 0.3, h], fill=ink)
+        if p.pattern == "dots":
+            for row, y in enumerate(range(step // 2, h, step)):
+                for x in range((row % 2) * step // 2, w, step):
+                    draw.ellipse([x, y, x + step * 0.5, y + step * 0.5], fill=p.top2)
+        if p.pattern == "blocks":
+            draw.rectangle([0, h * 0.42, w, h], fill=p.top2)
+        if front:
+            _chest(draw, p, w, h, w * (0.5 + 0.42 * turn))
+        return image
+    return paint
+
+
+def _chest(draw, p, w, h, middle):
+    """What only the front of a top has: a print, the open jacket's shirt, a zip and a pocket."""
+    if p.pattern == "print":
+        draw.rounded_rectangle([middle - w * 0.24, h * 0.2, middle + w * 0.24, h * 0.46], w // 12, fill=p.top2)
+    if p.layer in ("jacket", "coat"):
+        draw.polygon([(middle - w * 0.2, 0), (middle + w * 0.2, 0), (middle + w * 0.1, h), (middle - w * 0.1, h)],
+                     fill=p.inner)
+    if p.layer == "hoodie":
+        draw.line([(middle, 0), (middle, h)], fill=darker(p.top, 0.4), width=max(2, w // 30))
+        draw.rounded_rectangle([middle - w * 0.3, h * 0.66, middle + w * 0.3, h * 0.9], 6, fill=darker(p.top, 0.15))
+
+
+class Figure:
+    """One person (traits of `reid.data.synthetic.make_person`) in one pose on a canvas."""
+
+    def __init__(self, canvas, p, x0, foot, size, yaw, phase, pitch):
+        """x0, foot, size: pixels of the canvas; yaw: degrees; phase: of the step, radians; pitch: the camera's."""
+        self.canvas, self.p, self.x0, self.foot, self.size = canvas, p, x0, foot, size
+        self.phase, self.pitch = phase, pitch
+        self.sin, self.cos = math.sin(math.radians(yaw)), math.cos(math.radians(yaw))
+        self.front = self.cos > -0.15
+        self.shoulder = (0.092 if p.female else 0.106) * (0.6 + 0.4 * p.build)
+        self.bob = 0.008 * math.cos(2 * phase)
+
+    def at(self, x, y, z=0.0):
+        """Body units to pixels: orthographic, looking down a little."""
+        near = z * self.cos - x * self.sin
+        return (self.x0 + (x * self.cos + z * self.sin) * self.size,
+                self.foot - (y + self.bob) * self.size + near * self.size * self.pitch)
+
+    def tube(self, points, widths, colour, tone=1.0, **options):
+        self.canvas.tube([self.at(*q) for q in points], [w * self.size for w in widths], colour, tone, **options)
+
+    def girth(self, wide, deep):
+        """Seen width of an elliptic cross-section."""
+        return 2 * math.hypot(wide * self.cos, deep * self.sin) * self.p.build
+
+    def draw(self):
+        """From far to near."""
+        sides = sorted((-1, 1), key=lambda side: -side * self.sin)
+        self.canvas.shadow(self.x0, self.foot, self.size)
+        if self.front:
+            self.hair_behind()
+            self.backpack()
+        self.arm(sides[0], 0.84)
+        if abs(self.sin) < 0.5:  # seen from the front or back, the trunk hides both shoulders' inner half
+            self.arm(sides[1], 0.95)
+        self.hips()
+        for side, tone in zip(sorted((-1, 1), key=self.ankle_depth), (0.86, 1.0)):
+            self.leg(side, tone)
+        self.trunk()
+        self.head()
+        if not self.front:
+            self.hair_behind()
+            self.backpack()
+        self.straps()
+        if abs(self.sin) >= 0.5:
+            self.arm(sides[1], 1.0)
+        self.handbag()
+
+    # ---- limbs
+    def swing(self, side):
+        return side * 0.42 * self.p.stride * math.sin(self.phase)
+
+    def ankle_depth(self, side):
+        return math.sin(self.swing(side)) * self.cos * 0.45 - side * 0.05 * self.sin
+
+    def leg(self, side, tone):
+        p, b = self.p, self.p.build
+        angle = self.swing(side)
+        bend = 0.25 + 0.45 * max(0.0, side * math.cos(self.phase)) if angle < 0.15 else 0.08
+        hip = (side * (0.048 if p.female else 0.045) * b, 0.5, 0.0)
+        knee = (hip[0] * 0.95, 0.5 - 0.235 * math.cos(angle), 0.235 * math.sin(angle))
+        ankle = (hip[0] * 0.8, knee[1] - 0.215 * math.cos(angle - bend), knee[2] + 0.215 * math.sin(angle - bend))
+        if p.legs in ("trousers", "jeans", "leggings"):
+            wide = {"trousers": 0.02, "jeans": 0.012, "leggings": 0.0}[p.legs]
+            self.tube([hip, knee, ankle], [0.096 * b + wide, 0.07 * b + wide, 0.046 + wide * 1.4], p.bottom, tone)
+        else:
+            self.tube([hip, knee, ankle], [0.092 * b, 0.064 * b, 0.04], p.tights or p.skin, tone)
+            if p.legs == "shorts":
+                self.tube([hip, _between(knee, hip, 0.1)], [0.105 * b, 0.1 * b], p.bottom, tone, ends=False)
+            if not p.tights:
+                self.tube([_between(ankle, knee, 0.16), ankle], [0.045, 0.042], p.socks, tone, ends=False)
+        x, y, z = ankle
+        heel, toe = (x, max(y - 0.032, 0.012), z - 0.02), (x * 1.15, max(y - 0.036, 0.012), z + 0.085)
+        self.tube([heel, toe], [0.046, 0.036], p.shoes, tone)
+
+    def arm(self, side, tone):
+        p, b = self.p, self.p.build
+        holds = p.bag == "tote" and side == p.bag_side
+        angle = -self.swing(side) * (0.3 if holds else 0.85)
+        bend = 0.12 if holds else 0.28 + 0.3 * max(0.0, angle)
+        top = (side * self.shoulder * b, 0.79, 0.0)
+        elbow = (top[0] + side * 0.022, 0.79 - 0.165 * math.cos(angle), 0.165 * math.sin(angle))
+        wrist = (elbow[0] + side * 0.004, elbow[1] - 0.145 * math.cos(angle + bend),
+                 elbow[2] + 0.145 * math.sin(angle + bend))
+        hand = _between(wrist, elbow, -0.22)
+        if holds:
+            x, y, z = hand
+            self.tube([(x, y, z), (x, y - 0.06, z)], [0.008, 0.008], p.bag_colour)
+            self.tube([(x, y - 0.05, z), (x, y - 0.17, z)], [self.girth(0.03, 0.055), self.girth(0.035, 0.06)],
+                      p.bag_colour, ends=False)
+        self.tube([top, elbow, wrist], [0.054 * b, 0.044 * b, 0.034], p.skin, tone)
+        self.tube([wrist, hand], [0.036, 0.04], p.skin, tone)
+        sleeve = p.top2 if p.pattern == "blocks" and p.layer == "shirt" else p.top
+        thick = 0.0 if p.layer == "shirt" else 0.01
+        if p.sleeve == "long":
+            widths = [0.062 * b + thick, 0.052 * b + thick, 0.044 + thick]
+            self.tube([top, elbow, wrist], widths, sleeve, tone)
+        elif p.sleeve == "short":
+            self.tube([top, _between(elbow, top, 0.5), _between(elbow, top, 0.25)], [0.062 * b, 0.066 * b, 0.068 * b],
+                      sleeve, tone)
+
+    # ---- body
+    def hips(self):
+        """Under the legs, so that these show whole."""
+        if self.p.legs not in ("skirt", "dress", "longskirt"):
+            wide = self.girth(0.085 if self.p.female else 0.08, 0.068)
+            self.tube([(0, 0.58, 0), (0, 0.5, 0), (0, 0.455, 0)], [wide * 0.9, wide, wide * 0.72], self.p.bottom, 0.97,
+                      ends=False)
+
+    def trunk(self):
+        p, s = self.p, self.shoulder
+        hips, waist, chest = (0.088, 0.07, 0.084) if p.female else (0.082, 0.08, 0.096)
+        if p.legs in ("skirt", "dress", "longskirt"):
+            hem, flare = (0.1, 0.12) if p.legs == "longskirt" else (0.3, 0.118)
+            self.tube([(0, 0.6, 0), (0, 0.5, 0), (0, hem, 0.02 * math.sin(self.phase))],
+                      [self.girth(waist, 0.055), self.girth(hips * 1.1, 0.08), self.girth(flare, 0.105)], p.bottom,
+                      ends=False)
+        low = {"shirt": 0.475, "jacket": 0.45, "hoodie": 0.46, "coat": 0.3}[p.layer]
+        low += 0.06 if p.layer != "coat" and p.legs in ("skirt", "dress", "longskirt") else 0
+        thick = 1.0 if p.layer == "shirt" else 1.08
+        rows = [(0.84, 0.04, 0.04), (0.826, s * 0.66, 0.052), (0.808, s * 1.06, 0.062), (0.78, s * 1.1, 0.068),
+                (0.72, chest, 0.078 if p.female else 0.072), (0.6, waist, 0.06), (0.52, hips * 1.02, 0.068),
+                (low, hips * (1.04 if low > 0.4 else 1.2), 0.072 if low > 0.4 else 0.085)]
+        self.tube([(0, y, 0.012 * (y > 0.6)) for y, _, _ in rows], [self.girth(a, d) * thick for _, a, d in rows],
+                  p.top, ends=False, texture=_cloth(p, self.cos > 0.1, self.sin))
+        if p.layer == "hoodie":
+            x, y = self.at(0, 0.828, -0.02)
+            self.canvas.ball(x, y, 0.068 * self.size, 0.026 * self.size, darker(p.top, 0.12))
+
+    def head(self):
+        p, c = self.p, self.canvas
+        self.tube([(0, 0.88, 0.005), (0, 0.825, 0)], [0.05, 0.06], p.skin, 0.84)
+        x, y = self.at(0, 0.925, 0.015)
+        side = abs(self.sin)
+        r, tall = 0.054 * self.size * p.head * (1 + 0.12 * side), 0.068 * self.size * p.head
+        short = p.style in ("short", "crop")  # leaves the temples free
+        lift, thick = (0.24, 1.0) if short else (0.15, 1.06)
+        c.ball(x, y - lift * tall, r * thick, tall * (0.94 if short else 1.02), p.skin if p.style == "bald" else p.hair)
+        if self.cos > -0.55:  # some of the face is seen
+            seen = (self.cos + 0.55) / 1.55
+            fx = x + self.sin * r * (0.34 if self.cos > 0 else 0.55)
+            fw = r * (0.52 + 0.34 * seen) * (1 - 0.25 * side) * (1.12 if short else 1)
+            c.ball(fx, y + tall * 0.16, fw, tall * 0.84, p.skin)
+            if self.cos > -0.1:
+                self.face(fx, y, fw, tall)
+        elif short:
+            c.ball(x, y + tall * 0.7, r * 0.7, tall * 0.3, p.skin, 0.85)
+        if p.style == "bun":
+            c.ball(*self.at(0, 0.985, -0.035), 0.03 * self.size, 0.028 * self.size, p.hair)
+        if p.hat:
+            self.hat(x, y, r, tall)
+
+    def face(self, x, y, w, tall):
+        p, c = self.p, self.canvas
+        for side in (-1, 1):
+            ex = x + w * (0.42 * side * max(self.cos, 0.25) + 0.3 * self.sin)
+            if abs(ex - x) < w * 0.85:
+                c.mark(ex, y - tall * 0.03, w * 0.2, tall * 0.05, mix(p.hair, p.skin, 0.45))
+                c.mark(ex, y + tall * 0.14, w * 0.13, tall * 0.08, mix(p.skin, (30, 15, 10), 0.7))
+                if p.glasses:
+                    box = [ex - w * 0.3, y - tall * 0.02, ex + w * 0.3, y + tall * 0.3]
+                    c.paint.ellipse(box, outline=(60, 55, 52), width=1)
+        mx = x + w * 0.3 * self.sin
+        if p.beard:
+            c.ball(mx, y + tall * 0.76, w * 0.72, tall * 0.26, p.hair)
+        c.mark(mx, y + tall * 0.4, w * 0.12, tall * 0.06, mix(p.skin, (130, 70, 50), 0.35))
+        c.mark(mx, y + tall * 0.63, w * 0.26, tall * 0.05, mix(p.skin, (160, 40, 45), 0.5))
+
+    def hair_behind(self):
+        """Hair that falls below the head: under the body from the front, over it from behind."""
+        p = self.p
+        if p.style in ("long", "bob"):
+            low = 0.74 if p.style == "long" else 0.85
+            self.tube([(0, 0.96, -0.01), (0, 0.9, -0.02), (0, low, -0.035)],
+                      [0.1 * p.head, self.girth(0.062, 0.06), self.girth(0.058, 0.035)], p.hair)
+        elif p.style == "ponytail":
+            self.tube([(0, 0.95, -0.055), (0, 0.9, -0.08), (0, 0.79, -0.065)], [0.03, 0.045, 0.022], p.hair)
+
+    def hat(self, x, y, r, tall):
+        p, c = self.p, self.canvas
+        dark = darker(p.hat_colour, 0.25)
+        if p.hat == "brim":
+            c.ball(x, y - tall * 0.42, r * 1.8, tall * 0.22, dark)
+        rows = ((-1.22, 0.7), (-1.1, 1.45), (-0.85, 1.95), (-0.55, 2.2), (-0.3, 2.24))
+        c.tube([(x, y + tall * up) for up, _ in rows], [r * wide for _, wide in rows], p.hat_colour, ends=False)
+        if p.hat == "beanie":
+            c.tube([(x, y - tall * 0.5), (x, y - tall * 0.24)], [r * 2.3] * 2, dark, ends=False)
+        if p.hat == "cap" and self.cos > -0.6:
+            c.ball(x + self.sin * r * 1.05, y - tall * (0.28 - 0.1 * self.cos), r * (0.55 + 0.35 * abs(self.cos)),
+                   tall * 0.12, dark)
+
+    # ---- bags
+    def backpack(self):
+        p, z = self.p, -0.09
+        if p.bag != "backpack":
+            return
+        rows = ((0.82, 0.05, 0.035), (0.78, 0.08, 0.05), (0.62, 0.085, 0.06), (0.57, 0.07, 0.05))
+        self.tube([(0, y, z) for y, _, _ in rows], [self.girth(a, d) for _, a, d in rows], p.bag_colour, 0.95, ends=False)
+        if not self.front:
+            self.tube([(0, 0.67, z - 0.03), (0, 0.6, z - 0.03)], [self.girth(0.055, 0.02)] * 2,
+                      darker(p.bag_colour, 0.3), ends=False)
+
+    def straps(self):
+        p, a, dark = self.p, self.shoulder, darker(self.p.bag_colour, 0.2)
+        if p.bag == "backpack" and self.front:
+            for side in (-1, 1):
+                self.tube([(side * a * 0.55, 0.828, 0), (side * a * 0.6, 0.72, 0.065), (side * a * 0.75, 0.62, 0.04)],
+                          [0.022] * 3, dark)
+        elif p.bag == "crossbody":
+            z = 0.065 if self.front else -0.065
+            self.tube([(-p.bag_side * a * 0.6, 0.825, 0), (0, 0.68, z), (p.bag_side * 0.1, 0.52, 0)], [0.016] * 3, dark)
+        elif p.bag == "handbag" and -p.bag_side * self.sin > -0.75:
+            self.tube([(p.bag_side * a * 0.95, 0.815, 0), (p.bag_side * 0.115, 0.55, 0.01)], [0.014] * 2, dark)
+
+    def handbag(self):
+        p = self.p
+        if p.bag in ("handbag", "crossbody") and -p.bag_side * self.sin > -0.75:  # else the body hides it
+            x, y = p.bag_side * 0.115, 0.55 if p.bag == "handbag" else 0.5
+            self.tube([(x, y, 0), (x, y - 0.11, 0)], [self.girth(0.03, 0.06), self.girth(0.04, 0.075)], p.bag_colour,
+                      ends=False)
+
+
+def _between(a, b, t):
+    return tuple(u + (v - u) * t for u, v in zip(a, b))

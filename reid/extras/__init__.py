@@ -1,0 +1,1 @@
+"""Optional parts, each opened by a script only when asked for."""

@@ -1,0 +1,122 @@
+"""The optional engine of the CPU: the network as an OpenVINO graph, which answers a single image faster than PyTorch.
+
+The graph is built from the model layer by layer, in less time than a converted file takes to load. What it was compiled to
+is kept beside the checkpoint once it has been compared with PyTorch, so that later starts do neither.
+OpenVINO's telemetry, which would report every import of the package to its makers, is kept out.
+"""
+
+import io
+import sys
+import threading
+from contextlib import suppress
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+
+from reid import ReidError
+from reid.files import load, save
+
+PARITY = 0.999  # lowest cosine to PyTorch's float32 features
+
+
+class OpenVinoNetwork:
+    """Pooled features of uint8 images, like FoldedDenseNet. precision: fp32 or bf16.
+
+    To be called from `workers` threads: a batch has a worker's share of the cores, an image (and its mirror) all of them.
+    kept: file for what is compiled for single images; it is used if it is of the same `fingerprint` of the weights, the same
+    processor and version. Raises ReidError without the package, for another backbone, or where the outcome differs from
+    PyTorch's.
+    """
+
+    def __init__(self, model, precision, workers, kept, fingerprint):
+        sys.modules.setdefault("openvino_telemetry", None)  # the package asks for it on import, and does without
+        try:
+            import openvino
+        except ImportError as error:
+            raise ReidError("--engine openvino needs its package: pip install -r requirements-openvino.txt") from error
+        if model.config["backbone"] != "densenet121" or model.config.get("ibn"):
+            raise ReidError(f"--engine openvino: not made for {model.config['backbone']} with these parts; use --engine torch")
+        self._core, self._model = openvino.Core(), model
+        self._precision = {"fp32": "f32", "bf16": "bf16"}[precision]
+        self._workers, self._threads = workers, torch.get_num_threads()
+        self._compiled, self._lock, self._own = {}, threading.Lock(), threading.local()
+        processor = self._core.get_property("CPU", "FULL_DEVICE_NAME")
+        key = f"{fingerprint} {precision} {self._threads} {processor} {openvino.__version__}"
+        with suppress(ReidError, RuntimeError, OSError):  # none there, damaged, or of an OpenVINO that reads it no more
+            record = load(kept, "reid-openvino", 1)
+            if record.get("key") == key:
+                blob = io.BytesIO(record["blob"].numpy())
+                self._compiled[1] = self._core.import_model(blob, "CPU", self._hints(1))
+        if not self._compiled:
+            self._check()
+            blob = torch.frombuffer(bytearray(self._compiled[1].export_model().getvalue()), dtype=torch.uint8)
+            with suppress(ReidError, OSError):  # a container's models may be read-only
+                save(kept, {"key": key, "blob": blob}, "reid-openvino", 1)
+
+    @cached_property
+    def graph(self):
+        """The network as an openvino.Model."""
+        return build_graph(self._model)
+
+    def __call__(self, images):
+        """uint8 [n, 3, H, W] -> pooled features before the neck, float32 [n, D]."""
+        streams = self._workers if len(images) > 2 else 1
+        requests = self._own.__dict__
+        if streams not in requests:
+            with self._lock:
+                if streams not in self._compiled:
+                    self._compiled[streams] = self._core.compile_model(self.graph, "CPU", self._hints(streams))
+            requests[streams] = self._compiled[streams].create_infer_request()
+        return torch.from_numpy(requests[streams].infer([images.contiguous().numpy()])[0].copy())
+
+    def _hints(self, streams):
+        return {"INFERENCE_PRECISION_HINT": self._precision, "INFERENCE_NUM_THREADS": self._threads, "NUM_STREAMS": streams}
+
+    def _check(self):
+        size = self._model.config["height"], self._model.config["width"]
+        image = torch.randint(0, 256, (1, 3, *size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        with torch.inference_mode():
+            cosine = F.cosine_similarity(self(image), self._model.features(image)).item()
+        if not cosine >= PARITY:
+            raise ReidError(f"--engine openvino: differs from PyTorch on this machine (cosine {cosine:.4f}); use --engine torch")
+
+
+def build_graph(model):
+    """The features of a ReidModel (densenet121) as an OpenVINO graph: uint8 [?, 3, H, W] -> float32 [?, D]."""
+    import openvino
+    from openvino import opset13 as ops
+
+    def array(tensor):
+        return tensor.detach().float().cpu().numpy()
+
+    def conv(x, layer):
+        stride, padding = list(layer.stride), list(layer.padding)
+        return ops.convolution(x, ops.constant(array(layer.weight)), stride, padding, padding, [1, 1])
+
+    def norm_relu(x, norm):
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+        offset = norm.bias - norm.running_mean * scale
+        x = ops.multiply(x, array(scale.view(1, -1, 1, 1)))
+        return ops.relu(ops.add(x, array(offset.view(1, -1, 1, 1))))
+
+    pixels = ops.parameter([-1, 3, model.config["height"], model.config["width"]], openvino.Type.u8)
+    x = ops.divide(ops.subtract(ops.convert(pixels, "f32"), array(model.mean)), array(model.std))
+    for name, layer in model.body.named_children():
+        if name == "conv0":
+            x = norm_relu(conv(x, layer), model.body.norm0)
+        elif name == "pool0":
+            x = ops.max_pool(x, [2, 2], [1, 1], [1, 1], [1, 1], [3, 3]).output(0)
+        elif name.startswith("denseblock"):
+            for dense in layer.values():
+                new = conv(norm_relu(x, dense.norm1), dense.conv1)
+                x = ops.concat([x, conv(norm_relu(new, dense.norm2), dense.conv2)], 1)
+        elif name.startswith("transition"):
+            x = conv(norm_relu(x, layer.norm), layer.conv)
+            x = ops.avg_pool(x, [2, 2], [0, 0], [0, 0], [2, 2], True) if layer.stride == 2 else x
+    x = norm_relu(x, model.body.norm5)
+    if model.pool is None:
+        return openvino.Model([ops.reduce_mean(x, [2, 3])], [pixels], "features")
+    power = array(model.pool.p.view(1))
+    x = ops.reduce_mean(ops.power(ops.maximum(x, array(torch.tensor(1e-6))), power), [2, 3])
+    return openvino.Model([ops.power(x, 1 / power)], [pixels], "features")

@@ -1,0 +1,1 @@
+"""Retrieval: embeddings, index, search, metrics, re-ranking, camera and time."""

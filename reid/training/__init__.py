@@ -1,0 +1,1 @@
+"""Training: sampler, cache, augmentation, losses, trainer, run, tracking."""

@@ -1,0 +1,110 @@
+"""Names, folders and the identity-balanced batches."""
+
+import random
+import string
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reid import ReidError
+from reid.data.datasets import UNKNOWN_PID, Name, folder_pid, parse_name, pk_batches, read_folder, read_split
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("0002_c1s1_000451_03.jpg", Name(2, 1, 1, 451)),
+    ("-1_c3s2_000451_00.jpg", Name(-1, 3, 2, 451)),
+    ("0000_c6s3_088167_02.jpg.jpg", Name(0, 6, 3, 88167)),
+    ("1501_c12s4_1_1.png", Name(1501, 12, 4, 1)),
+    ("0005_c123_f0046985.jpg", Name(5, 123, -1, 46985)),
+    ("0007_c3.png", Name(7, 3)),
+    ("7_c3", Name(7, 3)),
+    ("Thumbs.db", None), ("person.jpg", None), ("_c1s1_1_1.jpg", None), ("0002_c1s1_000451_03.jpg/x", None), ("٣_c1.jpg", None),
+    ("0002_c1s1_000451_03.jpg\n", None), ("1" * 30 + "_c1.jpg", None),
+])
+def test_parse_name(name, expected):
+    assert parse_name(name) == expected
+
+
+@settings(max_examples=2000, deadline=None)
+@given(st.text(alphabet=string.printable + "éß₂٣", max_size=40)
+       | st.from_regex(r"-?\d{1,25}_c\d{1,12}(s\d+)?(_\d+)*(\.jpg)*", fullmatch=True))
+def test_parse_name_never_raises(name):
+    parsed = parse_name(name)
+    assert parsed is None or all(-(2**63) <= value < 2**63 for value in parsed)
+
+
+def test_folder_pid_is_the_number_or_a_stable_hash():
+    assert folder_pid("0002") == 2 and folder_pid("-1") == -1
+    assert folder_pid("anna") == folder_pid("anna") != folder_pid("berta")
+    assert 2**61 <= folder_pid("anna") < 2**63
+
+
+def make(folder, *names):
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    return folder
+
+
+def test_read_split_takes_the_identity_from_the_folder(tmp_path):
+    make(tmp_path, "train/0002/0002_c1s1_000451_03.jpg", "train/0002/Thumbs.db", "train/anna/0001_c2.JPG", "train/anna/me.png",
+         "train/anna/.hidden.jpg", "train/loose.jpg", "train/-1/-1_c1s1_1_1.jpg.jpg")
+    records = read_split(tmp_path, "train")
+    assert records.paths == ["train/-1/-1_c1s1_1_1.jpg.jpg", "train/0002/0002_c1s1_000451_03.jpg", "train/anna/0001_c2.JPG",
+                             "train/anna/me.png"]
+    assert records.pids.tolist() == [-1, 2, folder_pid("anna"), folder_pid("anna")]
+    assert records.camids.tolist() == [1, 1, 2, -1]
+    assert records.frames.tolist() == [1, 451, -1, -1]
+    assert records.select(records.pids == 2).paths == [records.paths[1]]
+
+
+def test_read_folder_takes_the_name_then_the_folder(tmp_path):
+    make(tmp_path, "0002_c1s1_000451_03.jpg", "a b/ü.png", "x.jpg/inner.jpg", "me.bmp")
+    records = read_folder(tmp_path)
+    pids = dict(zip(records.paths, records.pids.tolist()))
+    assert pids == {"0002_c1s1_000451_03.jpg": 2, "a b/ü.png": folder_pid("a b"), "x.jpg/inner.jpg": folder_pid("x.jpg"),
+                    "me.bmp": UNKNOWN_PID}
+
+
+@pytest.mark.parametrize("what", ["missing", "empty"])
+def test_no_images_is_an_error(tmp_path, what):
+    folder = tmp_path / what
+    if what == "empty":
+        (folder / "train").mkdir(parents=True)
+    with pytest.raises(ReidError, match=what):
+        read_split(folder, "train")
+    with pytest.raises(ReidError):
+        read_folder(folder / "train")
+
+
+def labels_of(counts):
+    labels = torch.tensor([label for label, count in enumerate(counts) for _ in range(count)])
+    return labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))]
+
+
+def test_pk_batches_are_balanced_and_nearly_everything_is_seen():
+    labels = labels_of([random.Random(0).randint(2, 40) for _ in range(100)])
+    batches = pk_batches(labels, 64, 4, seed=3, epoch=5)
+    assert batches.shape == (len(labels) // 64, 64)
+    for batch in labels[batches]:
+        groups = batch.view(16, 4)
+        assert (groups == groups[:, :1]).all()
+        assert len(groups[:, 0].unique()) == 16
+    assert len(batches.unique()) > 0.8 * len(labels)
+
+
+def test_pk_batches_are_a_function_of_seed_and_epoch():
+    labels = labels_of([5] * 30)
+    assert torch.equal(pk_batches(labels, 16, 4, 1, 2), pk_batches(labels, 16, 4, 1, 2))
+    assert not torch.equal(pk_batches(labels, 16, 4, 1, 2), pk_batches(labels, 16, 4, 1, 3))
+    assert not torch.equal(pk_batches(labels, 16, 4, 1, 2), pk_batches(labels, 16, 4, 2, 2))
+
+
+def test_pk_batches_of_tiny_sets():
+    assert pk_batches(labels_of([1, 1]), 8, 4, 0, 0).shape == (1, 8)
+    for batch_size, per_id in ((10, 4), (4, 4), (64, 4), (8, 1)):
+        with pytest.raises(ReidError, match="--batch_size"):
+            pk_batches(labels_of([3, 3, 3]), batch_size, per_id, 0, 0)

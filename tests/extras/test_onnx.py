@@ -1,0 +1,84 @@
+"""ONNX export: the same embeddings as PyTorch on images, for any batch, and nothing written where they differ."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from reid import ReidError
+from reid.checkpoint import save_checkpoint
+from reid.extras import onnx as export
+from reid.extras.onnx import export_onnx
+from reid.images import decode, resize
+from reid.model import build_model, default_config
+from reid.retrieval.extract import Extractor
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A small-input DenseNet-121 with random weights, but a neck that matters."""
+    torch.manual_seed(0)
+    model = build_model(default_config([1, 2], height=64, width=32))
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.8, 1.2)
+    path = tmp_path_factory.mktemp("run") / "best.pth"
+    save_checkpoint(path, model, {}, {})
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("crops"), np.random.default_rng(0)
+    for i, (h, w) in enumerate([(128, 64), (64, 32), (90, 41), (128, 64)]):
+        Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return sorted(folder.iterdir())
+
+
+@pytest.mark.parametrize("mirror", [True, False])
+def test_onnx_equals_the_extractor(checkpoint, files, tmp_path, mirror):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="requirements-export.txt is not installed")
+    pytest.importorskip("onnx", reason="requirements-export.txt is not installed")
+    assert export_onnx(checkpoint, tmp_path / "best.onnx", files, mirror) >= 0.9999
+    assert [p.name for p in tmp_path.iterdir()] == ["best.onnx"]
+    session = onnxruntime.InferenceSession(tmp_path / "best.onnx")
+    [image], [embedding] = session.get_inputs(), session.get_outputs()
+    assert (image.name, image.type, image.shape[1:]) == ("images", "tensor(uint8)", [3, 64, 32])
+    assert (embedding.name, embedding.type, embedding.shape[1:]) == ("embeddings", "tensor(float)", [1024])
+    extractor = Extractor(checkpoint, "cpu", "fp32", mirror=mirror)
+    assert session.get_modelmeta().custom_metadata_map["fingerprint"] == extractor.fingerprint
+    for count in (1, 3):
+        batch = resize([decode(file) for file in files[:count]], (64, 32))
+        [found] = session.run(None, {"images": batch.numpy()})
+        np.testing.assert_allclose(found, extractor.embed(files[:count]), atol=1e-5)
+    if mirror:  # and the mirror image gives the same embedding
+        np.testing.assert_allclose(session.run(None, {"images": batch.flip(3).numpy()})[0], found, atol=1e-5)
+
+
+def test_an_export_that_differs_is_not_kept(checkpoint, files, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime", reason="requirements-export.txt is not installed")
+    pytest.importorskip("onnx", reason="requirements-export.txt is not installed")
+    output = tmp_path / "best.onnx"
+    output.write_bytes(b"the old one")
+    # a neck forgotten in the export
+    monkeypatch.setattr(export.Embedder, "forward", lambda self, images: export.F.normalize(self.model.features(images)))
+    with pytest.raises(ReidError, match="differ from PyTorch"):
+        export_onnx(checkpoint, output, files)
+    assert [p.name for p in tmp_path.iterdir()] == ["best.onnx"]
+    assert output.read_bytes() == b"the old one"
+
+
+def test_missing_package_is_one_line(checkpoint, files, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(ReidError, match=r"^--export onnx needs onnx: pip install -r requirements-export.txt$"):
+        export_onnx(checkpoint, tmp_path / "best.onnx", files)
+
+
+def test_no_images(checkpoint, tmp_path):
+    pytest.importorskip("onnxruntime", reason="requirements-export.txt is not installed")
+    pytest.importorskip("onnx", reason="requirements-export.txt is not installed")
+    with pytest.raises(ReidError, match="no images"):
+        export_onnx(checkpoint, tmp_path / "best.onnx", [])

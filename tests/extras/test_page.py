@@ -1,0 +1,538 @@
+"""The search page: its answers, what it refuses, many clients at once, and the page itself in a headless Chromium."""
+
+import base64
+import http.client
+import io
+import os
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import requests
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+pytest.importorskip("fastapi", reason="fastapi is not installed")
+
+import uvicorn
+
+from reid import ReidError, images
+from reid.data.datasets import read_folder
+from reid.extras import page as serve
+from reid.retrieval.index import GalleryIndex
+
+SIZE = (16, 8)
+
+
+class Colours:
+    """Stands in for the Extractor: embeds an image as its pixels at 16 x 8. Counts its batches, waits at `gate`, may fail."""
+
+    size, batch_size, dim = SIZE, 32, 3 * SIZE[0] * SIZE[1]
+
+    def __init__(self):
+        self.batches, self.gate, self.entered, self.failure = [], threading.Event(), threading.Event(), None
+        self.gate.set()
+
+    def describe(self):
+        return "colours 16x8"
+
+    def embed(self, pixels):
+        self.entered.set()
+        self.gate.wait(60)
+        self.batches.append(len(pixels))
+        if self.failure:
+            raise self.failure
+        return F.normalize(torch.stack(list(pixels)).flatten(1).float() - 128)
+
+
+class Site:
+    """A server in a thread, on a port of its own."""
+
+    def __init__(self, index, **options):
+        self.index, self.extractor = index, Colours()
+        listener = serve.listen("127.0.0.1", 0)
+        self.port = listener.getsockname()[1]
+        app = serve.create_app(self.extractor, index, **options)
+        self.server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="on"))
+        self.thread = threading.Thread(target=self.server.run, args=([listener],))
+        self.thread.start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.extractor.gate.set()
+        self.server.should_exit = True
+        self.thread.join()
+
+    def url(self, path):
+        return f"http://127.0.0.1:{self.port}{path}"
+
+    def post(self, body, **params):
+        return requests.post(self.url("/search"), data=body, params=params, timeout=60)
+
+    def get(self, path, **params):
+        return requests.get(self.url(path), params=params, timeout=60)
+
+    def until_waiting(self, count):
+        """Returns as soon as so many searches are in the queue."""
+        for _ in range(6000):
+            if self.get("/healthz").json()["waiting"] >= count:
+                return
+            time.sleep(0.01)
+        raise AssertionError(f"never were {count} searches waiting")
+
+    def raw(self, path, host=None):
+        """GET with the path as it stands: requests would tidy it up."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection.putrequest("GET", path, skip_host=True)
+        connection.putheader("Host", host or f"127.0.0.1:{self.port}")
+        connection.endheaders()
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+
+
+@pytest.fixture(scope="module")
+def gallery(tmp_path_factory):
+    """Six people, two images by each of three cameras, and one junk image: blocks of colour with noise."""
+    root, rng = tmp_path_factory.mktemp("gallery"), np.random.default_rng(1)
+    for pid in [*range(1, 7), -1]:
+        blocks = rng.integers(0, 256, (4, 2, 3))
+        for camera in (1, 2, 3) if pid > 0 else (1,):
+            for frame in (0, 1) if pid > 0 else (0,):
+                noisy = np.kron(blocks, np.ones((16, 16, 1))) + rng.normal(0, 25, (64, 32, 3))
+                name = f"{pid:04d}" if pid > 0 else "-1"
+                Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(root / f"{name}_c{camera}s1_{frame:06d}_00.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def index(gallery):
+    records = read_folder(gallery)
+    pixels = images.resize([images.decode(file) for file in records.files()], SIZE)
+    made = GalleryIndex(Colours().embed(pixels), records, "0" * 16, False)
+    made.threshold = 0.8
+    return made
+
+
+@pytest.fixture(scope="module")
+def site(index):
+    with Site(index, topk_limit=15) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def crop(gallery):
+    """A query: the bytes of another image of person 3."""
+    image = np.asarray(Image.open(gallery / "0003_c2s1_000000_00.png")).astype(int)
+    noisy = image + np.random.default_rng(2).normal(0, 20, image.shape)
+    out = io.BytesIO()
+    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(out, "PNG")
+    return out.getvalue()
+
+
+def embedding(body):
+    return Colours().embed(images.resize([images.decode(body)], SIZE))
+
+
+def listed(answer):
+    assert answer.status_code == 200, answer.text
+    results = answer.json()["results"]
+    assert [r["position"] for r in results] == list(range(1, len(results) + 1))
+    return [int(r["row"]) for r in results]
+
+
+# ---- Answers --------------------------------------------------------------------------------------------------------
+
+def test_an_image_is_answered_as_by_the_index(site, index, crop):
+    answer = site.post(crop, topk=10)
+    scores, rows = index.search(embedding(crop), 10)
+    assert listed(answer) == rows[0].tolist()
+    assert [r["score"] for r in answer.json()["results"]] == pytest.approx(scores[0].tolist(), abs=1e-6)
+    best = answer.json()["results"][0]
+    assert (best["pid"], best["path"], best["match"]) == (3, index.paths[int(best["row"])], True)
+    assert [r["match"] for r in answer.json()["results"]] == [s > 0.8 for s in scores[0].tolist()]
+
+
+def test_a_gallery_image_is_answered_without_itself(site, index):
+    answer = site.get("/search", row=8, topk=15)
+    _, rows = index.search(index.embeddings[8:9].float(), 15, exclude=torch.tensor([8]))
+    assert listed(answer) == rows[0].tolist()
+    assert 8 not in listed(answer)
+    assert answer.json()["query"]["row"] == "8"
+    pid = int(index.pids[8])
+    for r in answer.json()["results"]:
+        assert r["verdict"] == ("junk" if r["pid"] == -1 else "right" if r["pid"] == pid else "wrong")
+
+
+@pytest.mark.parametrize("cameras", [[1], [2, 3], [3, 3]])
+def test_cameras(site, index, crop, cameras):
+    answer = site.post(crop, topk=15, camera=cameras)
+    assert listed(answer) == index.search(embedding(crop), 15, camids=cameras)[1][0].tolist()[: len(listed(answer))]
+    assert {r["camid"] for r in answer.json()["results"]} == set(cameras)
+
+
+def test_defaults_and_health(site, crop):
+    assert len(listed(site.post(crop))) == 15
+    assert site.get("/healthz").json() == {"status": "ok", "images": 37, "model": "colours 16x8", "waiting": 0}
+
+
+def test_sample(site, index):
+    picked = [site.get("/sample").json()["results"] for _ in range(4)]
+    for some in picked:
+        rows = [int(hit["row"]) for hit in some]
+        assert len(set(rows)) == serve.SAMPLE and not any(hit["pid"] == -1 for hit in some)
+        assert [hit["path"] for hit in some] == [index.paths[row] for row in rows]
+    assert len({str(some) for some in picked}) > 1
+
+
+def test_a_gallery_in_an_engine(index, crop):
+    """Row numbers of 63 bits, columns that are looked up, its own list of cameras, and a server that may be down."""
+    offset = (1 << 62) + 1  # no float has it
+
+    class Column:
+        def __init__(self, values):
+            self.values = values
+
+        def __getitem__(self, row):
+            return self.values[row - offset]
+
+    class Engine:
+        threshold, data_root, cameras, down = None, index.data_root, [-1, 1, 2, 3], False
+        paths, pids, camids, embeddings = map(Column, (index.paths, index.pids, index.camids, index.embeddings))
+
+        def __len__(self):
+            return len(index)
+
+        def __contains__(self, row):
+            return offset <= row < offset + len(index)
+
+        def search(self, embeddings, topk, camids=None, exclude=None):
+            if self.down:
+                raise ReidError("milvus: no answer")
+            exclude = exclude - offset if exclude is not None else None
+            scores, rows = index.search(embeddings, topk, camids, exclude)
+            return scores, torch.where(rows >= 0, rows + offset, rows)
+
+    with Site(Engine()) as running:
+        expected = [row + offset for row in index.search(embedding(crop), 5)[1][0].tolist()]
+        assert listed(running.post(crop, topk=5)) == expected
+        assert listed(running.get("/search", row=expected[0], topk=3, camera=2))
+        assert running.get(f"/image/{expected[0]}").status_code == 200
+        assert [running.get("/search", row=row).status_code for row in (0, offset - 1, 1 << 63)] == [404] * 3
+        assert all(int(hit["row"]) >= offset for hit in running.get("/sample").json()["results"])
+        running.index.down = True
+        assert (running.post(crop).status_code, running.post(crop).json()) == (503, {"error": "milvus: no answer"})
+
+
+def test_pictures(site, gallery, index):
+    answer = site.get("/image/5")
+    assert answer.headers["content-type"] == "image/jpeg"
+    shown, stored = (np.asarray(Image.open(file)).reshape(4, 16, 2, 16, 3).mean((1, 3))  # the blocks of colour
+                     for file in (io.BytesIO(answer.content), gallery / index.paths[5]))
+    assert np.abs(shown - stored).max() < 15
+    for header in ("content-security-policy", "x-content-type-options"):
+        assert header in answer.headers and header in site.get("/").headers
+
+
+# ---- What is refused ------------------------------------------------------------------------------------------------
+
+def png_header(width, height):
+    """A PNG that claims a size, with hardly any data."""
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"\0" * 100_000)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("body, reason", [
+    (b"", "not an image"), (b"hello", "not an image"), (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
+    (os.urandom(100_000), "not an image"), (b"\xff\xd8\xff\xe0" + b"\0" * 50, "image"), ("truncated", "image"),
+    (png_header(50_000, 50_000), "more than 50,000,000 pixels"), (png_header(0, 5), "image"),
+    (png_header(2**31 - 1, 2**31 - 1), "pixels"),
+], ids=["empty", "text", "svg", "noise", "jpeg head", "truncated", "bomb", "no width", "huge bomb"])
+def test_bad_images(site, crop, body, reason):
+    answer = site.post(crop[: len(crop) // 2] if body == "truncated" else body)
+    assert answer.status_code == 400
+    assert reason in answer.json()["error"] and "\n" not in answer.json()["error"]
+
+
+def test_a_form_upload_is_told_what_to_do(site, crop):
+    answer = requests.post(site.url("/search"), files={"file": crop}, timeout=30)
+    assert answer.status_code == 415
+    assert "--data-binary" in answer.json()["error"]
+
+
+def test_too_large(site, crop):
+    assert site.post(b"\0" * (serve.UPLOAD_LIMIT + 1)).status_code == 413
+    answer = site.post(b"\0" * 2**20 for _ in range(100))  # no Content-Length
+    assert answer.status_code == 413
+    assert answer.json() == {"error": "the image file is larger than 10 MB"}
+    assert site.post(crop).status_code == 200
+
+
+def test_content_length_that_lies(site, crop):
+    for length in (5, 10**12):
+        with socket.create_connection(("127.0.0.1", site.port), timeout=10) as connection:
+            connection.sendall(f"POST /search HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {length}\r\n\r\n".encode() + crop)
+    assert site.post(crop).status_code == 200
+
+
+@pytest.mark.parametrize("path, status", [
+    ("/image/../../etc/passwd", 404), ("/image/..%2f..%2fetc%2fpasswd", 404), ("/image//etc/passwd", 404), ("/image/-1", 404),
+    ("/image/99999999", 404), (f"/image/{10**30}", 404), ("/image/0x5", 400), ("/image/5%00", 400), ("/image/", 404),
+    ("/search?row=-1", 404), ("/search?row=37", 404), ("/search?row=a", 400), ("/search", 400), ("/search?row=1&topk=0", 400),
+    ("/search?row=1&topk=16", 400), ("/search?row=1&camera=9", 400), ("/search?row=1&camera=x", 400), ("/docs", 404),
+    ("/openapi.json", 404), ("/serve.html", 404), (f"/search?row=1&camera={10**30}", 400),
+])
+def test_addresses_from_outside(site, path, status):
+    found, body = site.raw(path)
+    assert found == status
+    assert b'{"error":"' in body and b"root:" not in body
+
+
+def test_other_host_names_are_refused(site):
+    assert site.raw("/", host="evil.example")[0] == 400
+    assert site.raw("/", host=f"localhost:{site.port}")[0] == 200
+
+
+def test_files_that_are_gone_or_outside(tmp_path, gallery, index):
+    root = tmp_path / "root"
+    root.mkdir()
+    (tmp_path / "secret.png").write_bytes((gallery / index.paths[0]).read_bytes())
+    (root / "text.png").write_text("not an image")
+    records = read_folder(gallery).select(torch.arange(4))
+    records = type(records)(root, ["../secret.png", str(tmp_path / "secret.png"), "gone.png", "text.png"], records.pids,
+                            records.camids, records.seqs, records.frames)
+    with Site(GalleryIndex(index.embeddings[:4], records, "0" * 16, False)) as running:
+        assert [running.get(f"/image/{row}").status_code for row in range(4)] == [404] * 4
+        assert len(listed(running.get("/search", row=2))) == 3
+
+
+# ---- Many at once ---------------------------------------------------------------------------------------------------
+
+def test_64_clients(site, gallery, index):
+    bodies = [(gallery / path).read_bytes() for path in index.paths]
+    site.extractor.batches.clear()
+    site.extractor.gate.clear()
+
+    def ask(client):
+        if client % 4 == 3:
+            row = client % len(index)
+            return listed(site.get("/search", row=row, topk=3)), index.search(
+                index.embeddings[row : row + 1].float(), 3, exclude=torch.tensor([row]))[1][0].tolist()
+        body, cameras = bodies[client % len(bodies)], [client % 3 + 1] if client % 2 else []
+        return listed(site.post(body, topk=3, camera=cameras)), index.search(
+            embedding(body), 3, camids=cameras or None)[1][0].tolist()
+
+    with ThreadPoolExecutor(64) as pool:
+        answers = [pool.submit(ask, client) for client in range(64)]
+        site.until_waiting(20)
+        site.extractor.gate.set()
+        for answer in answers:
+            found, expected = answer.result()
+            assert found == expected
+    assert sum(site.extractor.batches) == 48
+    assert max(site.extractor.batches) > 5  # they were embedded together
+
+
+def test_one_too_many_is_sent_away(index, crop, monkeypatch):
+    monkeypatch.setattr(serve, "WAITING", 1)
+    with Site(index) as running, ThreadPoolExecutor(2) as pool:
+        running.extractor.gate.clear()
+        first = pool.submit(running.post, crop)  # is being embedded
+        assert running.extractor.entered.wait(60)
+        answers = [first, pool.submit(running.post, crop)]
+        running.until_waiting(1)
+        refused = running.post(crop)
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "2")
+        running.extractor.gate.set()
+        assert [answer.result().status_code for answer in answers] == [200, 200]
+
+
+def test_a_failure_is_one_answer_and_not_the_end(site, crop):
+    site.extractor.failure = RuntimeError("out of memory")
+    answer = site.post(crop)
+    site.extractor.failure = None
+    assert (answer.status_code, answer.json()) == (500, {"error": "the server failed, its log says why"})
+    assert site.post(crop).status_code == 200
+
+
+# ---- Start and stop -------------------------------------------------------------------------------------------------
+
+def test_listen():
+    with serve.listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ReidError, match=f"--port {port}: Address already in use; stop what uses it"):
+            serve.listen("127.0.0.1", port)
+    for host, port in [("127.0.0.1", 70_000), ("256.1.1.1", 8000), ("a" * 70, 8000)]:
+        with pytest.raises(ReidError, match="choose another"):
+            serve.listen(host, port)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals as on POSIX")
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_stops_in_order(root, gallery, tmp_path, stop):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys\nfrom test_page import *\nlistener = serve.listen('127.0.0.1', 0)\nrecords = read_folder(sys.argv[1])\n"
+        "index = GalleryIndex(torch.eye(len(records)), records, '0' * 16, False)\n"
+        "serve.serve(serve.create_app(Colours(), index), listener)\nprint('cleaned up')\n")
+    paths = os.pathsep.join([str(root), str(root / "tests" / "extras")])
+    process = subprocess.Popen([sys.executable, program, gallery], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"PYTHONPATH": paths})
+    address = re.search(r"http://\S+", process.stdout.readline())[0]
+    assert requests.get(f"{address}/healthz", timeout=60).status_code == 200
+    process.send_signal(stop)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (0, "search page: stopped\ncleaned up\n", "")
+
+
+# ---- The page in a browser ------------------------------------------------------------------------------------------
+
+class Browser:
+    """A few commands of the WebDriver protocol (https://www.w3.org/TR/webdriver2/) to chromedriver."""
+
+    def __init__(self, port, chromium, profile):
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+                 "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
+                 f"--user-data-dir={profile}"]
+        self.base = f"http://127.0.0.1:{port}/session"
+        options = {"goog:chromeOptions": {"args": flags, "binary": chromium}}
+        self.base += "/" + self("POST", "", capabilities={"alwaysMatch": options})["sessionId"]
+
+    def __call__(self, method, path, **body):
+        answer = requests.request(method, self.base + path, json=body if method == "POST" else None, timeout=120).json()
+        assert not (isinstance(answer["value"], dict) and "stacktrace" in answer["value"]), answer["value"]
+        return answer["value"]
+
+    def open(self, url):
+        self("POST", "/url", url=url)
+
+    def js(self, script, *arguments):
+        return self("POST", "/execute/sync", script=script, args=arguments)
+
+    def wait(self, script):
+        """The value of an expression as soon as it is true."""
+        for _ in range(600):
+            if value := self.js(f"return {script}"):
+                return value
+            time.sleep(0.05)
+        raise AssertionError(f"never came true: {script}\n" + self.js("return document.body.innerText"))
+
+    def upload(self, file):
+        [element] = self("POST", "/element", using="css selector", value="#file").values()
+        self("POST", f"/element/{element}/value", text=str(file))
+
+    def click(self, selector):
+        self.js("document.querySelector(arguments[0]).click()", selector)
+
+    def rows(self):
+        """The rows of the results, once the page has them."""
+        self.wait("!document.body.classList.contains('busy') && document.querySelector('#title').textContent == 'Results'")
+        return self.js("return Array.from(document.querySelectorAll('.card'), (c) => Number(c.dataset.row))")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    driver, chromium = shutil.which("chromedriver"), shutil.which("chromium") or shutil.which("google-chrome")
+    if not driver or not chromium:
+        pytest.skip("chromium and chromedriver are not installed")
+    with subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            port = next(m[1] for line in process.stdout if (m := re.search(r"successfully on port (\d+)", line)))
+            running = Browser(port, chromium, tmp_path_factory.mktemp("profile"))
+            yield running
+            running("DELETE", "")
+        finally:
+            process.terminate()
+
+
+def test_page_search_by_upload(browser, site, index, crop, tmp_path):
+    file = tmp_path / "crop.png"
+    file.write_bytes(crop)
+    browser.open(site.url("/"))
+    browser.wait("document.querySelectorAll('.card img').length > 5 &&"
+                 " Array.from(document.querySelectorAll('.card img')).slice(0, 4).every((image) => image.naturalWidth == 32)")
+    browser.upload(file)
+    expected = index.search(embedding(crop), 15)[1][0].tolist()
+    assert browser.rows() == expected
+    text = browser.js("return document.querySelector('.card').innerText")
+    assert "match" in text and "id 3" in text
+    browser.wait("document.querySelector('#preview').naturalWidth == 32")
+
+    browser.js("const k = document.querySelector('#topk'); k.value = 4; k.dispatchEvent(new Event('change'))")
+    browser.wait("document.querySelectorAll('.card').length == 4")
+    assert browser.rows() == expected[:4]
+    browser.click("#cameras input[value='2']")
+    within = index.search(embedding(crop), 4, camids=[2])[1][0].tolist()
+    browser.wait(f"document.querySelector('.card').dataset.row == '{within[0]}'")
+    assert browser.rows() == within
+
+
+def test_page_click_and_back(browser, site, index):
+    browser.open(site.url("/"))
+    browser.wait("document.querySelector('.card')")
+    browser.click(".card")
+    first = browser.rows()
+    browser.click(f".card[data-row='{first[0]}']")
+    browser.wait(f"document.querySelector('#preview').src.includes('image/{first[0]}?')")
+    again = browser.rows()
+    assert again == index.search(index.embeddings[first[0]][None].float(), 15, exclude=torch.tensor([first[0]]))[1][0].tolist()
+    marks = browser.js("return Array.from(document.querySelectorAll('.card'), (c) => c.className.split(' ')[1])")
+    pid = int(index.pids[first[0]])
+    assert marks == [serve.verdict(pid, int(index.pids[row])) for row in again]
+    browser("POST", "/back")
+    browser.wait(f"document.querySelector('.card').dataset.row == '{first[0]}'")
+    assert browser.rows() == first
+
+
+def test_page_shows_errors(browser, site, tmp_path):
+    (tmp_path / "text.jpg").write_text("not an image")
+    (tmp_path / "large.jpg").write_bytes(b"\0" * (serve.UPLOAD_LIMIT + 1))
+    browser.open(site.url("/"))
+    for name, message in [("text.jpg", "not an image"), ("large.jpg", "larger than 10 MB")]:
+        browser.upload(tmp_path / name)
+        assert message in browser.wait("document.querySelector('#error:not([hidden])')?.textContent")
+        assert browser.js("return document.querySelectorAll('.card').length") == 0
+    browser.click("#pick")
+    browser.wait("document.querySelector('#error').hidden && document.querySelectorAll('.card').length > 5")
+
+
+def test_page_takes_a_pasted_and_a_dropped_image(browser, site, index, crop):
+    expected = index.search(embedding(crop), 15)[1][0].tolist()
+    for kind in ("paste", "drop"):
+        browser.open(site.url("/"))
+        browser.js("""
+            const bytes = Uint8Array.from(atob(arguments[0]), (c) => c.charCodeAt(0)), data = new DataTransfer();
+            data.items.add(new File([bytes], "crop.png", {type: "image/png"}));
+            const options = {bubbles: true, cancelable: true, clipboardData: data, dataTransfer: data};
+            document.body.dispatchEvent(arguments[1] == "paste" ? new ClipboardEvent("paste", options)
+                                                                : new DragEvent("drop", options));
+            """, base64.b64encode(crop).decode(), kind)
+        assert browser.rows() == expected
+
+
+def test_page_obeys_its_own_policy(browser, site):
+    """No script, style or address from elsewhere, and nothing in the page that its policy blocks."""
+    browser.open(site.url("/"))
+    browser.wait("document.querySelector('.card')")
+    browser.click(".card")
+    browser.rows()
+    page = site.get("/").text
+    assert not re.search(r"""(src|href)=["'](https?:)?//""", page)
+    assert browser.js("return getComputedStyle(document.querySelector('.grid')).display") == "grid"
+    log = browser("POST", "/se/log", type="browser")
+    assert [line for line in log if "Content Security Policy" in line["message"]] == []

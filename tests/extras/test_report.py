@@ -1,0 +1,273 @@
+"""The report and the comparison: who is blamed for what, what the page holds and refuses, that no half report is left."""
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from PIL import Image
+
+from reid import ReidError
+from reid.data.datasets import Records
+from reid.extras import reasons, report
+from reid.retrieval import metrics
+from reid.retrieval.compare import compare_table
+from reid.retrieval.index import GalleryIndex
+
+ARGUMENTS = {"protocol": "market", "fmr": 1e-3, "exp_name": "calm-fox-1"}
+
+
+def make_index(root, rows, fingerprint="f" * 64):
+    """rows: (path, pid, camid, embedding)."""
+    paths, pids, camids, emb = zip(*rows)
+    unknown = torch.full((len(rows),), -1)
+    records = Records(root, list(paths), torch.tensor(pids), torch.tensor(camids), unknown, unknown)
+    return GalleryIndex(torch.nn.functional.normalize(torch.tensor(emb), dim=1), records, fingerprint, True)
+
+
+def arguments_of(queries, gallery):
+    return {"q_emb": queries.embeddings, "g_emb": gallery.embeddings, "q_pids": queries.pids, "q_camids": queries.camids,
+            "g_pids": gallery.pids, "g_camids": gallery.camids}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """(queries, gallery): 1 looks like 2 and is taken for 2; 3 is found; 4 is skipped; 5 meets a distractor."""
+    root = tmp_path / "data"
+    gallery = [
+        ("g/<script>alert(1)<.jpg", 2, 2, (1.0, 0, 0, 0)), ("g/1a.jpg", 1, 2, (0.5, 1, 0, 0)),
+        ("g/own.jpg", 1, 1, (1.0, 0, 0, 0)),
+        ("g/junk.jpg", -1, 2, (1.0, 0.01, 0, 0)), ("g/3.jpg", 3, 2, (0, 0, 1.0, 0)), ("g/0.jpg", 0, 3, (0, 0, 0, 1.0)),
+        ("g/5.jpg", 5, 2, (0, 0, 0.3, 1.0)),
+    ]
+    queries = [("q/1.jpg", 1, 1, (1.0, 0, 0, 0)), ("q/1b.jpg", 1, 3, (1.0, 0.1, 0, 0)), ("q/3.jpg", 3, 1, (0, 0, 1.0, 0.1)),
+               ("q/4\udce9.jpg", 4, 1, (1.0, 1, 1, 1)), ("q/5.jpg", 5, 1, (0, 0, 0.01, 1.0))]
+    for number, (path, *_) in enumerate(gallery + queries):
+        if path != "g/3.jpg" and "\udce9" not in path:  # a missing file is a tile that says so
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (20, 40), (20 * number, 80, 120)).save(root / path)
+    return make_index(root, queries), make_index(root, gallery)
+
+
+def write(folder, run, title="calm-fox-1", **changed):
+    queries, gallery = run
+    data = arguments_of(*run)
+    if changed.get("multi_query"):
+        pooled = metrics.pool_queries(queries.embeddings, queries.pids, queries.camids)
+        data |= zip(("q_emb", "q_pids", "q_camids"), pooled)
+    result = metrics.evaluate(*data.values())
+    roc = metrics.roc(*data.values(), rates=(1e-4, 1e-3, 1e-2))
+    return report.write_report(folder, title, queries, gallery, data, {"visual": result, "+rerank": result}, roc,
+                               ARGUMENTS | changed, {"torch": "2"})
+
+
+class Page(HTMLParser):
+    """Collects (tag, attributes) and complains of tags that do not close."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open = [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_page_is_whole_and_needs_nothing_else(run, tmp_path):
+    page = write(tmp_path / "report", run, title="<b>a & b</b> $body")
+    text = page.read_text("utf-8")
+    parsed = Page(text)
+    sources = {attrs["src"] for tag, attrs in parsed.tags if tag == "img"}
+    on_disk = {file.relative_to(page.parent).as_posix() for file in page.parent.rglob("*") if file.is_file()}
+    assert sources == on_disk - {"report.html"}
+    assert {"cmc.png", "roc.png", "scores.png", "cameras-rank1.png", "cameras-map.png"} <= sources
+    assert "http" not in re.sub(r"http-equiv", "", text)
+    assert not {"script", "link", "iframe", "b "} & {tag for tag, _ in parsed.tags}
+    assert not any(name == "style" or name.startswith("on") for _, attrs in parsed.tags for name in attrs)
+    assert "<script>" not in text
+    assert "&lt;b&gt;a &amp; b&lt;/b&gt; $body" in text
+    for file in page.parent.rglob("*.*g"):
+        Image.open(file).verify()
+
+
+def test_policy_lets_only_this_style_in(run, tmp_path):
+    import base64
+    import hashlib
+
+    text = write(tmp_path / "report", run).read_text("utf-8")
+    style = re.search(r"<style>(.*)</style>", text, re.S)[1]
+    assert base64.b64encode(hashlib.sha256(style.encode()).digest()).decode() in re.search(r"style-src '([^']*)'", text)[1]
+
+
+def test_extremes_leave_out_what_does_not_count(run):
+    found = reasons.extremes(*arguments_of(*run).values())
+    assert found.wrong_row.tolist()[:3] == [0, 0, 6]  # not the junk, not the own camera
+    assert found.right_row[0] == 1 and found.right_row[2] == 4
+    assert found.right_row[1] == 2, "camera 1 is another one for a query of camera 3"
+    assert found.right[3] == -torch.inf
+    assert found.own_pairs.tolist() == [0, 2, 1, 0, 1, 0, 1]
+    assert found.own_row[1] == 1
+    nocam = reasons.extremes(*arguments_of(*run).values(), protocol="nocam")
+    assert nocam.right_row[0] == 2
+
+
+def test_confusions_count_first_places(run):
+    data = arguments_of(*run)
+    result, found = metrics.evaluate(*data.values()), reasons.extremes(*data.values())
+    pairs, wrong, distractors = reasons.confusions(found, result, data["q_pids"], data["g_pids"])
+    assert (wrong, distractors) == (3 - int(result.first_rank[1] == 1), 1)
+    assert (pairs[0].pid, pairs[0].taken_for, pairs[0].queries, pairs[0].back) == (1, 2, 2, 0)
+    assert pairs[0].image == 0
+
+
+def labelled(wrong=None):
+    """40 people in their own directions, three queries and images each. Person 5's images in the gallery ("gallery") or one
+    of the queries ("query") get the id of the person least like 5."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.nn.functional.normalize(torch.randn(40, 64, generator=generator), dim=1)
+
+    def images():
+        return torch.nn.functional.normalize(centres.repeat(3, 1) + 0.05 * torch.randn(120, 64, generator=generator), dim=1)
+
+    pids = torch.arange(1, 41).repeat(3)
+    g_pids = pids.clone()
+    unlike = int((centres @ centres[4]).argmin()) + 1
+    if wrong == "gallery":
+        g_pids[[4, 44, 84]] = unlike
+    q_pids = pids.clone()
+    if wrong == "query":
+        q_pids[4] = unlike
+    return images(), images(), q_pids, torch.ones(120).long(), g_pids, torch.full((120,), 2)
+
+
+def suspects(data):
+    result, found, roc = metrics.evaluate(*data), reasons.extremes(*data), metrics.roc(*data)
+    return reasons.alike_strangers(found, result, roc, 50), reasons.unlike_images(found, roc, 50)
+
+
+def test_swapped_labels_are_suspected_and_right_ones_are_not():
+    (alike, all_alike, _), (unlike, all_unlike, _) = suspects(labelled())
+    assert (alike, all_alike, unlike, all_unlike) == ([], 0, [], 0)
+    _, (unlike, count, limit) = suspects(labelled("gallery"))
+    assert {s.image for s in unlike} == {4, 44, 84} and count == 3 and all(s.score < limit for s in unlike)
+    (alike, count, margin), _ = suspects(labelled("query"))
+    assert [s.query for s in alike] == [4] and count == 1 and alike[0].score > alike[0].best_score + margin
+
+
+def test_level_is_the_share_of_strangers_above():
+    data = labelled()
+    roc = metrics.roc(*data)
+    scores = (data[0] @ data[1].T)[data[2][:, None] != data[4]]
+    for share in (0.5, 0.1, 0.01):
+        assert abs(reasons.level(roc, share) - float(scores.quantile(1 - share))) <= 0.011
+
+
+def test_ranked_rows_caps_both_kinds():
+    scores = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5, 0.4])
+    counts = torch.tensor([False, False, True, False, True, True])
+    assert reasons.ranked_rows(scores, counts, 2, 1) == [0, 2, 4]
+
+
+def test_worst_first_and_never_a_skipped_one(run):
+    result = metrics.evaluate(*arguments_of(*run).values())
+    worst = reasons.worst_queries(result, 9)
+    assert 3 not in worst and len(worst) == result.valid
+    assert result.ap[worst].tolist() == sorted(result.ap[worst].tolist())
+
+
+def test_skipped_queries_and_unreadable_images_are_named(run, tmp_path):
+    run[1].bad = [("g/broken<.jpg", "not an image")]
+    text = write(tmp_path / "report", run).read_text("utf-8")
+    assert "no image of its id in the gallery: q/4?.jpg" in text
+    assert "g/broken&lt;.jpg: not an image" in text
+
+
+def test_tracklets_are_shown_by_their_first_image(run, tmp_path):
+    assert "q/1b.jpg" in write(tmp_path / "report", run, multi_query=True).read_text("utf-8")
+
+
+def test_replaces_a_report_and_nothing_else(run, tmp_path):
+    folder = tmp_path / "report"
+    write(folder, run, title="first")
+    (folder / "crops" / "9999.jpg").write_bytes(b"old")
+    assert "second" in write(folder, run, title="second").read_text("utf-8")
+    assert not (folder / "crops" / "9999.jpg").exists()
+    assert [file.name for file in tmp_path.iterdir() if ".tmp" in file.name] == []
+    precious = tmp_path / "thesis"
+    precious.mkdir()
+    (precious / "report.html").write_text("mine")
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    for taken in (precious, precious / "report.html", link):
+        with pytest.raises(ReidError, match="not a report"):
+            write(taken, run)
+    assert (precious / "report.html").read_text() == "mine"
+
+
+def test_failure_leaves_the_old_report_and_no_rest(run, tmp_path, monkeypatch):
+    folder = tmp_path / "report"
+    write(folder, run, title="first")
+    monkeypatch.setattr(report, "_page", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write(folder, run)
+    assert "first" in (folder / "report.html").read_text()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["data", "report"]
+
+
+@pytest.mark.skipif(report.fcntl is None, reason="no locks on this system")
+def test_folders_of_killed_runs_are_swept_and_live_ones_are_not(tmp_path):
+    dead = tmp_path / ".report.dead.tmp"
+    dead.mkdir()
+    with report._new_folder(tmp_path / "report") as live:
+        assert not dead.exists()
+        with report._new_folder(tmp_path / "report"):
+            assert live.exists()
+
+
+def test_missing_matplotlib_is_said_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ReidError, match="pip install matplotlib"):
+        report.check_folder(tmp_path / "new")
+
+
+def compared(name, run):
+    queries, gallery = run
+    result = metrics.evaluate(*arguments_of(queries, gallery).values())
+    gallery.queries = queries
+    return name, gallery, result
+
+
+def test_comparison_pairs_by_path(run, tmp_path):
+    queries, gallery = run
+    rows = list(zip(queries.paths, queries.pids.tolist(), queries.camids.tolist(), queries.embeddings.tolist()))
+    other = make_index(tmp_path, rows[::-1][:-1])  # another order, one query less
+    table = compare_table(compared("calm-fox-1", run), compared("wise-owl-2", (other, make_index(tmp_path, list(zip(
+        gallery.paths, gallery.pids.tolist(), gallery.camids.tolist(), gallery.embeddings.tolist()))))))
+    assert "3 queries valid in both: 0 better with wise-owl-2, 0 worse, 3 equal" in table
+    assert re.search(r"mAP +([\d.]+) +\1 +\+0.00 +\+0.00 to \+0.00", table)
+    assert "mAP: no clear difference" in table
+
+
+def test_comparison_tells_the_better_run(tmp_path):
+    data = labelled()
+    noise = torch.nn.functional.normalize(data[1] + torch.randn(120, 64, generator=torch.Generator().manual_seed(1)), dim=1)
+
+    def entry(name, g_emb):
+        sides = [zip(map(str, range(120)), pids.tolist(), camids.tolist(), emb.tolist())
+                 for emb, pids, camids in ((data[0], data[2], data[3]), (g_emb, data[4], data[5]))]
+        return compared(name, [make_index(tmp_path, list(rows)) for rows in sides])
+
+    good, bad = entry("good", data[1]), entry("bad", noise)
+    assert "mAP: good is better; Rank-1: good is better" in compare_table(good, bad)
+    assert "mAP: good is better" in compare_table(bad, good)
+    line = next(line for line in compare_table(bad, good).splitlines() if line.startswith("mAP"))
+    assert float(line.split()[3]) == pytest.approx(100 * (good[2].mAP - bad[2].mAP), abs=0.011)
+    other = make_index(tmp_path, [("g/else", 1, 1, (1.0, 0.0))])
+    with pytest.raises(ReidError, match="different galleries"):
+        compare_table(good, ("other", other, bad[2]))

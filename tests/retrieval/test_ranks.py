@@ -1,0 +1,105 @@
+"""Two and three gloo processes embed and search as one does."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from reid.checkpoint import save_checkpoint
+from reid.data.datasets import read_folder, read_split
+from reid.model import build_model, default_config
+from reid.retrieval.extract import Extractor
+from reid.retrieval.index import GalleryIndex
+
+WORK = """
+import sys, torch
+import torch.distributed as dist
+from reid import distributed
+from reid.data.datasets import read_folder
+from reid.retrieval.extract import Extractor
+from reid.retrieval.index import GalleryIndex
+
+rank, ranks = distributed.start("cpu")
+extractor = Extractor(sys.argv[1], "cpu", "fp32")
+records, out = read_folder(sys.argv[2]), {}
+for name, some in (("all", records), ("two", records.select(torch.arange(2)))):
+    index = GalleryIndex.build(extractor, some, dtype=torch.float32, progress=False, rank=rank, world_size=ranks)
+    exclude = torch.arange(-1, len(index))[:3][: len(index)]
+    scores, rows = index.search(index.embeddings[:3], 6, range(-1, 5), exclude, rank, ranks)
+    out[name] = {"embeddings": index.embeddings, "paths": list(index.paths), "pids": index.pids, "rows": rows,
+                 "bad": [str(file) for file, _ in index.bad], "scores": scores}
+torch.save(out, f"{sys.argv[3]}/{rank}.pt")
+distributed.stop()
+"""
+
+
+@pytest.fixture(scope="module")
+def made(people, tmp_path_factory):
+    """(checkpoint, folder of people with two files that are no images)."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.manual_seed(0)
+    save_checkpoint(folder / "best.pth", build_model(default_config([1, 2], height=64, width=32)), {}, {})
+    gallery = folder / "gallery"
+    gallery.mkdir()
+    for i, file in enumerate(sorted((people / "gallery").rglob("*.jpg"))[:23]):
+        (gallery / file.name).write_bytes(b"no image" if i in (3, 10) else file.read_bytes())
+    for twin in ("9998_c1.jpg", "9999_c2.jpg"):  # equal scores stand in the order of their rows, on any number of ranks
+        (gallery / twin).write_bytes(sorted(gallery.iterdir())[0].read_bytes())
+    (folder / "work.py").write_text(WORK)
+    return folder / "best.pth", gallery
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_make_the_index_that_one_process_makes(root, made, tmp_path, ranks):
+    checkpoint, gallery = made
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks),
+               str(checkpoint.parent / "work.py"), str(checkpoint), str(gallery), str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+
+    records, extractor = read_folder(gallery), Extractor(checkpoint, "cpu", "fp32")
+    for name, some in (("all", records), ("two", records.select(torch.arange(2)))):
+        index = GalleryIndex.build(extractor, some, dtype=torch.float32, progress=False)
+        scores, rows = index.search(index.embeddings[:3], 6, range(-1, 5), torch.arange(-1, len(index))[:3][: len(index)])
+        for result in results:
+            found = result[name]
+            assert found["paths"] == list(index.paths) and torch.equal(found["pids"], index.pids)
+            assert sorted(found["bad"]) == sorted(str(file) for file, _ in index.bad)
+            torch.testing.assert_close(found["embeddings"], index.embeddings, atol=1e-6, rtol=0)
+            torch.testing.assert_close(found["scores"], scores, atol=1e-6, rtol=0)
+            assert torch.equal(found["rows"], rows)
+    assert len(index) == 2 and len(results[0]["all"]["paths"]) == 23
+
+
+def test_scripts_on_three_ranks_write_and_find_what_one_finds(root, made, people, tmp_path):
+    """eval.py keeps the index with its queries; inference.py makes one of a folder, keeps it, and searches it in three parts."""
+    checkpoint = tmp_path / "models/tiny/best.pth"
+    checkpoint.parent.mkdir(parents=True)
+    shutil.copy(made[0], checkpoint)
+    images = sorted((people / "query").rglob("*.jpg"))[:4]
+    for script, *options in (("eval.py", "--data_root", people),
+                             ("inference.py", "--gallery", people / "gallery", "--topk", 7, "--query_paths", *images)):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3", root / script,
+                   "--exp_name", "tiny", "--device", "cpu", "--precision", "fp32", *options,
+                   "--save_index", "--gallery_uri", f"{script}.pt", "--json", f"{script}.json"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*map(str, command)], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.count("index saved") == 1, done.stderr
+
+    extractor = Extractor(checkpoint, "cpu", "fp32")
+    evaluated, searched = GalleryIndex.load(tmp_path / "eval.py.pt"), GalleryIndex.load(tmp_path / "inference.py.pt")
+    for found, records in ((evaluated, read_split(people, "gallery")), (evaluated.queries, read_split(people, "query")),
+                           (searched, read_folder(people / "gallery"))):
+        index = GalleryIndex.build(extractor, records, progress=False)
+        assert list(found.paths) == list(index.paths) and torch.equal(found.pids, index.pids)
+        torch.testing.assert_close(found.embeddings, index.embeddings, atol=1e-3, rtol=0)
+    rows = index.search(extractor.embed(images), 7)[1].tolist()
+    rankings = json.loads((tmp_path / "inference.py.json").read_text())["rankings"]
+    for ranking, row in zip(rankings, rows, strict=True):
+        assert [hit["path"] for hit in ranking["hits"]] == [str(people / "gallery" / index.paths[i]) for i in row]

@@ -1,0 +1,230 @@
+"""Runs written by reid.training.tracking, read back with MLflow's client and TensorBoard's own reader."""
+
+import hashlib
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from reid import ReidError
+from reid.training import tracking
+from reid.training.tracking import Tracker, new_run_name, open_store
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A working folder whose mlflow.db the tests of this module share: creating one takes seconds."""
+    folder = tmp_path_factory.mktemp("work")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
+        patch.chdir(folder)
+        open_store()
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def in_folder(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+
+
+def board(name):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(f"runs/{name}").Reload()
+
+
+def scalars(name, tag):
+    return [(event.step, round(event.value, 4)) for event in board(name).Scalars(tag)]
+
+
+def history(tracker, tag):
+    return [(point.step, point.value) for point in tracker.client.get_metric_history(tracker.run_id, tag)]
+
+
+def data(tracker):
+    return tracker.client.get_run(tracker.run_id).data
+
+
+def test_names_are_new_whatever_the_seed_and_leave_the_global_state_alone(tmp_path, monkeypatch):
+    random.seed(0)
+    state = random.getstate()
+    names = [new_run_name(tmp_path)]
+    assert random.getstate() == state
+    random.seed(0)
+    names += [new_run_name(tmp_path) for _ in range(20)]
+    assert len(set(names)) > 15
+    for name in names:
+        word, noun, number = name.rsplit("-", 2)
+        assert word.isalpha() and noun.isalpha() and number.isdigit() and len(name) <= 20
+
+    (tmp_path / "shy-cat-1").mkdir()  # a name that is taken is drawn again
+    draws = iter(["shy", "cat", "shy", "dog"])
+    monkeypatch.setattr(random.SystemRandom, "choice", lambda self, words: next(draws))
+    monkeypatch.setattr(random.SystemRandom, "randint", lambda self, low, high: 1)
+    assert new_run_name(tmp_path) == "shy-dog-1"
+
+
+def test_a_run_is_in_both(folder):
+    random.seed(0)
+    state = random.getstate(), torch.get_rng_state()
+    with Tracker("one", {"lr": 0.05, "data_root": None}, tags={"exp_tag": "try", "nothing": None}) as tracker:
+        tracker.image("train/augmented", torch.full((3, 8, 16), 200, dtype=torch.uint8), 0)
+        tracker.log({"train/loss": 2.5, "val/mAP": 0.25}, 1)
+        tracker.log({"train/loss": torch.tensor(1.5), "val/mAP": float("nan")}, 2)
+        assert data(tracker).params == {"lr": "0.05", "data_root": "None"}
+        assert tracker.client.get_run(tracker.run_id).info.status == "RUNNING"
+    assert random.getstate() == state[0] and torch.equal(torch.get_rng_state(), state[1])
+
+    run = tracker.client.get_run(tracker.run_id)
+    assert (run.info.run_name, run.info.status) == ("one", "FINISHED")
+    assert tracker.client.get_experiment(run.info.experiment_id).name == "human-reid"
+    assert history(tracker, "train/loss") == [(1, 2.5), (2, 1.5)]
+    assert run.data.tags["torch"] == torch.__version__ and run.data.tags["exp_tag"] == "try"
+    assert {"python", "torchvision", "numpy", "mlflow", "device", "mlflow.source.name"} <= run.data.tags.keys()
+    assert "nothing" not in run.data.tags
+
+    assert scalars("one", "train/loss") == [(1, 2.5), (2, 1.5)]
+    (image,) = board("one").Images("train/augmented")
+    assert (image.width, image.height) == (16, 8)
+
+
+def test_a_resumed_run_goes_on(folder):
+    with Tracker("two", {"lr": 0.05, "num_epochs": 4}) as first:
+        for step in (1, 2, 3):
+            first.log({"train/loss": 10.0 + step}, step)
+    with Tracker("two", {"lr": 0.05, "num_epochs": 6, "new": 1}, run_id=first.run_id) as second:
+        assert second.client.get_run(second.run_id).info.status == "RUNNING"
+        for step in (3, 4):
+            second.log({"train/loss": 20.0 + step}, step)
+    assert second.run_id == first.run_id
+    assert data(second).params == {"lr": "0.05", "num_epochs": "4", "new": "1"}
+    assert data(second).tags["resumed.num_epochs"] == "6" and "resumed.lr" not in data(second).tags
+    assert history(second, "train/loss")[-2:] == [(3, 23.0), (4, 24.0)]
+    assert scalars("two", "train/loss") == [(1, 11.0), (2, 12.0), (3, 23.0), (4, 24.0)]
+
+
+@pytest.mark.parametrize(
+    "error, status", [(None, "FINISHED"), (KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED"), (ReidError, "FAILED")]
+)
+def test_status_tells_how_the_run_ended(folder, error, status):
+    try:
+        with Tracker("ends", {}) as tracker:
+            if error:
+                raise error("stop")
+    except BaseException as raised:
+        assert type(raised) is error
+    assert tracker.client.get_run(tracker.run_id).info.status == status
+    tracker.close("RUNNING")
+    assert tracker.client.get_run(tracker.run_id).info.status == status
+
+
+def test_a_run_that_the_store_has_lost_starts_anew(folder):
+    with Tracker("lost", {"lr": 1}, run_id="0" * 32) as tracker:
+        assert tracker.run_id != "0" * 32 and data(tracker).params == {"lr": "1"}
+    tracker.client.delete_run(tracker.run_id)
+    with Tracker("lost", {}, run_id=tracker.run_id) as again:
+        assert again.run_id != tracker.run_id
+
+
+def test_a_store_that_goes_away_is_told_later(folder, monkeypatch, capsys):
+    with Tracker("gone", {"lr": 1}) as tracker:
+        answer, down = tracker.client.log_batch, True
+
+        def log_batch(*args, **kwargs):
+            if down:
+                raise OSError("no route to host")
+            return answer(*args, **kwargs)
+
+        monkeypatch.setattr(tracker.client, "log_batch", log_batch)
+        for step in range(3):
+            tracker.log({f"train/{i}": float(step) for i in range(60)}, step)  # 180 values: more than a request holds
+        assert history(tracker, "train/7") == []
+        down = False
+        tracker.log({"train/7": 3.0}, 3)
+        assert history(tracker, "train/7") == [(0, 0.0), (1, 1.0), (2, 2.0), (3, 3.0)]
+        down = True
+        tracker.log({"train/7": 4.0}, 4)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and "no route to host" in lines[0] and "misses 1 values" in lines[2]
+    assert scalars("gone", "train/7")[-1] == (4, 4.0)
+
+
+def test_projector_files(folder, monkeypatch):
+    monkeypatch.setattr(tracking, "PROJECTOR_ROWS", 9)
+    images = torch.zeros(12, 3, 32, 16, dtype=torch.uint8)
+    with Tracker("space", {}) as tracker:
+        tracker.projector(torch.eye(12) / 3, torch.arange(100, 112), images)
+    (files,) = {path.parent for path in (folder / "runs" / "space").rglob("tensors.tsv")}
+    rows = [line.split("\t") for line in (files / "tensors.tsv").read_text().splitlines()]
+    assert len(rows) == 9 and rows[1][:3] == ["0.0", "0.3333", "0.0"]
+    assert (files / "metadata.tsv").read_text().split() == [str(pid) for pid in range(100, 109)]
+    with Image.open(files / "sprite.png") as sprite:
+        assert sprite.size == (3 * tracking.SPRITE, 3 * tracking.SPRITE)
+        white, black = sprite.getpixel((0, 32)), sprite.getpixel((32, 32))  # beside the person, and the person
+    assert (white, black) == ((255, 255, 255), (0, 0, 0))
+    config = (folder / "runs" / "space" / "projector_config.pbtxt").read_text()
+    assert config.count("single_image_dim: 64") == 2 and "tensors.tsv" in config
+
+
+def test_a_checkpoint_is_referred_to(folder):
+    (folder / "best.pth").write_bytes(b"weights")
+    with Tracker("points", {}) as tracker:
+        tracker.artifact_reference(folder / "best.pth")
+    assert data(tracker).tags["best.pth"] == str(folder / "best.pth")
+    assert data(tracker).tags["best.pth.sha256"] == hashlib.sha256(b"weights").hexdigest()
+    assert not (folder / "mlruns").exists()
+
+
+@pytest.mark.parametrize(
+    "uri, words",
+    [
+        ("http://me:secret@127.0.0.1:9", "Connection refused"),
+        ("http://no-such-host.invalid:80", "http://no-such-host.invalid:80"),
+        ("nonsense://here", "nonsense"),
+        ("sqlite:////dev/null/mlflow.db", "/dev/null"),
+        ("sqlite:///text.db", "not a database"),
+        ("sqlite:///runs", "not a file"),
+    ],
+)
+def test_a_store_that_cannot_be_used_is_one_line(folder, monkeypatch, uri, words):
+    (folder / "text.db").write_text("text")
+    (folder / "runs").mkdir(exist_ok=True)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(ReidError, match=words) as caught:
+        Tracker("none", {})
+    assert "\n" not in str(caught.value) and "MLFLOW_TRACKING_URI" in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_deleted_experiment_is_one_line(folder, monkeypatch):
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "old")
+    client, _ = open_store()
+    client.delete_experiment(client.create_experiment("old"))
+    with pytest.raises(ReidError, match="active"):
+        Tracker("none", {})
+
+
+def test_a_rival_that_makes_the_database_first_wins_and_any_folder_name_will_do(folder, monkeypatch):
+    open_store()[0].create_experiment("rival")
+    place = folder / "50%20 of #1?"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    link = tracking.Path.hardlink_to
+
+    def late(self, fresh):
+        self.write_bytes((folder / "mlflow.db").read_bytes())
+        return link(self, fresh)
+
+    monkeypatch.setattr(tracking.Path, "hardlink_to", late)
+    client, _ = open_store()
+    assert "rival" in {experiment.name for experiment in client.search_experiments()}
+    assert [path.name for path in place.iterdir()] == ["mlflow.db"]
+
+
+def test_importing_it_loads_neither_library(root):
+    code = "import sys, reid.training.tracking; sys.exit(any(name in sys.modules for name in ('mlflow', 'tensorboard')))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
