@@ -14,12 +14,13 @@ from tqdm import tqdm
 from reid import ReidError, distributed
 from reid.checkpoint import load_weights
 from reid.cli import HelpFormatter, run
-from reid.data.datasets import pk_batches
+from reid.data.datasets import load_training_set
 from reid.model import EMBEDDING_SIZES, build_model, default_config, pick_device
 from reid.training import augment
 from reid.training.cache import ImageCache
 from reid.training.losses import PAIR_LOSSES
-from reid.training.run import Run, load_training_set
+from reid.training.run import Run
+from reid.training.sampler import pk_batches
 from reid.training.trainer import NORM_BATCHES, Engine
 
 

@@ -1,4 +1,4 @@
-"""Folders of person crops: names, listings and the identity-balanced batches of training."""
+"""Folders of person crops: names, listings and the training set."""
 
 import hashlib
 import os
@@ -123,43 +123,42 @@ def list_images(folder):
     return sorted(found)
 
 
-def pk_batches(labels, batch_size, per_id, seed, epoch):
-    """Identity-balanced batches of one epoch (PK sampling; Hermans et al., arXiv 1703.07737).
+class LabelledImages(NamedTuple):
+    files: list
+    labels: torch.Tensor  # int64 [N], positions in the sorted list of classes
 
-    labels: int64 [N]. Returns int64 [max(1, N // batch_size), batch_size]: row positions, `per_id` consecutive ones of each
-    of batch_size / per_id different identities. Each identity's images are shuffled and dealt in groups of `per_id` (the
-    last group is filled with images already dealt), so nearly every image is seen once. A pure function of (seed, epoch):
-    resuming needs no sampler state, and each rank of a data-parallel run cuts its columns from the same rows.
+
+def load_training_set(roots, train_all):
+    """(train, val or None, classes) of one or several grouped datasets.
+
+    classes: the sorted ids, or "<root's name>/<id>" of several roots, whose ids are kept apart. Ids -1 and 0 are nobody's.
     """
-    people, rest = divmod(batch_size, per_id)
-    if rest or people < 2 or per_id < 2:
-        raise ReidError(f"--batch_size {batch_size} must be --num_instances ({per_id}, at least 2) times 2 or more identities")
-    identities = len(labels.unique())
-    if people > identities:
-        raise ReidError(f"--batch_size {batch_size} needs {people} identities in a batch, the training set has {identities}")
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    groups = {}
-    batches = []
-    for _ in range(max(1, len(labels) // batch_size)):
-        if len(groups) < people:
-            groups = _deal(labels, per_id, generator)
-        # Drawing with weights of what is left keeps identities with many images from being all that remains at the end.
-        names = list(groups)
-        left = torch.tensor([len(groups[name]) for name in names], dtype=torch.float64)
-        chosen = [names[i] for i in torch.multinomial(left, people, generator=generator).tolist()]
-        batches.append([row for name in chosen for row in groups[name].pop()])
-        groups = {name: rows for name, rows in groups.items() if rows}
-    return torch.tensor(batches, dtype=torch.int64)
+    def read(split):
+        files, names = [], []
+        for root in roots:
+            records = read_split(root, split)
+            records = records.select(records.pids > DISTRACTOR)
+            files += records.files()
+            names += [pid if len(roots) == 1 else f"{Path(root).name}/{pid}" for pid in records.pids.tolist()]
+        return files, names
 
-
-def _deal(labels, per_id, generator):
-    """Every identity's rows, shuffled, in groups of `per_id`."""
-    shuffled = torch.randperm(len(labels), generator=generator)
-    groups = {}
-    for row, label in zip(shuffled.tolist(), labels[shuffled].tolist()):
-        groups.setdefault(label, []).append(row)
-    for label, rows in groups.items():
-        missing = -len(rows) % per_id
-        rows += [rows[i] for i in torch.randint(len(rows), (missing,), generator=generator).tolist()]
-        groups[label] = [rows[i : i + per_id] for i in range(0, len(rows), per_id)]
-    return groups
+    if len({Path(root).name for root in roots}) < len(roots):
+        raise ReidError(f"--data_root {' '.join(roots)}: two roots with the same name; their ids could not be told apart")
+    files, names = read("train")
+    if all((Path(root) / "val").is_dir() for root in roots):
+        val_files, val_names = read("val")
+    elif train_all:
+        val_files, val_names = [], []
+    else:
+        missing = next(Path(root) / "val" for root in roots if not (Path(root) / "val").is_dir())
+        raise ReidError(f"{missing}: no such folder; make it with data_prep.py, or train without it with --train_all")
+    if train_all:
+        files, names, val_files, val_names = files + val_files, names + val_names, [], []
+    classes = sorted(set(names))
+    label = {name: i for i, name in enumerate(classes)}
+    strangers = sorted(set(val_names) - set(classes), key=str)
+    if strangers:
+        raise ReidError(f"val/ has identities that train/ has not: {strangers[:3]}; make both with data_prep.py")
+    train = LabelledImages(files, torch.tensor([label[name] for name in names]))
+    val = LabelledImages(val_files, torch.tensor([label[name] for name in val_names])) if val_files else None
+    return train, val, classes

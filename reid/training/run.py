@@ -5,14 +5,10 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
-
-import torch
 
 from reid import ReidError, distributed
 from reid.checkpoint import FORMAT, VERSION, check_name, checkpoint_payload, load_checkpoint
 from reid.cli import check_ranges
-from reid.data.datasets import DISTRACTOR, read_split
 from reid.files import locked, save
 
 MANY = 1 << 20
@@ -21,47 +17,6 @@ LIMITS = dict.fromkeys(SHARES, (0, 1)) | {
     "batch_size": (2, MANY), "num_instances": (2, MANY), "height": (32, 2048), "width": (32, 2048), "num_data_loaders": (0, 1024),
     "num_epochs": (1, MANY), "eval_freq": (1, MANY), "warmup_epochs": (0, MANY), "swa": (0, MANY), "lr": (0, 1e38),
     "weight_decay": (0, 1), "pair_weight": (0, MANY), "margin": (-MANY, MANY), "distill": (0, MANY), "seed": (0, 1 << 40)}
-
-
-class LabelledImages(NamedTuple):
-    files: list
-    labels: torch.Tensor  # int64 [N], positions in the sorted list of classes
-
-
-def load_training_set(roots, train_all):
-    """(train, val or None, classes) of one or several grouped datasets.
-
-    classes: the sorted ids, or "<root's name>/<id>" of several roots, whose ids are kept apart. Ids -1 and 0 are nobody's.
-    """
-    def read(split):
-        files, names = [], []
-        for root in roots:
-            records = read_split(root, split)
-            records = records.select(records.pids > DISTRACTOR)
-            files += records.files()
-            names += [pid if len(roots) == 1 else f"{Path(root).name}/{pid}" for pid in records.pids.tolist()]
-        return files, names
-
-    if len({Path(root).name for root in roots}) < len(roots):
-        raise ReidError(f"--data_root {' '.join(roots)}: two roots with the same name; their ids could not be told apart")
-    files, names = read("train")
-    if all((Path(root) / "val").is_dir() for root in roots):
-        val_files, val_names = read("val")
-    elif train_all:
-        val_files, val_names = [], []
-    else:
-        missing = next(Path(root) / "val" for root in roots if not (Path(root) / "val").is_dir())
-        raise ReidError(f"{missing}: no such folder; make it with data_prep.py, or train without it with --train_all")
-    if train_all:
-        files, names, val_files, val_names = files + val_files, names + val_names, [], []
-    classes = sorted(set(names))
-    label = {name: i for i, name in enumerate(classes)}
-    strangers = sorted(set(val_names) - set(classes), key=str)
-    if strangers:
-        raise ReidError(f"val/ has identities that train/ has not: {strangers[:3]}; make both with data_prep.py")
-    train = LabelledImages(files, torch.tensor([label[name] for name in names]))
-    val = LabelledImages(val_files, torch.tensor([label[name] for name in val_names])) if val_files else None
-    return train, val, classes
 
 
 def _leave(folder):

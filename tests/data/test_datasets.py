@@ -1,15 +1,13 @@
-"""Names, folders and the identity-balanced batches."""
+"""Names and folders."""
 
-import random
 import string
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reid import ReidError
-from reid.data.datasets import UNKNOWN_PID, Name, folder_pid, parse_name, pk_batches, read_folder, read_split
+from reid.data.datasets import UNKNOWN_PID, Name, folder_pid, parse_name, read_folder, read_split
 
 
 @pytest.mark.parametrize("name, expected", [
@@ -78,33 +76,3 @@ def test_no_images_is_an_error(tmp_path, what):
         read_split(folder, "train")
     with pytest.raises(ReidError):
         read_folder(folder / "train")
-
-
-def labels_of(counts):
-    labels = torch.tensor([label for label, count in enumerate(counts) for _ in range(count)])
-    return labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))]
-
-
-def test_pk_batches_are_balanced_and_nearly_everything_is_seen():
-    labels = labels_of([random.Random(0).randint(2, 40) for _ in range(100)])
-    batches = pk_batches(labels, 64, 4, seed=3, epoch=5)
-    assert batches.shape == (len(labels) // 64, 64)
-    for batch in labels[batches]:
-        groups = batch.view(16, 4)
-        assert (groups == groups[:, :1]).all()
-        assert len(groups[:, 0].unique()) == 16
-    assert len(batches.unique()) > 0.8 * len(labels)
-
-
-def test_pk_batches_are_a_function_of_seed_and_epoch():
-    labels = labels_of([5] * 30)
-    assert torch.equal(pk_batches(labels, 16, 4, 1, 2), pk_batches(labels, 16, 4, 1, 2))
-    assert not torch.equal(pk_batches(labels, 16, 4, 1, 2), pk_batches(labels, 16, 4, 1, 3))
-    assert not torch.equal(pk_batches(labels, 16, 4, 1, 2), pk_batches(labels, 16, 4, 2, 2))
-
-
-def test_pk_batches_of_tiny_sets():
-    assert pk_batches(labels_of([1, 1]), 8, 4, 0, 0).shape == (1, 8)
-    for batch_size, per_id in ((10, 4), (4, 4), (64, 4), (8, 1)):
-        with pytest.raises(ReidError, match="--batch_size"):
-            pk_batches(labels_of([3, 3, 3]), batch_size, per_id, 0, 0)

@@ -20,10 +20,10 @@ import train
 from reid import ReidError, distributed
 from reid import files as storage
 from reid.checkpoint import load_checkpoint, save_checkpoint
+from reid.data.datasets import load_training_set
 from reid.model import build_model, default_config
 from reid.training import augment
 from reid.training import trainer as engine
-from reid.training.run import load_training_set
 from reid.training.trainer import Engine, learning_rate
 
 TINY = ["--height", "64", "--width", "32", "--batch_size", "8", "--lr", "0.005", "--weights", "none", "--precision", "fp32",
