@@ -75,6 +75,7 @@ def main(args):
     extractor = extract.Extractor.from_args(checkpoint, args)
     index = gallery_of(args, extractor)
     ours = isinstance(index, GalleryIndex) and not args.serve  # then every rank also searches its stretch of the rows
+    ranks = {"rank": distributed.rank, "world_size": distributed.world_size} if ours else {}
     if distributed.rank and not ours:
         return distributed.stop()
     if distributed.rank == 0:
@@ -86,7 +87,7 @@ def main(args):
     embeddings, kept, bad = extractor.embed_records(query_files, strict=args.strict, progress=False)
     files = [query_files[i] for i in kept.tolist()]
     names = [name_of(file, args.data_root) for file in files]
-    scores, rows = search(args, index, embeddings, names, {"rank": distributed.rank, "world_size": distributed.world_size} if ours else {})
+    scores, rows = search(args, index, embeddings, names, ranks)
     if distributed.rank:
         return distributed.stop()
     rankings = [ranking(index, *item) for item in zip(files, names, scores, rows)]
@@ -161,10 +162,10 @@ def search(args, index, embeddings, names, ranks):
     """(scores, rows), lists of Q tensors: by cosine, or the best CANDIDATES in the order that other evidence gives them."""
     how = {"camids": args.cameras, "frames": args.frames, **ranks}
     if not (args.rerank or args.spacetime):
-        return index.search(embeddings, args.topk, **how)
+        return index.nearest(embeddings, args.topk, **how)
     path = checkpoint_path(args.exp_name).with_name("spacetime.pt")
     evidence = load_spacetime(path, args.data_root) if args.spacetime else None
-    _, candidates = index.search(embeddings, max(args.topk, CANDIDATES), **how)
+    _, candidates = index.nearest(embeddings, max(args.topk, CANDIDATES), **how)
     scores, rows = [], []
     for query, name, found in zip(embeddings, names, candidates):
         found = found[found >= 0]

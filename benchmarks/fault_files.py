@@ -185,7 +185,7 @@ def small_files(lab):
 
     def open_index(path):
         loaded = index_module.GalleryIndex.load(path, record["fingerprint"])
-        loaded.search(torch.ones(1, 1024) / 32, 3, camids=[1])
+        loaded.nearest(torch.ones(1, 1024) / 32, 3, camids=[1])
         assert len(list(loaded.paths)) == len(loaded.records()) == len(loaded)
 
     evidence = spacetime.fit(torch.tensor([1, 1, 2, 2]), torch.tensor([1, 2] * 2), torch.ones(4).long(), torch.arange(4) * 100)

@@ -78,10 +78,10 @@ def measure(uri, path, size, repeats, keep):
     """Searches of both in turn: {figure: (Milvus, index file)}, times in milliseconds, memory and disk in bytes."""
     clock, sizes = [time.perf_counter()], [resident()]
     gallery = MilvusGallery.open(uri, f"scale_{size}")
-    gallery.search(torch.ones(1, DIM), 1)  # the engine reads its rows at the first search
+    gallery.nearest(torch.ones(1, DIM), 1)  # the engine reads its rows at the first search
     clock, sizes = [*clock, time.perf_counter()], [*sizes, resident()]
     index = GalleryIndex.load(path)
-    index.search(torch.ones(1, DIM), 1)
+    index.nearest(torch.ones(1, DIM), 1)
     clock, sizes = [*clock, time.perf_counter()], [*sizes, resident()]
     result = {"open, s": (clock[1] - clock[0], clock[2] - clock[1]),
               "memory, MB": (sizes[1] - sizes[0], sizes[2] - sizes[1])}  # a server's memory is not in it
@@ -93,7 +93,7 @@ def measure(uri, path, size, repeats, keep):
     asked = {"1 query, ms": (1, {}), "100 queries, ms": (100, {}), "1 query in 1 camera, ms": (1, {"camids": [1]})}
     for name, (count, options) in asked.items():
         result[name] = alternate((gallery, index), queries[:count], repeats, **options)
-    rows, expected = gallery.search(queries, 10)[1].tolist(), index.search(queries, 10)[1].tolist()
+    rows, expected = gallery.nearest(queries, 10)[1].tolist(), index.nearest(queries, 10)[1].tolist()
     found = [[gallery.frames[row] for row in line] for line in rows]
     hits = sum(len(set(a) & set(b)) for a, b in zip(found, expected))
     result["recall@10"] = hits / sum(map(len, expected)), 1.0
@@ -109,7 +109,7 @@ def alternate(galleries, queries, repeats, **options):
     for turn in range(repeats + 1):
         for gallery, spent in zip(galleries, times):
             started = time.perf_counter()
-            gallery.search(queries, 10, **options)
+            gallery.nearest(queries, 10, **options)
             if turn:
                 spent.append(time.perf_counter() - started)
     return tuple(1e3 * statistics.median(spent) for spent in times)

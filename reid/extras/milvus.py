@@ -10,6 +10,7 @@ from reid.extras import ingest
 from reid.extras.milvus_client import INDEXES, QUANTIZED, Collection, collection_name, is_file, rebuild_command
 from reid.images import PREPROCESSING
 from reid.retrieval.index import GalleryIndex
+from reid.retrieval.ranked import identity_name, ranked_lists
 
 FORMAT = "reid-gallery/1"
 FIELDS = ("path", "pid", "camid", "seq", "frame", "position")  # what is told of a hit
@@ -150,7 +151,16 @@ class MilvusGallery:
     def __contains__(self, row):
         return row in self._known or row in self.fetch([row], ["key"])
 
-    def search(self, embeddings, topk, camids=None, exclude=None, frames=None):
+    def hit(self, row):
+        """(path, name of the identity or "" where it is unlabelled, pid, camid) of a row."""
+        path, pid = self.paths[row], int(self.pids[row])
+        return str(Path(self.data_root) / path), identity_name(pid, path), pid, int(self.camids[row])
+
+    def search(self, embeddings, topk=5, camids=None, frames=None, exclude=None, queries=None):
+        """A list of RankedList, one for each query; see `nearest`."""
+        return ranked_lists(self, *self.nearest(embeddings, topk, camids, frames, exclude), queries)
+
+    def nearest(self, embeddings, topk, camids=None, frames=None, exclude=None):
         """The `topk` most similar rows of each query: (scores float32 [Q, k], rows int64 [Q, k]), best first.
 
         embeddings: float32 [Q, D] of norm 1. camids: cameras to keep; frames: (first, last) frame to keep; both are filtered

@@ -125,7 +125,7 @@ class Searcher:
                 job.future.set_exception(error)
         for cameras, group in groups.items():
             jobs, vectors, own = zip(*group)
-            scores, rows = self.index.search(torch.stack(vectors), max(job.topk for job in jobs),
+            scores, rows = self.index.nearest(torch.stack(vectors), max(job.topk for job in jobs),
                                              camids=list(cameras) or None, exclude=torch.tensor(own))
             for job, row, found, hits in zip(jobs, own, scores.tolist(), rows.tolist()):
                 job.future.set_result(self._result(row, [hit for hit in zip(found, hits) if hit[1] >= 0][: job.topk]))
@@ -143,7 +143,7 @@ class Searcher:
     def _anybody(self, count):
         """Up to `count` different images to pick from: of people, or an engine's neighbours of random directions."""
         if self.rows is self.index:
-            _, found = self.index.search(F.normalize(torch.randn(count, self.extractor.dim)), NEIGHBOURS)
+            _, found = self.index.nearest(F.normalize(torch.randn(count, self.extractor.dim)), NEIGHBOURS)
             picked = {random.choice(near) for near in ([row for row in rows if row >= 0] for rows in found.tolist()) if near}
         else:
             people = ((self.index.pids != JUNK) & (self.index.pids != DISTRACTOR)).nonzero()[:, 0]

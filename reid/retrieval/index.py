@@ -10,6 +10,7 @@ from reid import ReidError
 from reid.data.datasets import Records
 from reid.files import VERIFY_LIMIT, load, save
 from reid.images import PREPROCESSING
+from reid.retrieval.ranked import identity_name, ranked_lists
 from reid.retrieval.search import ExactSearch
 
 FORMAT, VERSION = "reid-index", 1
@@ -144,16 +145,29 @@ class GalleryIndex:
             index.queries = cls._restore(part["queries"], path)
         return index
 
-    def search(self, embeddings, topk, camids=None, exclude=None, rank=0, world_size=1, frames=None):
+    def hit(self, row):
+        """(path, name of the identity or "" where it is unlabelled, pid, camid) of a row."""
+        path, pid = self.paths[row], int(self.pids[row])
+        return str(Path(self.data_root) / path), identity_name(pid, path), pid, int(self.camids[row])
+
+    def search(self, embeddings, topk=5, camids=None, frames=None, exclude=None, queries=None, rank=0, world_size=1):
+        """The `topk` most similar images of each query: a list of RankedList, one for each of the Q embeddings.
+
+        queries: Q values of `reid.retrieval.ranked.Query`, or None. The rest is as in `nearest`.
+        """
+        return ranked_lists(self, *self.nearest(embeddings, topk, camids, frames, exclude, rank, world_size), queries)
+
+    def nearest(self, embeddings, topk, camids=None, frames=None, exclude=None, rank=0, world_size=1):
         """The `topk` most similar rows of each query, exact: (scores float32 [Q, k], rows int64 [Q, k]), best first.
 
         embeddings: float32 [Q, D] of norm 1. camids: cameras to keep. frames: (first, last) frame to keep. exclude: row to
-        leave out for each query, int64 [Q] (-1: none), or a list of lists of rows. Equal scores stand in the order of their
-        rows. Where fewer than topk rows are left, score is -inf and row -1. torchrun: each rank searches its stretch of the
-        rows, all get the whole answer.
+        leave out for each query, int64 [Q] (-1: none), or a list of lists of rows. Equal scores are ordered by row. Where
+        fewer than topk rows are left, and for a query that is NaN, score is -inf and row -1. Under torchrun each rank searches
+        its stretch of the rows, and all get the whole answer.
         """
         if embeddings.ndim != 2 or embeddings.shape[1] != self.embeddings.shape[1]:
             raise ReidError(f"queries of shape {tuple(embeddings.shape)} in a gallery of {self.embeddings.shape[1]} dimensions")
+        no_crop = embeddings.isnan().any(1)  # as `Extractor.embed` marks an empty box: nothing is found for it
         start, stop = len(self) * rank // world_size, len(self) * (rank + 1) // world_size
         keep = None if camids is None else torch.isin(self.camids[start:stop], torch.tensor(list(camids), dtype=torch.int64))
         if frames is not None:
@@ -165,7 +179,8 @@ class GalleryIndex:
                        for rows in exclude]
         if (start, stop) not in self._search:
             self._search = {(start, stop): self._exact(self.embeddings[start:stop])}
-        scores, rows = self._search[start, stop].search(embeddings, topk, keep, exclude)
+        scores, rows = self._search[start, stop].search(embeddings.nan_to_num(), topk, keep, exclude)
+        scores[no_crop], rows[no_crop] = -torch.inf, -1
         if world_size == 1:
             return scores, rows
         import torch.distributed as dist

@@ -99,9 +99,9 @@ def test_one_interface(name, tmp_path):
     gallery = open_gallery(uri, RUN, extractor)
     records.files()[7].write_bytes(b"another image")
     assert gallery.add(extractor, records, progress=False) == 1 and extractor.embedded == 51
-    scores, rows = gallery.search(embedding(b"another image")[None], 2, camids=[1])
+    scores, rows = gallery.nearest(embedding(b"another image")[None], 2, camids=[1])
     assert gallery.paths[int(rows[0, 0])] == "g/0007.jpg" and scores[0, 0] > 0.999
-    assert gallery.search(embedding(b"another image")[None], 1, exclude=rows[:, 0])[1][0, 0] != rows[0, 0]
+    assert gallery.nearest(embedding(b"another image")[None], 1, exclude=rows[:, 0])[1][0, 0] != rows[0, 0]
     assert gallery.remove(["g/0007.jpg", "g/none.jpg"]) == 1 and gallery.count == len(gallery) == 49
     with pytest.raises(ReidError, match="weights"):
         gallery.add(FakeExtractor("1" * 32), records)
@@ -238,7 +238,7 @@ def test_readers_while_ingesting(files, server):
     def read():
         gallery = open_gallery(server.uri, RUN, PRINT)
         while not done.is_set():
-            scores, rows = gallery.search(expected[:3], 5)
+            scores, rows = gallery.nearest(expected[:3], 5)
             for query, line, scored in zip(expected, rows.tolist(), scores.tolist()):
                 found = [(row, score) for row, score in zip(line, scored) if row >= 0]
                 for row, score in found:

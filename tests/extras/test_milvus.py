@@ -57,16 +57,16 @@ def test_same_answers_as_the_index(where, tmp_path, request):
     assert len(gallery) == gallery.count == 1000
     for topk in (1, 10):
         for only in ({}, {"camids": [1, 4]}, {"camids": [99]}, {"frames": (1000, 2000)}, {"camids": [2], "frames": (0, 9000)}):
-            scores, rows = gallery.search(queries, topk, **only)
-            expected, places = index.search(queries, topk, **only)
+            scores, rows = gallery.nearest(queries, topk, **only)
+            expected, places = index.nearest(queries, topk, **only)
             torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
             assert paths_of(gallery, rows) == paths_of(index, places)
-    _, rows = gallery.search(queries, 3)
-    _, places = index.search(queries, 3)
+    _, rows = gallery.nearest(queries, 3)
+    _, places = index.nearest(queries, 3)
     for excluded in (rows[:, 0], rows[:, :2].tolist()):
-        found = gallery.search(queries, 5, exclude=excluded)[1]
+        found = gallery.nearest(queries, 5, exclude=excluded)[1]
         same = places[:, 0] if isinstance(excluded, torch.Tensor) else places[:, :2].tolist()
-        assert paths_of(gallery, found) == paths_of(index, index.search(queries, 5, exclude=same)[1])
+        assert paths_of(gallery, found) == paths_of(index, index.nearest(queries, 5, exclude=same)[1])
     first, place = int(rows[0, 0]), int(places[0, 0])
     assert (gallery.pids[first], gallery.camids[first], gallery.frames[first]) == (
         int(index.pids[place]), int(index.camids[place]), int(index.frames[place]))
@@ -80,7 +80,7 @@ def test_equal_scores_beyond_the_margin_stand_in_order(tmp_path):
     index = synthetic(100)
     index.embeddings[21:90] = index.embeddings[21]
     gallery = make(str(tmp_path / "milvus.db"), index)
-    _, rows = gallery.search(index.embeddings[21:22].float(), 5)
+    _, rows = gallery.nearest(index.embeddings[21:22].float(), 5)
     assert paths_of(gallery, rows) == [list(index.paths)[21:26]]
 
 
@@ -107,7 +107,7 @@ def test_approximate_indexes_are_scored_again(tmp_path):
     for index_type in ("HNSW", "IVF_FLAT", "IVF_SQ8"):  # each over the rows that are there
         gallery = MilvusGallery.create(uri, RUN, PRINT, True, DIM, index.data_root, index_type)
         assert gallery.index_type == index_type and len(gallery) == 600
-        scores, rows = gallery.search(index.embeddings[:10].float(), 10)
+        scores, rows = gallery.nearest(index.embeddings[:10].float(), 10)
         exact = torch.stack([gallery.embeddings[line] @ query for line, query in zip(rows, index.embeddings[:10].float())])
         torch.testing.assert_close(scores, exact, atol=1e-5, rtol=0)
         recall, compared = gallery.recall(sample=20)
@@ -139,9 +139,9 @@ def test_refused_galleries(tmp_path):
     with pytest.raises(ReidError, match="30 images of 64 numbers"):
         gallery.write(torch.ones(30, 32), index.records())
     with pytest.raises(ReidError, match=r"failed.*[dD]im"):
-        gallery.search(torch.ones(1, 32), 1)
+        gallery.nearest(torch.ones(1, 32), 1)
     with pytest.raises(ReidError, match="16,384"):
-        gallery.search(torch.ones(1, DIM), 20_000)
+        gallery.nearest(torch.ones(1, DIM), 20_000)
     with pytest.raises(ReidError, match=r"other weights.*--save_index --gallery_uri"):
         open_gallery(uri, RUN, "1" * 32)
     with pytest.raises(ReidError, match=r"no gallery of the run other.*inference\.py"):

@@ -157,7 +157,7 @@ def listed(answer):
 
 def test_an_image_is_answered_as_by_the_index(site, index, crop):
     answer = site.post(crop, topk=10)
-    scores, rows = index.search(embedding(crop), 10)
+    scores, rows = index.nearest(embedding(crop), 10)
     assert listed(answer) == rows[0].tolist()
     assert [r["score"] for r in answer.json()["results"]] == pytest.approx(scores[0].tolist(), abs=1e-6)
     best = answer.json()["results"][0]
@@ -167,7 +167,7 @@ def test_an_image_is_answered_as_by_the_index(site, index, crop):
 
 def test_a_gallery_image_is_answered_without_itself(site, index):
     answer = site.get("/search", row=8, topk=15)
-    _, rows = index.search(index.embeddings[8:9].float(), 15, exclude=torch.tensor([8]))
+    _, rows = index.nearest(index.embeddings[8:9].float(), 15, exclude=torch.tensor([8]))
     assert listed(answer) == rows[0].tolist()
     assert 8 not in listed(answer)
     assert answer.json()["query"]["row"] == "8"
@@ -179,7 +179,7 @@ def test_a_gallery_image_is_answered_without_itself(site, index):
 @pytest.mark.parametrize("cameras", [[1], [2, 3], [3, 3]])
 def test_cameras(site, index, crop, cameras):
     answer = site.post(crop, topk=15, camera=cameras)
-    assert listed(answer) == index.search(embedding(crop), 15, camids=cameras)[1][0].tolist()[: len(listed(answer))]
+    assert listed(answer) == index.nearest(embedding(crop), 15, camids=cameras)[1][0].tolist()[: len(listed(answer))]
     assert {r["camid"] for r in answer.json()["results"]} == set(cameras)
 
 
@@ -218,15 +218,15 @@ def test_a_gallery_in_an_engine(index, crop):
         def __contains__(self, row):
             return offset <= row < offset + len(index)
 
-        def search(self, embeddings, topk, camids=None, exclude=None):
+        def nearest(self, embeddings, topk, camids=None, exclude=None):
             if self.down:
                 raise ReidError("milvus: no answer")
             exclude = exclude - offset if exclude is not None else None
-            scores, rows = index.search(embeddings, topk, camids, exclude)
+            scores, rows = index.nearest(embeddings, topk, camids, exclude=exclude)
             return scores, torch.where(rows >= 0, rows + offset, rows)
 
     with Site(Engine()) as running:
-        expected = [row + offset for row in index.search(embedding(crop), 5)[1][0].tolist()]
+        expected = [row + offset for row in index.nearest(embedding(crop), 5)[1][0].tolist()]
         assert listed(running.post(crop, topk=5)) == expected
         assert listed(running.get("/search", row=expected[0], topk=3, camera=2))
         assert running.get(f"/image/{expected[0]}").status_code == 200
@@ -331,10 +331,10 @@ def test_64_clients(site, gallery, index):
     def ask(client):
         if client % 4 == 3:
             row = client % len(index)
-            return listed(site.get("/search", row=row, topk=3)), index.search(
+            return listed(site.get("/search", row=row, topk=3)), index.nearest(
                 index.embeddings[row : row + 1].float(), 3, exclude=torch.tensor([row]))[1][0].tolist()
         body, cameras = bodies[client % len(bodies)], [client % 3 + 1] if client % 2 else []
-        return listed(site.post(body, topk=3, camera=cameras)), index.search(
+        return listed(site.post(body, topk=3, camera=cameras)), index.nearest(
             embedding(body), 3, camids=cameras or None)[1][0].tolist()
 
     with ThreadPoolExecutor(64) as pool:
@@ -467,7 +467,7 @@ def test_page_search_by_upload(browser, site, index, crop, tmp_path):
     browser.wait("document.querySelectorAll('.card img').length > 5 &&"
                  " Array.from(document.querySelectorAll('.card img')).slice(0, 4).every((image) => image.naturalWidth == 32)")
     browser.upload(file)
-    expected = index.search(embedding(crop), 15)[1][0].tolist()
+    expected = index.nearest(embedding(crop), 15)[1][0].tolist()
     assert browser.rows() == expected
     text = browser.js("return document.querySelector('.card').innerText")
     assert "match" in text and "id 3" in text
@@ -477,7 +477,7 @@ def test_page_search_by_upload(browser, site, index, crop, tmp_path):
     browser.wait("document.querySelectorAll('.card').length == 4")
     assert browser.rows() == expected[:4]
     browser.click("#cameras input[value='2']")
-    within = index.search(embedding(crop), 4, camids=[2])[1][0].tolist()
+    within = index.nearest(embedding(crop), 4, camids=[2])[1][0].tolist()
     browser.wait(f"document.querySelector('.card').dataset.row == '{within[0]}'")
     assert browser.rows() == within
 
@@ -490,7 +490,7 @@ def test_page_click_and_back(browser, site, index):
     browser.click(f".card[data-row='{first[0]}']")
     browser.wait(f"document.querySelector('#preview').src.includes('image/{first[0]}?')")
     again = browser.rows()
-    assert again == index.search(index.embeddings[first[0]][None].float(), 15, exclude=torch.tensor([first[0]]))[1][0].tolist()
+    assert again == index.nearest(index.embeddings[first[0]][None].float(), 15, exclude=torch.tensor([first[0]]))[1][0].tolist()
     marks = browser.js("return Array.from(document.querySelectorAll('.card'), (c) => c.className.split(' ')[1])")
     pid = int(index.pids[first[0]])
     assert marks == [serve.verdict(pid, int(index.pids[row])) for row in again]
@@ -512,7 +512,7 @@ def test_page_shows_errors(browser, site, tmp_path):
 
 
 def test_page_takes_a_pasted_and_a_dropped_image(browser, site, index, crop):
-    expected = index.search(embedding(crop), 15)[1][0].tolist()
+    expected = index.nearest(embedding(crop), 15)[1][0].tolist()
     for kind in ("paste", "drop"):
         browser.open(site.url("/"))
         browser.js("""

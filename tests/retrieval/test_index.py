@@ -6,8 +6,9 @@ import torch.nn.functional as F
 
 from reid import ReidError
 from reid import files as storage
-from reid.data.datasets import make_records
+from reid.data.datasets import UNKNOWN_PID, folder_pid, make_records
 from reid.retrieval.index import FORMAT, VERSION, GalleryIndex, merge_shards
+from reid.retrieval.ranked import Query, identity_name
 from reid.retrieval.search import ExactSearch
 
 
@@ -74,15 +75,15 @@ def test_search_among_many_that_are_about_as_near(monkeypatch, more, expected):
 def test_filters():
     index = make_index()
     queries = random_rows(5, seed=2)
-    scores, rows = index.search(queries, 8, camids=[2])
+    scores, rows = index.nearest(queries, 8, camids=[2])
     expected, order = reference(queries, index.embeddings, 8, index.camids == 2)
     assert torch.equal(rows, order) and torch.allclose(scores, expected.float(), atol=1e-6)
-    best = index.search(queries, 2)[1]
-    assert torch.equal(index.search(queries, 1, exclude=best[:, 0])[1][:, 0], best[:, 1])
-    assert torch.equal(index.search(queries, 1, exclude=[[row] for row in best[:, 0].tolist()])[1][:, 0], best[:, 1])
-    assert (index.search(queries, 3, camids=[99])[1] == -1).all()
+    best = index.nearest(queries, 2)[1]
+    assert torch.equal(index.nearest(queries, 1, exclude=best[:, 0])[1][:, 0], best[:, 1])
+    assert torch.equal(index.nearest(queries, 1, exclude=[[row] for row in best[:, 0].tolist()])[1][:, 0], best[:, 1])
+    assert (index.nearest(queries, 3, camids=[99])[1] == -1).all()
     with pytest.raises(ReidError, match="dimensions"):
-        index.search(torch.zeros(2, 3), 1)
+        index.nearest(torch.zeros(2, 3), 1)
 
 
 def test_shards_merge_to_the_whole():
@@ -110,7 +111,7 @@ def test_round_trip(tmp_path, dtype):
 def test_half_precision_moves_scores_little():
     index, half = make_index(), make_index(dtype=torch.float16)
     queries = random_rows(20, seed=4)
-    assert (index.search(queries, 5)[0] - half.search(queries, 5)[0]).abs().max() < 1e-3
+    assert (index.nearest(queries, 5)[0] - half.nearest(queries, 5)[0]).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("change, message", [
@@ -160,3 +161,23 @@ def test_add_embeds_only_what_is_new_or_changed(tmp_path):
     assert index.remove(["1/0.jpg", "1/nothing.jpg"]) == 1 and len(index) == 4
     (tmp_path / "1" / "1.jpg").unlink()
     assert index.verify() == ["1/1.jpg"]
+
+
+def test_search_returns_ranked_lists():
+    index = make_index()
+    queries = random_rows(3, seed=2)
+    queries[1] = float("nan")  # an empty box
+    index.threshold = 0.5
+    scores, rows = index.nearest(queries, 4)
+    assert (rows[1] == -1).all() and (scores[1] == -torch.inf).all()
+    first, empty, last = index.search(queries, 4, queries=[Query(f"{i}.jpg", i) for i in range(3)])
+    assert torch.equal(first.rows, rows[0]) and torch.equal(first.scores, scores[0]) and torch.equal(last.rows, rows[2])
+    assert len(empty) == 0 and list(empty) == empty.names == [] and empty.query.pid == 1
+    row = int(rows[0, 0])
+    pid, camid = int(index.pids[row]), int(index.camids[row])
+    score = float(scores[0, 0])
+    assert first[0] == (1, row, f"nowhere/{index.paths[row]}", str(pid), pid, camid, score, score > 0.5)
+
+
+def test_identity_names():
+    assert [identity_name(pid, "a/anna/1.jpg") for pid in (7, folder_pid("anna"), UNKNOWN_PID)] == ["7", "anna", ""]

@@ -29,7 +29,7 @@ records, out = read_folder(sys.argv[2]), {}
 for name, some in (("all", records), ("two", records.select(torch.arange(2)))):
     index = GalleryIndex.build(extractor, some, dtype=torch.float32, progress=False, rank=rank, world_size=ranks)
     exclude = torch.arange(-1, len(index))[:3][: len(index)]
-    scores, rows = index.search(index.embeddings[:3], 6, range(-1, 5), exclude, rank, ranks)
+    scores, rows = index.nearest(index.embeddings[:3], 6, range(-1, 5), None, exclude, rank, ranks)
     out[name] = {"embeddings": index.embeddings, "paths": list(index.paths), "pids": index.pids, "rows": rows,
                  "bad": [str(file) for file, _ in index.bad], "scores": scores}
 torch.save(out, f"{sys.argv[3]}/{rank}.pt")
@@ -66,7 +66,7 @@ def test_ranks_make_the_index_that_one_process_makes(root, made, tmp_path, ranks
     records, extractor = read_folder(gallery), Extractor(checkpoint, "cpu", "fp32")
     for name, some in (("all", records), ("two", records.select(torch.arange(2)))):
         index = GalleryIndex.build(extractor, some, dtype=torch.float32, progress=False)
-        scores, rows = index.search(index.embeddings[:3], 6, range(-1, 5), torch.arange(-1, len(index))[:3][: len(index)])
+        scores, rows = index.nearest(index.embeddings[:3], 6, range(-1, 5), None, torch.arange(-1, len(index))[:3][: len(index)])
         for result in results:
             found = result[name]
             assert found["paths"] == list(index.paths) and torch.equal(found["pids"], index.pids)
@@ -99,7 +99,7 @@ def test_scripts_on_three_ranks_write_and_find_what_one_finds(root, made, people
         index = GalleryIndex.build(extractor, records, progress=False)
         assert list(found.paths) == list(index.paths) and torch.equal(found.pids, index.pids)
         torch.testing.assert_close(found.embeddings, index.embeddings, atol=1e-3, rtol=0)
-    rows = index.search(extractor.embed(images), 7)[1].tolist()
+    rows = index.nearest(extractor.embed(images), 7)[1].tolist()
     rankings = json.loads((tmp_path / "inference.py.json").read_text())["rankings"]
     for ranking, row in zip(rankings, rows, strict=True):
         assert [hit["path"] for hit in ranking["hits"]] == [str(people / "gallery" / index.paths[i]) for i in row]

@@ -1,0 +1,99 @@
+"""The result type of retrieval: search returns it, re-ranking and camera + time reorder it, extras draw it."""
+
+from dataclasses import dataclass, replace
+from pathlib import PurePath
+from typing import NamedTuple
+
+import torch
+
+from reid.data.datasets import UNKNOWN, UNKNOWN_PID
+
+
+class Query(NamedTuple):
+    """An image that was searched for. file: whatever `images.decode` reads, or None; pid and camid as in `reid.data.datasets`."""
+
+    file: object = None
+    pid: int = UNKNOWN_PID
+    camid: int = UNKNOWN
+    seq: int = UNKNOWN
+    frame: int = UNKNOWN
+
+
+class Hit(NamedTuple):
+    """One gallery image of a ranked list. match: whether the score exceeds the threshold, None without a threshold."""
+
+    position: int  # from 1
+    row: int  # of the gallery
+    path: str
+    name: str  # of the identity, "" where it is not known
+    pid: int
+    camid: int
+    score: float
+    match: bool | None
+
+
+@dataclass(frozen=True)
+class RankedList:
+    """The gallery images found for one query, best first.
+
+    rows: int64 [K], rows of `gallery`; scores: float32 [K], descending; threshold: score above which a hit is a match, or
+    None. gallery: a GalleryIndex, or any object whose `hit(row)` returns (path, name, pid, camid) of a row.
+    """
+
+    query: Query
+    rows: torch.Tensor
+    scores: torch.Tensor
+    gallery: object
+    threshold: float | None = None
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        """The hit at index i (from 0)."""
+        i = range(len(self))[i]
+        row, score = int(self.rows[i]), float(self.scores[i])
+        return Hit(i + 1, row, *self.gallery.hit(row), score, None if self.threshold is None else score > self.threshold)
+
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
+
+    @property
+    def names(self):
+        """Identity names of the hits, best first."""
+        return [hit.name for hit in self]
+
+    @property
+    def matches(self):
+        """bool [K]: whether each score exceeds the threshold; None without a threshold."""
+        return None if self.threshold is None else self.scores > self.threshold
+
+    def reordered(self, scores, topk=None, threshold=None):
+        """The list under other scores, float32 [K], one for each hit: sorted anew (stable) and cut to `topk`.
+
+        A threshold belongs to one kind of score, so the old one is dropped unless `threshold` gives a new one.
+        """
+        order = scores.sort(descending=True, stable=True).indices[:topk]
+        return replace(self, rows=self.rows[order], scores=scores[order], threshold=threshold)
+
+    def to_dict(self):
+        """Plain values for JSON: the query's file, pid and camid, and the hits."""
+        return {"query": None if self.query.file is None else str(self.query.file), "pid": self.query.pid,
+                "camid": self.query.camid, "hits": [hit._asdict() for hit in self]}
+
+
+def ranked_lists(gallery, scores, rows, queries=None):
+    """One RankedList for each query from the tensors of an exact search.
+
+    scores: float32 [Q, k], best first; rows: int64 [Q, k], -1 where there is none, which is left out. queries: Q values of
+    Query, or None. The lists have the gallery's threshold.
+    """
+    if queries is None:
+        queries = [Query()] * len(rows)
+    return [RankedList(query, found[found >= 0], score[found >= 0], gallery, gallery.threshold)
+            for query, score, found in zip(queries, scores, rows, strict=True)]
+
+
+def identity_name(pid, path):
+    """Name of an identity: "" where it is unlabelled, its number, or the folder's name where `folder_pid` made the number up."""
+    return "" if pid == UNKNOWN_PID else str(pid) if pid < 1 << 61 else PurePath(path).parent.name
