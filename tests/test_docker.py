@@ -26,7 +26,7 @@ def locked(root):
     return found
 
 
-@pytest.mark.parametrize("name", ["requirements-openvino.txt", "requirements-inference.txt", "requirements.txt"])
+@pytest.mark.parametrize("name", ["requirements-inference.txt", "requirements.txt"])
 def test_lock_lies_within_the_ranges(root, name):
     versions = locked(root)
     wanted = requirements(root / name)

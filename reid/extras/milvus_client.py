@@ -61,7 +61,7 @@ def connect(uri):
         if is_file(uri):
             import milvus_lite  # noqa: F401
     except ImportError as error:
-        raise ReidError(f"{uri}: needs {error.name}; pip install -r requirements-scale.txt") from error
+        raise ReidError(f"{uri}: needs {error.name}; pip install -e '.[milvus]'") from error
     # they print pages of what we tell in one line; gRPC's C core, which starts with the first connection, too
     for name in ("pymilvus", "milvus_lite", "grpc"):
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)

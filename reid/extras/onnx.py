@@ -64,7 +64,7 @@ def _packages():
         import onnx
         import onnxruntime
     except ImportError as error:
-        raise ReidError(f"--export onnx needs {error.name}: pip install -r requirements-export.txt") from error
+        raise ReidError(f"--export onnx needs {error.name}: pip install -e '.[export]'") from error
     return onnx, onnxruntime
 
 

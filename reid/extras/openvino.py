@@ -34,7 +34,7 @@ class OpenVinoNetwork:
         try:
             import openvino
         except ImportError as error:
-            raise ReidError("--engine openvino needs its package: pip install -r requirements-openvino.txt") from error
+            raise ReidError("--engine openvino needs its package: pip install -e '.[openvino]'") from error
         if model.config["backbone"] != "densenet121" or model.config.get("ibn"):
             raise ReidError(f"--engine openvino: not made for {model.config['backbone']} with these parts; use --engine torch")
         self._core, self._model = openvino.Core(), model

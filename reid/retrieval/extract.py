@@ -214,7 +214,7 @@ def add_arguments(parser):
         "index; on for a new one)")
     add("--device", default="auto", help="auto, cuda, cuda:1, cpu")
     add("--precision", choices=["auto", *DTYPES], default="auto", help="auto: the fastest that the device computes in")
-    add("--engine", choices=["torch", "openvino"], default="torch", help="openvino: faster on a CPU (requirements-openvino.txt)")
+    add("--engine", choices=["torch", "openvino"], default="torch", help="openvino: faster on a CPU; an extra package")
     add("--compile", choices=["auto", "on", "off"], default="auto", help=f"torch.compile on a GPU; auto: from {COMPILE_FROM:,} "
         "images")
     add("--batch_size", type=int, help="images at once, on a CPU in each worker (default: 8 on a CPU, 256 on a GPU; twice "

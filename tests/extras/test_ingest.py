@@ -18,7 +18,7 @@ from reid.data.datasets import Records
 from reid.extras import ingest, milvus_client
 from reid.retrieval.gallery import build_gallery, open_gallery
 
-REASON = "pymilvus and milvus-lite are not installed (requirements-scale.txt)"
+REASON = "pymilvus and milvus-lite are not installed (extra milvus)"
 pytest.importorskip("pymilvus", reason=REASON)
 pytest.importorskip("milvus_lite", reason=REASON)
 from grpc import StatusCode  # noqa: E402

@@ -17,7 +17,7 @@ from reid.retrieval import metrics
 from reid.retrieval.gallery import load_index, open_gallery, save_index
 from reid.retrieval.index import GalleryIndex
 
-REASON = "pymilvus and milvus-lite are not installed (requirements-scale.txt)"
+REASON = "pymilvus and milvus-lite are not installed (extra milvus)"
 pytest.importorskip("pymilvus", reason=REASON)
 pytest.importorskip("milvus_lite", reason=REASON)
 from test_ingest import DIM, PRINT, RUN, server  # noqa: E402, F401
@@ -129,7 +129,7 @@ def test_wrong_uri(uri, message, tmp_path, monkeypatch):
 
 def test_missing_package_names_the_requirements(monkeypatch):
     monkeypatch.setitem(sys.modules, "pymilvus", None)
-    with pytest.raises(ReidError, match=r"requirements-scale\.txt"):
+    with pytest.raises(ReidError, match=r"\.\[milvus\]"):
         open_gallery("http://127.0.0.1:1", RUN, PRINT)
 
 

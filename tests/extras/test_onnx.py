@@ -40,8 +40,8 @@ def files(tmp_path_factory):
 
 @pytest.mark.parametrize("mirror", [True, False])
 def test_onnx_equals_the_extractor(checkpoint, files, tmp_path, mirror):
-    onnxruntime = pytest.importorskip("onnxruntime", reason="requirements-export.txt is not installed")
-    pytest.importorskip("onnx", reason="requirements-export.txt is not installed")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="extra export is not installed")
+    pytest.importorskip("onnx", reason="extra export is not installed")
     assert export_onnx(checkpoint, tmp_path / "best.onnx", files, mirror) >= 0.9999
     assert [p.name for p in tmp_path.iterdir()] == ["best.onnx"]
     session = onnxruntime.InferenceSession(tmp_path / "best.onnx")
@@ -59,8 +59,8 @@ def test_onnx_equals_the_extractor(checkpoint, files, tmp_path, mirror):
 
 
 def test_an_export_that_differs_is_not_kept(checkpoint, files, tmp_path, monkeypatch):
-    pytest.importorskip("onnxruntime", reason="requirements-export.txt is not installed")
-    pytest.importorskip("onnx", reason="requirements-export.txt is not installed")
+    pytest.importorskip("onnxruntime", reason="extra export is not installed")
+    pytest.importorskip("onnx", reason="extra export is not installed")
     output = tmp_path / "best.onnx"
     output.write_bytes(b"the old one")
     # a neck forgotten in the export
@@ -73,12 +73,12 @@ def test_an_export_that_differs_is_not_kept(checkpoint, files, tmp_path, monkeyp
 
 def test_missing_package_is_one_line(checkpoint, files, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(ReidError, match=r"^--export onnx needs onnx: pip install -r requirements-export.txt$"):
+    with pytest.raises(ReidError, match=r"^--export onnx needs onnx: pip install -e '\.\[export\]'$"):
         export_onnx(checkpoint, tmp_path / "best.onnx", files)
 
 
 def test_no_images(checkpoint, tmp_path):
-    pytest.importorskip("onnxruntime", reason="requirements-export.txt is not installed")
-    pytest.importorskip("onnx", reason="requirements-export.txt is not installed")
+    pytest.importorskip("onnxruntime", reason="extra export is not installed")
+    pytest.importorskip("onnx", reason="extra export is not installed")
     with pytest.raises(ReidError, match="no images"):
         export_onnx(checkpoint, tmp_path / "best.onnx", [])
