@@ -42,6 +42,14 @@ def share(obj):
     return box[0]
 
 
+def gather_objects(obj):
+    """Return the `obj` (anything that pickles) of every rank as a list, rank 0's first. No rank leaves before all have called."""
+    parts = [obj] * world_size
+    if world_size > 1:
+        dist.all_gather_object(parts, obj, group=talk)
+    return parts
+
+
 def gather(tensor):
     """[N, ...] of every rank (same shapes) as [world_size * N, ...], rank 0's first. Only our own part carries a gradient: with
     the loss times `world_size` and gradients averaged, that is the gradient of the loss over the whole batch."""
