@@ -1,30 +1,34 @@
-"""What the scripts share: errors as one line, ranges of arguments, help."""
+"""What the scripts share: errors as one line, ranges of arguments, help, and text that is safe to print."""
 
 import argparse
 import errno
 import os
+import re
 import sys
 
 from reid import ReidError
 
-ADVICE = {  # what to do about an error of the system, which is then no traceback
+ADVICE = {  # for an error of the operating system, which then ends the script with one line
     **dict.fromkeys([errno.ENOSPC, errno.EROFS, errno.EDQUOT], "free some space or choose another folder"),
     **dict.fromkeys([errno.EACCES, errno.EPERM], "check its permissions"),
     **dict.fromkeys([errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP], "try another"),
     **dict.fromkeys([errno.EIO, errno.ESTALE], "check the disk or the network"), errno.EMFILE: "raise the limit of ulimit -n",
+    errno.EFBIG: "raise the limit of ulimit -f or choose another disk",
 }
+# control characters, separators of lines, and marks that reverse the direction of text
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the lines of a script's description, and tells every default that says something."""
+    """Keep the lines of a script's description, and show every default except None, False and ""."""
 
     def _get_help_string(self, action):
-        silent = action.default is None or action.default is False or action.default == ""
-        return action.help if silent else super()._get_help_string(action)
+        hidden = action.default is None or action.default is False or action.default == ""
+        return action.help if hidden else super()._get_help_string(action)
 
 
 def check_ranges(args, limits):
-    """Raise ReidError for an argument outside of its (lowest, highest); NaN always is. limits: {name: (lowest, highest)}."""
+    """Raise ReidError for an argument outside of its range, NaN included. limits: {name: (lowest, highest)}."""
     for name, (low, high) in limits.items():
         values = getattr(args, name, None)
         for value in values if isinstance(values, list) else [] if values is None else [values]:
@@ -32,25 +36,47 @@ def check_ranges(args, limits):
                 raise ReidError(f"--{name} {value}: must lie between {low:,} and {high:,}")
 
 
+def printable(text):
+    """Return `text` with control characters escaped (`\\x1b`, `\\n`), so that a file name cannot imitate other output."""
+    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
+
+
+def without_secrets(text):
+    """Return `text` with *** for the user part and the query of an address in it: both may hold passwords and tokens."""
+    return re.sub(r"\?\S.*", "?***", re.sub("//.*@", "//***@", str(text)))
+
+
+def first_line(error):
+    """Return the first line of an exception's message, at most 120 characters; without a message, its type."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+
+
+def root_cause(error):
+    """Return the exception at the origin of a chain: it has the reason, and what was raised later often an address."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def run(parser, main):
     """Parse the command line, call `main(args)` and exit with its return value (None is 0).
 
-    What users get wrong ends as one line on stderr and exit status 1, Ctrl-C as 130: never as a traceback.
+    Expected errors end as one line on stderr and exit status 1, Ctrl-C as 130: never as a traceback.
     """
     args = parser.parse_args()
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # in a service that has closed them
+        if getattr(sys, name) is None:  # closed, as in some services
             setattr(sys, name, open(os.devnull, "w"))
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a file name may hold what the terminal's encoding has not
+        sys.stdout.reconfigure(errors="backslashreplace")  # for file names outside of the terminal's encoding
     try:
         status = main(args) or 0
         sys.stdout.flush()
     except ReidError as error:
-        status = fail(parser.prog, " ".join(str(error).split()))
+        status = fail(parser.prog, error)
     except KeyboardInterrupt:
         status = fail(parser.prog, "interrupted", 130)
-    except BrokenPipeError:  # the reader (`| head`) has gone; nothing is left to tell it
+    except BrokenPipeError:  # the reader, such as `| head`, has gone
         sys.stdout = None
         status = 141
     except OSError as error:
@@ -65,5 +91,6 @@ def run(parser, main):
 
 
 def fail(prog, message, status=1):
-    print(f"{prog}: error: {message}", file=sys.stderr, flush=True)
+    """Print an error as one line and return the exit status."""
+    print(f"{prog}: error: {printable(' '.join(str(message).split()))}", file=sys.stderr, flush=True)
     return status

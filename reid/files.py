@@ -1,21 +1,24 @@
-"""Files that are either whole or absent: checkpoints, indexes and everything else a run leaves behind."""
+"""Write files whole or not at all, verify what is read, and keep other processes away."""
 
 import ctypes
+import errno
 import hashlib
 import os
-import tempfile
+import shutil
 import time
+import uuid
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
 from reid import ReidError
+from reid.cli import first_line
 
 try:
     import fcntl
-except ImportError:  # Windows: leftovers of killed processes are then not swept
+except ImportError:  # Windows: no locks, and leftovers of killed processes are not removed
     fcntl = None
 
 VERIFY_LIMIT = 256 << 20  # bytes up to which a file's checksum is compared on every load (about 0.2 s)
@@ -23,87 +26,94 @@ VERIFY_LIMIT = 256 << 20  # bytes up to which a file's checksum is compared on e
 
 @contextmanager
 def atomic_path(path):
-    """Yield a temporary path beside `path`, which replaces `path` when the block ends without an exception.
+    """Yield a temporary path, whose file replaces `path` when the block ends without an exception.
 
-    The data and the folder entry are on disk before the old file goes, so a crash leaves the old file or the new one.
-    Temporary files of processes that were killed are removed: a live writer holds a lock on its own.
+    The data and the folder entry are on disk before the old file is gone, so a crash leaves the old file or the new one. A
+    symbolic link stays one, and the new file has the permissions of the old. Temporary files of killed processes are
+    removed. Raises ReidError if `path` is not a regular file or is read-only.
     """
-    path = Path(path)
-    if path.exists() and not path.is_file():  # the rename would put a file in the place of /dev/null, if root asks for it
+    if os.path.exists(path) and not os.path.isfile(path):  # for root, a rename would replace /dev/null
         raise ReidError(f"{path}: is not a file that can be written; choose another name")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{path.name}."
-    for stale in path.parent.glob(f"{prefix}*.tmp"):
-        _remove_if_abandoned(stale)
-    fd, name = tempfile.mkstemp(prefix=prefix, suffix=".tmp", dir=path.parent)
-    lock = os.fdopen(fd)
-    try:
-        if fcntl:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        else:
-            lock.close()  # Windows cannot replace an open file
-        yield Path(name)
-        with open(name, "rb") as written:  # the block may have replaced the file we opened
-            os.fsync(written.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-        fsync_folder(path.parent)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    finally:
-        lock.close()
+    if os.path.exists(path) and not os.access(path, os.W_OK):
+        raise ReidError(f"{path}: is read-only; change its permissions or choose another name")
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(target.parent)
+    temporary = temporary_path(target.parent)
+    with open(temporary, "xb") as file:
+        try:
+            _lock(file.fileno())
+            if not fcntl:
+                file.close()  # Windows cannot replace an open file
+            if target.exists():
+                with suppress(OSError):  # not every file system has permissions
+                    temporary.chmod(target.stat().st_mode & 0o7777)
+            yield temporary
+            with open(temporary, "rb") as written:  # the block may have replaced the file
+                os.fsync(written.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    fsync_folder(target.parent)
 
 
-def _remove_if_abandoned(path):
-    if not fcntl:
-        return
-    try:
-        if time.time() - path.stat().st_mtime < 5:  # its writer may not hold the lock yet
-            return
-        with open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink(missing_ok=True)
-    except OSError:
-        pass  # somebody is writing it, or has just finished
+def temporary_path(folder):
+    """A new name in `folder` that `remove_abandoned` recognises as ours."""
+    return Path(folder) / f".reid-{uuid.uuid4().hex}.tmp"
+
+
+def remove_abandoned(folder):
+    """Remove the temporary files and folders (see `temporary_path`) in `folder` that no living process has locked."""
+    for path in Path(folder).glob(".reid-*.tmp"):
+        with suppress(OSError):  # another process may remove it, too
+            if time.time() - path.lstat().st_mtime < 5 or path.is_symlink():  # a new one may not be locked yet
+                continue
+            fd = os.open(path, os.O_RDONLY)
+            try:
+                if _lock(fd):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            finally:
+                os.close(fd)
 
 
 @contextmanager
 def locked(path, message):
-    """Keep other processes away from `path`: a folder, or a file, which is made if it is not there.
+    """Lock `path`, an existing folder or a file, which is created, for the time of the block.
 
-    The lock dies with its process, however that ends, so none is ever stale. One held by another raises ReidError.
+    The lock ends with its process, so it is never stale. If another process holds it, ReidError is raised with `message`.
+    On a file system without locks, the block runs without one.
     """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     if not fcntl:
         yield
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     fd = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine = path.exists() and os.path.samestat(os.fstat(fd), path.stat())  # else its owner has just moved it away
-        except BlockingIOError:
-            mine = False
-        except OSError:
-            mine = True  # some network file systems lock no folders: do without
-        if not mine:
+        if _lock(fd) is False or not (path.exists() and os.path.samestat(os.fstat(fd), path.stat())):  # just moved away
             raise ReidError(f"{path}: {message}")
         yield
     finally:
         os.close(fd)
 
 
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _lock(fd):
+    """Lock an open file or folder without waiting. Returns False if another process holds it, None if there are no locks."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (OSError, AttributeError):  # some network file systems; Windows
+        return None
+    return True
 
 
 def fsync_folder(folder):
-    """Until the names in `folder` are on disk."""
-    if os.name == "posix":
+    """Wait until the names in `folder` are on disk."""
+    if os.name != "posix":
+        return
+    with _where_supported():
         fd = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(fd)
@@ -112,29 +122,41 @@ def fsync_folder(folder):
 
 
 def fsync_tree(folder):
-    """Until everything written to the file system of `folder` is on disk: one call where a tree has 36,000 files.
-
-    Linux waits for that file system alone, and an error that came when it wrote is raised here.
-    """
-    if hasattr(libc := ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None, "syncfs"):
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            if libc.syncfs(fd):
+    """Wait until everything in the file system of `folder` is on disk: one call for a tree of 36,000 files."""
+    if os.name != "posix":
+        return
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if not hasattr(libc, "syncfs"):
+            os.sync()
+        elif libc.syncfs(fd):  # Linux: waits for this file system only, and reports its errors
+            with _where_supported():
                 raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
-        finally:
-            os.close(fd)
-    elif hasattr(os, "sync"):
-        os.sync()
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _where_supported():
+    """Ignore that a file system has no such operation; raise what a broken or full disk reports."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+            raise
 
 
 def checksum(obj):
-    """sha256 (hex) over a tree of dicts, lists, tensors and plain values: a flipped bit in a tensor loads silently."""
+    """Return the SHA-256 (hex) of a tree of dicts, lists, tensors and plain values; `torch.load` itself misses a flipped bit."""
     digest = hashlib.sha256()
 
     def visit(node):
         if isinstance(node, torch.Tensor):
             digest.update(f"tensor {node.dtype} {tuple(node.shape)}".encode())
-            digest.update(node.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            flat = node.detach().cpu().contiguous().reshape(-1)
+            flat = flat.as_strided(flat.shape, (1,))  # a single element may have another stride, which `view` refuses
+            digest.update(flat.view(torch.uint8).numpy())
         elif isinstance(node, dict):
             digest.update(f"dict {len(node)}".encode())
             for key, value in node.items():
@@ -152,9 +174,9 @@ def checksum(obj):
 
 
 def _check_plain(node, depth=0):
-    """Raise ValueError for what `save` never writes: other types, lists that hold themselves, tensors without their bytes.
+    """Raise ValueError for what `save` never writes: lists that contain themselves and tensors larger than their storage.
 
-    A strided view of one stored number can claim petabytes, which the first copy of it would ask for.
+    A strided view of one stored number can have a size of petabytes, which its first copy would allocate.
     """
     if depth > 50:
         raise ValueError("nested too deeply")
@@ -172,34 +194,34 @@ def _check_plain(node, depth=0):
 
 
 def save(path, payload, kind, version):
-    """Write `payload` (a dict of tensors and plain values) as a file of format `kind`, whole or not at all."""
+    """Write `payload`, a dict of tensors and plain values, as a file of format `kind`, whole or not at all."""
     record = {"format": kind, "version": version, **payload}
     record["sha256"] = checksum(record)
     with atomic_path(path) as temporary:
         try:
             torch.save(record, temporary)
         except RuntimeError as error:  # torch's zip writer hides the errno of a full disk
-            raise ReidError(f"{path}: could not be written ({str(error).splitlines()[0]}); is the disk full?") from error
+            raise ReidError(f"{path}: could not be written ({first_line(error)}); is the disk full?") from error
 
 
 def load(path, kind, version, mmap=False, verify=None):
-    """Read a file written by `save` and return its dict. Raises ReidError for anything else.
+    """Return the dict that `save` wrote to `path`, without its checksum. Raises ReidError for any other file.
 
-    `verify` compares the checksum; None does so for files up to VERIFY_LIMIT bytes, so that huge indexes open at once.
+    mmap: map the tensors into memory instead of reading them. verify: compare the checksum; None does so for files of up to
+    VERIFY_LIMIT bytes, so that large indexes open at once.
     """
     path = Path(path)
     if not path.is_file():
         raise ReidError(f"{path}: no such file")
     try:
         with warnings.catch_warnings(), open(path, "rb") as file:
-            warnings.simplefilter("ignore")  # on what damaged bytes look like
-            # torch opens a memory-mapped file twice: by this name it gets the same one, should `path` be replaced meanwhile
+            warnings.simplefilter("ignore")  # about damaged bytes
+            # torch opens a memory-mapped file twice: under this name it is the same file even if `path` is replaced meanwhile
             held = f"/proc/self/fd/{file.fileno()}"
             record = torch.load(held if os.path.exists(held) else path, map_location="cpu", weights_only=True, mmap=mmap)
         _check_plain(record)
-    except Exception as error:  # torch answers damage with half a dozen types, text files with KeyError
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise ReidError(f"{path}: not a readable {kind} file ({reason}); it is damaged or not ours") from error
+    except Exception as error:  # torch raises half a dozen types for damaged files, KeyError for text files
+        raise ReidError(f"{path}: not a readable {kind} file ({first_line(error)}); it is damaged or not ours") from error
     if not isinstance(record, dict) or record.get("format") != kind:
         found = record.get("format", "a plain dict") if isinstance(record, dict) else type(record).__name__
         raise ReidError(f"{path}: expected a {kind} file, found {found!r:.60}")

@@ -1,5 +1,6 @@
-"""Files are whole or absent, and what is damaged or hostile ends in our own error."""
+"""Files are whole or absent, damaged or hostile ones end in ReidError, and text is safe to print."""
 
+import errno
 import os
 import pickle
 import random
@@ -7,6 +8,8 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from hypothesis import strategies as st
 
 from reid import ReidError
 from reid import files as storage
+from reid.cli import printable, without_secrets
 
 PAYLOAD = {"numbers": torch.arange(1000.0), "half": torch.ones(3, dtype=torch.bfloat16), "none": None,
            "list": [1, 2.5, "x", True], "nested": {1: torch.zeros(0), "scalar": torch.tensor(3)}}
@@ -32,7 +36,9 @@ def test_round_trip(path, mmap):
     assert torch.equal(record["numbers"], PAYLOAD["numbers"]) and record["list"] == PAYLOAD["list"]
     assert record["nested"][1].shape == (0,) and record["nested"]["scalar"] == 3
     assert [p.name for p in path.parent.iterdir()] == ["a.pt"]
-    assert path.stat().st_mode & 0o777 == 0o666 & ~storage._umask()
+    other = path.with_name("other")
+    other.touch()
+    assert path.stat().st_mode == other.stat().st_mode
 
 
 def test_checksum_sees_every_part():
@@ -64,6 +70,14 @@ def test_a_flipped_bit_is_found(path):
     with pytest.raises(ReidError, match="damaged"):
         storage.load(path, "kind", 1)
 
+
+@pytest.mark.parametrize("rows", [0, 1, 2])
+def test_checksum_of_columns(tmp_path, rows):
+    """A column of a single row has a stride that `Tensor.view` refuses."""
+    columns = torch.arange(4 * rows).reshape(rows, 4)
+    assert storage.checksum(columns[:, 1]) == storage.checksum(columns[:, 1].clone(memory_format=torch.contiguous_format))
+    storage.save(tmp_path / "a.pt", {"x": columns.T.contiguous()[2]}, "kind", 1)
+    assert storage.load(tmp_path / "a.pt", "kind", 1)["x"].tolist() == columns[:, 2].tolist()
 
 
 def test_code_in_a_pickle_does_not_run(path):
@@ -140,6 +154,68 @@ def test_killed_writer_leaves_the_old_file_and_the_next_sweeps(path):
     assert not leftover.exists()
 
 
+@pytest.mark.parametrize("name", ["x", "x[0]*", "y" * 250])
+def test_only_our_own_leftovers_are_removed(tmp_path, name):
+    """Whatever a file is called: its name is never a pattern."""
+    mine = [tmp_path / f".{name[:200]}.mine.tmp", tmp_path / "x0.tmp"]
+    left = [storage.temporary_path(tmp_path), storage.temporary_path(tmp_path)]
+    left[0].mkdir()
+    for path in (*mine, left[1]):
+        path.touch()
+    link = storage.temporary_path(tmp_path)
+    link.symlink_to(tmp_path / "elsewhere")
+    for path in (*mine, *left):
+        os.utime(path, (1, 1))
+    with storage.atomic_path(tmp_path / name) as temporary:
+        temporary.write_text("new")
+    assert set(tmp_path.iterdir()) == {*mine, link, tmp_path / name}
+
+
+def test_permissions_and_links_are_kept(tmp_path):
+    real, link = tmp_path / "disk" / "a.pt", tmp_path / "a.pt"
+    storage.save(real, PAYLOAD, "kind", 1)
+    real.chmod(0o600)
+    link.symlink_to(real)
+    storage.save(link, {"x": 1}, "kind", 1)
+    assert link.is_symlink() and storage.load(real, "kind", 1)["x"] == 1
+    assert real.stat().st_mode & 0o777 == 0o600
+    with storage.atomic_path(link) as temporary:
+        assert temporary.parent == real.parent and temporary.stat().st_mode & 0o777 == 0o600  # at no moment readable by others
+
+
+def test_read_only_files_are_not_replaced(path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *args: False)  # root may write everything
+    with pytest.raises(ReidError, match="is read-only"):
+        storage.save(path, {}, "kind", 1)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EINVAL, errno.EPERM])
+def test_a_file_system_without_locks_fsync_or_permissions(path, monkeypatch, code):
+    def refuse(*args):
+        raise OSError(code, os.strerror(code))
+
+    fsync, leftover = os.fsync, storage.temporary_path(path.parent)
+    leftover.touch()
+    os.utime(leftover, (1, 1))
+    monkeypatch.setattr(storage.fcntl, "flock", refuse)
+    monkeypatch.setattr(Path, "chmod", refuse)
+    monkeypatch.setattr(os, "fsync", lambda fd: refuse() if os.path.isdir(f"/proc/self/fd/{fd}") else fsync(fd))
+    storage.save(path, {"x": 1}, "kind", 1)
+    assert storage.load(path, "kind", 1)["x"] == 1
+    assert set(path.parent.iterdir()) == {path, leftover}  # without locks, it may have an owner
+    with storage.locked(path.parent, "somebody is here"), storage.locked(path.parent / "lock", "somebody is here"):
+        pass
+
+
+@pytest.mark.parametrize("code, expected", [(errno.EIO, pytest.raises(OSError)), (errno.EINVAL, nullcontext())])
+def test_a_broken_disk_is_reported(tmp_path, monkeypatch, code, expected):
+    def fsync(fd):
+        raise OSError(code, os.strerror(code))
+    monkeypatch.setattr(os, "fsync", fsync)
+    with expected:
+        storage.fsync_folder(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["folder", "file"])
 def test_lock_is_held_once(tmp_path, name):
     (tmp_path / "folder").mkdir()
@@ -154,3 +230,18 @@ def test_everything_of_a_tree_is_written(tmp_path):
     storage.fsync_tree(tmp_path)
     with pytest.raises(OSError):
         storage.fsync_tree(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("text, shown", [
+    ("plain ü 日本 \u00a0.jpg", "plain ü 日本 \u00a0.jpg"), ("a\nleft out: b", "a\\nleft out: b"),
+    ("\x1b]0;x\x07", "\\x1b]0;x\\x07"), ("\x9b31m\x7f", "\\x9b31m\\x7f"), ("a\u202egpj.exe", "a\\u202egpj.exe"), (Path("a\tb"), "a\\tb")])
+def test_control_characters_are_not_printed(text, shown):
+    assert printable(text) == shown
+
+
+@pytest.mark.parametrize("text, shown", [
+    ("http://h/m.zip", "http://h/m.zip"), ("http://h:1/m.zip?token=s3 cret", "http://h:1/m.zip?***"),
+    ("postgresql://u:s3/cr@et@h/db", "postgresql://***@h/db"), ("no connection to 'htp://u:s3cret@h'", "no connection to 'htp://***@h'"),
+    ("is it right? Try again", "is it right? Try again")])
+def test_secrets_of_addresses_are_masked(text, shown):
+    assert without_secrets(text) == shown
