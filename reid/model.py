@@ -8,6 +8,7 @@ from reid import ReidError
 from reid.images import MEAN, STD
 
 EMBEDDING_SIZES = {"densenet121": 1024, "resnet50": 2048}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STYLE_AFTER = {"densenet121": ("transition1", "transition2"), "resnet50": ("layer1", "layer2")}  # where MixStyle mixes
 IBN_IN = {"densenet121": ("denseblock1", "denseblock2", "denseblock3"), "resnet50": ("layer1", "layer2", "layer3")}
 IBN_FOR = {"densenet121": "norm2", "resnet50": "bn1"}  # the norm after a block's first convolution
@@ -238,3 +239,21 @@ def pick_device(name="auto"):
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ReidError(f"--device {name} is not available here ({str(error).splitlines()[0]}); try --device cpu") from error
     return device
+
+
+def pick_precision(device, name="auto"):
+    """`auto` is bf16 where the device computes it fast, else fp16 on a GPU and fp32 on a CPU; the result is a key of DTYPES.
+
+    Raises ReidError for a precision that the device does not support.
+    """
+    if name not in ("auto", *DTYPES):
+        raise ReidError(f"--precision {name}: use auto, {', '.join(DTYPES)}")
+    if device.type == "cuda":
+        return name if name != "auto" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if name == "fp16":
+        raise ReidError("--precision fp16 needs a GPU; a CPU takes fp32 or bf16")
+    if name == "auto":
+        return "bf16" if getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() else "fp32"
+    if name == "bf16" and not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        raise ReidError("--precision bf16: this processor does not support it; use fp32")
+    return name

@@ -16,9 +16,8 @@ from reid import ReidError, distributed, images
 from reid.checkpoint import fingerprint, load_checkpoint, restore_model
 from reid.data.datasets import read_folder
 from reid.folded import FoldedDenseNet
-from reid.model import pick_device
+from reid.model import DTYPES, pick_device, pick_precision
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 VIEWS = {"cpu": 16, "cuda": 512}  # views (images, or images and their mirrors) that go through the network together
 COMPILE_FROM = 300_000  # images from which `compile="auto"` pays for a minute of compiling on a GPU
 
@@ -228,21 +227,6 @@ def plain_network(model, dtype):
             return model.features(images)
 
     return features
-
-
-def pick_precision(device, precision):
-    """What `auto` stands for: bf16 where the device computes in it (fp16 on older GPUs), else fp32."""
-    if precision not in ("auto", *DTYPES):
-        raise ReidError(f"--precision {precision}: use auto, {', '.join(DTYPES)}")
-    if device.type == "cuda":
-        return precision if precision != "auto" else "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
-    if precision == "fp16":
-        raise ReidError("--precision fp16 needs a GPU; a CPU takes fp32 or bf16")
-    if precision == "auto":
-        return "bf16" if getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() else "fp32"
-    if precision == "bf16" and not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        raise ReidError("--precision bf16: this processor does not compute in it; use fp32")
-    return precision
 
 
 def decode_part(files, part):

@@ -11,6 +11,7 @@ from torch import nn
 
 from reid import ReidError, distributed
 from reid.checkpoint import load_checkpoint, restore_model
+from reid.model import DTYPES, pick_precision
 from reid.training import augment
 from reid.training.losses import PAIR_LOSSES, distillation_loss, identity_loss
 
@@ -30,18 +31,6 @@ def learning_rate(step, steps, args):
     return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def pick_precision(name, device):
-    """The dtype of autocast: bf16 where the device is fast in it, else fp16 on older GPUs and float32 on older CPUs."""
-    if name == "auto":
-        if device.type == "cuda":
-            name = "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
-        else:
-            name = "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
-    if name == "fp16" and device.type == "cpu":
-        raise ReidError("--precision fp16 needs a GPU; use bf16 or fp32")
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-
-
 class Engine:
     """Model, optimizer and one step of training.
 
@@ -56,7 +45,7 @@ class Engine:
         self.net = self.model
         model.regularise(args.dropout, args.drop_path)
         self.stages = augment.stages(args)
-        self.dtype = pick_precision(args.precision, device)
+        self.dtype = DTYPES[pick_precision(device, args.precision)]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         cuda = device.type == "cuda"
