@@ -1,293 +1,207 @@
-"""`eval.py --report`: one folder with a page that opens from disk, its charts and crops."""
+"""`eval.py --report`: the results of an evaluation as one HTML file, which needs no network and no other file."""
 
 import base64
 import hashlib
-import importlib.util
-import os
-import shutil
-import tempfile
-from contextlib import contextmanager, suppress
-from html import escape
+import io
+import math
+from functools import lru_cache
 from pathlib import Path
-from string import Template
+from typing import NamedTuple
 
 import torch
 
 from reid import ReidError, __version__
-from reid.extras import pictures as viz
-from reid.extras import reasons
-from reid.files import fcntl
+from reid.extras import analysis, pictures
+from reid.files import atomic_path
 from reid.retrieval import metrics
 
-PAGE = "report.html"
-MARK = '<meta name="generator" content="human re-identification report">'  # what tells a report from a user's folder
-WORST, SHOWN, IGNORED, CARDS, NAMED = 20, 10, 3, 12, 20  # queries; hits of one; pairs of a kind; files named of a kind
+MARK = '<meta name="generator" content="human re-identification report">'  # `check_path` recognises our reports by it
+QUERIES, SHOWN, IGNORED = 20, 10, 3  # worst queries; hits of each that count; hits of each that do not count
+CARDS, NAMED = 12, 20  # examples of a kind; files named of a kind
 BADGES = {"right": "✓", "wrong": "×", "distractor": "×", "junk": "–"}
+SERIES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7")  # Okabe and Ito's, distinct for every kind of colour vision
 
 
-def check_folder(folder):
-    """Raises ReidError where `write_report` would: say so before the evaluation, not after it."""
-    folder = Path(folder)
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ReidError("--report draws with matplotlib, which is not here: pip install matplotlib")
-    page = folder / PAGE
-    ours = page.is_file() and MARK in page.read_text("utf-8", "replace")[:2000]
-    empty = folder.is_dir() and not any(folder.iterdir())
-    if folder.is_symlink() or (folder.exists() and not ours and not empty):
-        raise ReidError(f"--report {folder}: exists and is not a report; give a new folder")
+def check_path(path):
+    """Raise ReidError if `write_report` must not write `path`: a folder, or a file that is not a report."""
+    path = Path(path)
+    if path.is_dir() or path.suffix.lower() not in (".html", ".htm"):
+        name = path / "report.html" if path.is_dir() else path.with_name(f"{path.name}.html")
+        raise ReidError(f"--report {path}: give the name of an HTML file, such as {name}")
+    if path.exists() and not (path.is_file() and MARK.encode() in path.open("rb").read(4096)):
+        raise ReidError(f"--report {path}: exists and is not a report; choose another name")
 
 
-def write_report(folder, title, queries, gallery, data, results, roc, arguments, versions):
-    """Write `folder`/report.html with its pictures, whole or not at all; an older report there is replaced.
+def write_report(path, title, queries, gallery, data, results, intervals, roc, arguments, versions):
+    """Write the report to the file `path`, whole or not at all; an older report there is replaced.
 
     queries, gallery: GalleryIndex, for names and files. data: the arguments of `metrics.evaluate` in their order, by name
-    (with --multi_query its queries are tracklets). results: {way of scoring: EvalResult}, the first one with cosines; lists,
-    pairs and charts of scores are of that one. roc: RocResult with the rates 1e-4, 1e-2 and arguments["fmr"]. arguments:
-    the command line's, by name. versions: {library: version}. Returns the path of the page.
+    (with --multi_query its queries are tracklets). results: {name of the scoring: EvalResult}; the first one ranks by
+    cosine, and worst queries, confused people, label errors and score charts are its. intervals: {name: result of
+    `metrics.bootstrap`}. roc: RocResult with the rates 1e-4, 1e-2 and arguments["fmr"]. arguments: the command line's, by
+    name. versions: {library: version}. Raises ReidError as `check_path` does.
     """
-    check_folder(folder)
-    from reid.extras.charts import draw_charts
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
 
-    options = {"protocol": arguments["protocol"]}
-    result = next(iter(results.values()))
-    cameras = metrics.camera_table(*data.values(), **options)
-    cameras = cameras if len(cameras.cameras) > 1 else None
-    found = reasons.extremes(*data.values(), **options)
-    with _new_folder(folder) as new:
-        draw_charts(new, results, roc, cameras, roc.threshold[arguments["fmr"]])
-        crops = Crops(new, queries, gallery, data, arguments)
-        sections = {
-            "Results": _results(results),
-            "Charts": _charts(roc, cameras, arguments["fmr"]),
-            "Worst queries": _worst(crops, results, found),
-            "Confused people": _confused(crops, result, found),
-            "Likely label errors": _suspects(crops, result, found, roc),
-            "Left out": _left_out(crops, result, queries, gallery),
-            "Made with": _made_with(queries, gallery, arguments, versions),
-        }
-        (new / PAGE).write_bytes(_page(title, result, gallery, sections).encode("utf-8", "replace"))
-    return Path(folder) / PAGE
-
-
-@contextmanager
-def _new_folder(folder):
-    """Yield an empty folder that takes the place of `folder` when the block ends; those of killed runs are removed."""
-    folder = Path(os.path.abspath(folder))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for stale in folder.parent.glob(f".{folder.name}.*.tmp"):
-        with suppress(OSError):  # its writer lives, and holds the lock
-            os.close(_lock(stale))
-            shutil.rmtree(stale)
-    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
-    held = _lock(new) if fcntl else None
-    try:
-        yield new
-        umask = os.umask(0)
-        os.umask(umask)
-        new.chmod(0o777 & ~umask)
-        old = new.with_suffix(".old.tmp")
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-        if held is not None:
-            os.close(held)
+    check_path(path)
+    folder, protocol, result = Path(__file__).parent, arguments["protocol"], next(iter(results.values()))
+    style = (folder / "report.css").read_text("utf-8")
+    found = analysis.extremes(*data.values(), protocol=protocol)
+    tiles = Tiles(queries, gallery, data, arguments)
+    environment = Environment(loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined,
+                              trim_blocks=True, lstrip_blocks=True)
+    html = environment.get_template("report.html").render(
+        title=title, style=Markup(style), digest=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
+        mark=Markup(MARK), badges=BADGES, gallery=gallery, result=result, results=results, roc=roc, arguments=arguments,
+        figures=_figures(results, intervals),
+        charts=[_cmc_chart(results), _roc_chart(roc), _score_chart(roc, arguments["fmr"])],
+        cameras=metrics.camera_table(*data.values(), protocol=protocol), tiles=tiles, found=found,
+        worst=[_worst_query(tiles, query, result, found) for query in analysis.worst_queries(result, QUERIES)],
+        confused=analysis.confusions(found, result, data["q_pids"], data["g_pids"]),
+        similar=analysis.similar_strangers(found, result, roc, CARDS), dissimilar=analysis.dissimilar_matches(found, roc, CARDS),
+        left_out=_left_out(tiles, result, queries.bad + gallery.bad), made_with=_made_with(queries, gallery) | versions,
+        meaning=pictures.MEANING, shown=SHOWN, card_count=CARDS, unlike=analysis.UNLIKE)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(html.encode("utf-8", "replace"))
+    return Path(path)
 
 
-def _lock(folder):
-    if not fcntl:
-        raise OSError("folders have no locks here")
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(fd)
-        raise
-    return fd
+class Tile(NamedTuple):
+    """A crop as the template draws it. kind: a key of `pictures.COLOURS`; facts: identity and camera, where labelled."""
+
+    kind: str
+    label: str
+    score: float | None
+    path: str
+    identity: str
+    facts: list
+    source: str  # data URI of a JPEG
 
 
-class Crops:
-    """The images of a report: each drawn once, as a file of the folder, and shown as tiles of HTML."""
+class Tiles:
+    """The crops of a report. Rows are those of `data`: with --multi_query a tracklet is shown by its first image."""
 
-    def __init__(self, folder, queries, gallery, data, arguments):
-        self.folder, self.sides, self.data, self.names = folder, {"query": queries, "gallery": gallery}, data, {}
+    def __init__(self, queries, gallery, data, arguments):
+        self.queries, self.gallery, self.data = queries, gallery, data
         self.own_camera = arguments["protocol"] == "market"
-        self.rows = range(len(queries))
-        if arguments.get("multi_query"):  # a tracklet is shown by its first image
+        self.first = range(len(queries))
+        if arguments.get("multi_query"):
             group = metrics.pool_queries(queries.embeddings.float(), queries.pids, queries.camids)[3]
             first = torch.full((len(data["q_pids"]),), len(group))
-            self.rows = first.scatter_reduce(0, group, torch.arange(len(group)), "amin").tolist()
-        (folder / "crops").mkdir()
+            self.first = first.scatter_reduce(0, group, torch.arange(len(group)), "amin").tolist()
 
-    def counts(self, row):
+    def counts(self, query):
         """bool [G]: the gallery images that count for a query."""
-        pids, camids, camid = self.data["g_pids"], self.data["g_camids"], self.data["q_camids"][row]
-        own = (pids == self.data["q_pids"][row]) & (camids == camid) & (camids >= 0)
+        pids, camids, camid = self.data["g_pids"], self.data["g_camids"], self.data["q_camids"][query]
+        own = (pids == self.data["q_pids"][query]) & (camids == camid) & (camids >= 0)
         return (pids >= 0) & ~(own & self.own_camera)
 
-    def who(self, side, row):
-        """Path and ["id 12", "cam 3"] (what is known of them) of a query or a gallery image."""
-        index, row = self.sides[side], self.rows[row] if side == "query" else row
+    def query(self, query):
+        return self._tile(self.queries, self.first[query], "query", "query", None)
+
+    def hit(self, query, row, score, label="", counts=True):
+        kind = pictures.verdict(int(self.data["q_pids"][query]), int(self.data["g_pids"][row])) if counts else "junk"
+        return self._tile(self.gallery, row, kind, label, float(score))
+
+    @staticmethod
+    def _tile(index, row, kind, label, score):
         path, pid, camid = index.paths[row], int(index.pids[row]), int(index.camids[row])
-        return path, [part for part in (viz.who(pid, path), f"cam {camid}" if camid >= 0 else "") if part]
-
-    def query(self, row):
-        return self._tile("query", row, "query", "query")
-
-    def hit(self, query, row, label, score, counts=True):
-        kind = viz.verdict(int(self.data["q_pids"][query]), int(self.data["g_pids"][row])) if counts else "junk"
-        return self._tile("gallery", row, kind, label, f"<strong>{score:.3f}</strong>")
-
-    def _tile(self, side, row, kind, label, headline=""):
-        path, facts = self.who(side, row)
-        if (side, path) not in self.names:
-            self.names[side, path] = name = f"crops/{len(self.names):04d}.jpg"
-            viz.crop(Path(self.sides[side].data_root) / path).save(self.folder / name, "JPEG", quality=85)
-        badge = f"<i>{BADGES[kind]}</i>" if kind in BADGES else ""
-        return (f'<figure class="tile {kind}"><div><img src="{self.names[side, path]}" alt="{kind}" title="{escape(path)}" '
-                f'width="128" height="256">{f"<b>{label}</b>" * bool(label)}{badge}</div>'
-                f'<figcaption>{headline}{"<br>".join(map(escape, facts))}</figcaption></figure>')
+        identity = pictures.identity(pid, path)
+        facts = [fact for fact in (identity, f"cam {camid}" if camid >= 0 else "") if fact]
+        return Tile(kind, label, score, path, identity, facts, _data_uri(Path(index.data_root) / path))
 
 
-def _results(results):
-    """Ways of scoring beside each other, a figure a line: four columns fit a phone."""
-    spans = {name: metrics.bootstrap(result) for name, result in results.items()}
+@lru_cache(1024)
+def _data_uri(file):
+    out = io.BytesIO()
+    pictures.crop(file).save(out, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
 
-    def interval(key):
-        return {name: f"<small>{100 * span[key].low:.1f}–{100 * span[key].high:.1f}</small>" for name, span in spans.items()}
 
-    lines = [("mAP", lambda r: r.mAP, interval("mAP")), ("mAP (trapezoid)", lambda r: r.mAP_trapezoid, {}),
-             *((f"Rank-{k}", lambda r, k=k: r.rank[k], interval("rank1") if k == 1 else {}) for k in (1, 5, 10, 20)),
-             ("mINP", lambda r: r.mINP, {}), None,
-             *((f"at {k}", lambda r, k=k: float(r.match_rate[k - 1]), {}) for k in (1, 5, 10, 15))]
+def _figures(results, intervals):
+    """The table of results: {name: [(value, interval or None) of each scoring]}, fractions."""
+    figures = {"mAP": [(result.mAP, intervals[name]["mAP"]) for name, result in results.items()],
+               "mAP (trapezoid)": [(result.mAP_trapezoid, None) for result in results.values()]}
+    figures |= {f"Rank-{k}": [(result.rank[k], intervals[name]["rank1"] if k == 1 else None) for name, result in results.items()]
+                for k in (1, 5, 10, 20)}
+    figures["mINP"] = [(result.mINP, None) for result in results.values()]
+    return figures | {f"at {k}": [(float(result.match_rate[k - 1]), None) for result in results.values()] for k in (1, 5, 10, 15)}
+
+
+def _worst_query(tiles, query, result, found):
+    """(row of the query, Tiles of its hits): the best ones, and the first match where it ranks below them."""
+    scores, counts = tiles.data["g_emb"] @ tiles.data["q_emb"][query], tiles.counts(query)
+    rank, hits, first = 0, [], int(result.first_rank[query])
+    for row in analysis.ranked_rows(scores, counts, SHOWN, IGNORED).tolist():
+        rank += int(counts[row])
+        hits.append(tiles.hit(query, row, scores[row], str(rank) if counts[row] else "", bool(counts[row])))
+    if first > rank:
+        match = int(found.right_row[query])
+        hits.append(tiles.hit(query, match, scores[match], f"{first:,}"))
+    return query, hits
+
+
+def _left_out(tiles, result, unreadable):
+    """Skipped queries by reason, and unreadable images: [(what, why, some names, number of all)]."""
     rows = []
-    for line in lines:
-        if line is None:
-            rows.append(f'<tr class="group"><th colspan="{1 + len(results)}">Match rate: the k-th entry is right</th></tr>')
-            continue
-        head, value, small = line
-        cells = "".join(f"<td>{100 * value(result):.2f}{small.get(name, '')}</td>" for name, result in results.items())
-        rows.append(f'<tr><th scope="row">{head}</th>{cells}</tr>')
-    heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in results)
-    return ("<p>In percent. Small: 95 % bootstrap interval over the queries. Rank-k counts a query whose first k entries hold a "
-            "match; the match rate at k looks at the k-th entry alone.</p>"
-            f'<table class="results"><thead><tr><th></th>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>')
+    for why, count in result.skipped.items():
+        skipped = (result.reason == metrics.REASONS.index(why)).nonzero()[:NAMED, 0].tolist()
+        rows.append(("queries", why, [tiles.queries.paths[tiles.first[row]] for row in skipped], count))
+    if unreadable:
+        rows.append(("images", "cannot be read", [f"{file}: {why}" for file, why in unreadable[:NAMED]], len(unreadable)))
+    return rows
 
 
-def _charts(roc, cameras, rate):
-    charts = [("cmc", "Cumulative matching: queries with a match within the first k entries."),
-              ("roc", f"Is it one person? Over {roc.same_pairs:,} pairs of one person and {roc.different_pairs:,} of two."),
-              ("scores", f"Cosines of both kinds of pairs. The threshold {roc.threshold[rate]:.4f} lets {rate:g} of the pairs of "
-               f"two people pass, and {100 * roc.tpr[rate]:.1f} % of the pairs of one.")]
-    pairs = [("cameras-rank1", "Rank-1 (%) by camera pair; grey where no query has a match there."),
-             ("cameras-map", "mAP (%) by camera pair.")] if cameras is not None else []
-    return "".join('<div class="charts">' + "".join(
-        f'<figure><img src="{name}.png" alt="{name}"><figcaption>{text}</figcaption></figure>' for name, text in row) + "</div>"
-        for row in (charts, pairs) if row)
-
-
-def _worst(crops, results, found):
-    name, result = next(iter(results.items()))
-    meaning = {"query": "the query", **{kind: viz.MEANING[kind] for kind in ("right", "wrong", "distractor")},
-               "junk": "does not count: junk, or the query's own camera"}
-    lists = []
-    for query in reasons.worst_queries(result, WORST):
-        scores = crops.data["g_emb"] @ crops.data["q_emb"][query]
-        counts, place, tiles, first = crops.counts(query), 0, [crops.query(query)], int(result.first_rank[query])
-        for row in reasons.ranked_rows(scores, counts, SHOWN, IGNORED):
-            place += int(counts[row])
-            tiles.append(crops.hit(query, row, str(place) if counts[row] else "", float(scores[row]), bool(counts[row])))
-        if first > place:
-            match = int(found.right_row[query])
-            tiles.append(crops.hit(query, match, f"{first:,}", float(scores[match])))
-        values = " · ".join(f"{escape(other)} AP {100 * float(r.ap[query]):.1f} %" for other, r in results.items())
-        heading = escape(" · ".join(crops.who("query", query)[1]))
-        lists.append(f'<div class="list"><h3>{heading}</h3><p class="faint">{values}; first match at rank {first:,}</p>'
-                     f'<div class="strip">{"".join(tiles)}</div></div>')
-    legend = "".join(f'<span class="{kind}">{text}</span>' for kind, text in meaning.items())
-    return (f"<p>The {len(lists)} queries with the lowest AP, ranked by {escape(name)}: the first {SHOWN} entries, the most "
-            f'alike images that do not count, and the first match. Below each: cosine, identity, camera.</p>'
-            f'<div class="legend">{legend}</div>' + "".join(lists))
-
-
-def _confused(crops, result, found):
-    pairs, wrong, distractors = reasons.confusions(found, result, crops.data["q_pids"], crops.data["g_pids"])
-    cards = []
-    for pair in pairs[:CARDS]:
-        one, other = (viz.who(pid, crops.who(*place)[0]) for pid, place in
-                      ((pair.pid, ("query", pair.query)), (pair.taken_for, ("gallery", pair.image))))
-        back = f", {pair.back:,} the other way round" if pair.back else ""
-        cards.append(_card(f"{one} taken for {other}", f"{pair.count:,} of {pair.queries:,} queries{back}",
-                           [crops.query(pair.query), crops.hit(pair.query, pair.image, "", float(found.wrong[pair.query]))]))
-    return (f"<p>{wrong:,} of {result.valid:,} queries have another person in the first place; {distractors:,} of these a "
-            f"distractor. {len(pairs):,} pairs of identities are confused; the most frequent, with the most alike "
-            f"example:</p>{_cards(cards)}")
-
-
-def _suspects(crops, result, found, roc):
-    alike, all_alike, margin = reasons.alike_strangers(found, result, roc, CARDS)
-    unlike, all_unlike, limit = reasons.unlike_images(found, roc, CARDS)
-    top = [_card("Two ids, one look?", f"cosine {s.score:.3f}; best true match {s.best_score:.3f}",
-                 [crops.query(s.query), crops.hit(s.query, s.image, "", s.score), crops.hit(s.query, s.best, "", s.best_score)])
-           for s in alike]
-    low = [_card("One id, two looks?", f"highest cosine within its identity {s.score:.3f}",
-                 [crops.query(s.query), crops.hit(s.query, s.image, "", s.score)]) for s in unlike]
-    return (f"<p><strong>Two ids, one look: {all_alike:,} queries.</strong> Their most alike image of another identity has a "
-            f"cosine above {roc.threshold[1e-4]:.3f} (false-match rate 0.0001) and is more alike than their best true match by "
-            f"over {margin:.3f} (the distance from there to the threshold at 0.01). A label may be wrong, or two people dress "
-            f"alike.</p>{_cards(top)}<p><strong>One id, two looks: {all_unlike:,} gallery images.</strong> At least two queries "
-            f"of their identity stand in other cameras, and to none of these is the cosine above {limit:.2f}, which "
-            f"{100 * reasons.UNLIKE:.0f} % of the strangers exceed. A label may be wrong, or the box shows too little.</p>"
-            f"{_cards(low)}")
-
-
-def _card(title, text, tiles):
-    return f'<div class="card"><h3>{escape(title)}</h3><p class="faint">{text}</p><div class="strip">{"".join(tiles)}</div></div>'
-
-
-def _cards(cards):
-    return f'<div class="cards">{"".join(cards)}</div><p></p>' if cards else "<p>None.</p>"
-
-
-def _left_out(crops, result, queries, gallery):
-    """Skipped queries by reason and images that could not be read, some of each by name."""
-    rows = []
-    for text, count in result.skipped.items():
-        skipped = (result.reason == metrics.REASONS.index(text)).nonzero()[:NAMED, 0].tolist()
-        rows.append((f"{count:,} queries", text, [crops.who("query", row)[0] for row in skipped], count))
-    bad = queries.bad + gallery.bad
-    if bad:
-        rows.append((f"{len(bad):,} images", "cannot be read", [f"{file}: {why}" for file, why in bad[:NAMED]], len(bad)))
-    lines = {f"{what}": f"{text}: " + ", ".join(names) + (f" … {count - len(names):,} more" if count > len(names) else "")
-             for what, text, names, count in rows}
-    return _table(lines) if lines else "<p>Nothing: every image was read and every query has a match in the gallery.</p>"
-
-
-def _made_with(queries, gallery, arguments, versions):
+def _made_with(queries, gallery):
     people = gallery.pids[gallery.pids > 0]
-    counts = {"Queries": f"{len(queries):,} images of {len(queries.pids[queries.pids > 0].unique()):,} identities",
-              "Gallery": f"{len(gallery):,} images: {len(people):,} of {len(people.unique()):,} identities, "
-                         f"{int((gallery.pids == 0).sum()):,} distractors, {int((gallery.pids < 0).sum()):,} junk",
-              "Weights": gallery.fingerprint, "Preprocessing": gallery.preprocessing,
-              "Mirrored images": "averaged in" if gallery.mirror else "no", "Code": __version__}
-    return _table(counts | versions) + "<h3>Arguments</h3>" + _table(arguments)
+    return {"Queries": f"{len(queries):,} images of {len(queries.pids[queries.pids > 0].unique()):,} identities",
+            "Gallery": f"{len(gallery):,} images: {len(people):,} of {len(people.unique()):,} identities, "
+                       f"{int((gallery.pids == 0).sum()):,} distractors, {int((gallery.pids < 0).sum()):,} junk",
+            "Weights": gallery.fingerprint, "Preprocessing": gallery.preprocessing,
+            "Mirrored images": "averaged" if gallery.mirror else "no", "Code": __version__}
 
 
-def _table(lines):
-    return '<table class="facts">' + "".join(f'<tr><th scope="row">{escape(str(key))}</th><td>{escape(str(value))}</td></tr>'
-                                             for key, value in lines.items()) + "</table>"
+# A chart for the template: {"caption", "x" and "y": (label, lowest, highest, [(value, text) of the ticks]), "series"}, each
+# series (name, colour, kind, [(x, y)]) with the kind "line", "dots", "area" or "rule" (vertical).
+
+def _cmc_chart(results):
+    series = [(name, SERIES[i % len(SERIES)], "line", list(enumerate((100 * result.cmc[:20]).tolist(), 1)))
+              for i, (name, result) in enumerate(results.items())]
+    low = min(90, math.floor(min(points[0][1] for *_, points in series) / 10) * 10)
+    return {"caption": "CMC: queries with a match within the first k ranks.", "series": series,
+            "x": ("rank k", 0.5, 20.5, [(k, k) for k in (1, 5, 10, 15, 20)]),
+            "y": ("queries (%)", low, 100, [(y, y) for y in range(low, 101, 2 if low == 90 else 10)])}
 
 
-def _page(title, result, gallery, sections):
-    here = Path(__file__).parent
-    style = (here / "report.css").read_text("utf-8")
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    anchors = {name: name.lower().replace(" ", "-") for name in sections}
-    return Template((here / PAGE).read_text("utf-8")).substitute(
-        title=escape(title), style=style, style_hash=f"sha256-{digest}",
-        subtitle=f"{result.valid:,} valid queries against {len(gallery):,} images · mAP {100 * result.mAP:.2f} % · "
-                 f"Rank-1 {100 * result.rank[1]:.2f} %",
-        links="".join(f'<a href="#{anchor}">{name}</a>' for name, anchor in anchors.items()),
-        sections="\n".join(f'<section id="{anchors[name]}"><h2>{name}</h2>{body}</section>' for name, body in sections.items()))
+def _roc_chart(roc):
+    """Rates on a logarithmic scale; the dots are the rates that were computed exactly."""
+    low = math.floor(math.log10(max(min(roc.tpr) / 10, 1 / roc.different_pairs)))
+    rates, shares = ((histogram.flip(0).cumsum(0) / histogram.sum()).tolist()
+                     for histogram in (roc.different_histogram, roc.same_histogram))
+    dots = [(math.log10(rate), 100 * share) for rate, share in roc.tpr.items() if rate >= 10**low]
+    curve = sorted([(math.log10(rate), 100 * share) for rate, share in zip(rates, shares) if rate >= 10**low] + dots)
+    return {"caption": f"ROC over {roc.same_pairs:,} pairs of one person and {roc.different_pairs:,} pairs of two: the share "
+                       "of each that scores above a threshold (TAR and FAR).",
+            "series": [("", SERIES[0], "line", curve), ("", SERIES[0], "dots", dots)],
+            "x": ("false-match rate", low, 0, [(power, f"{10.0**power:g}") for power in range(low, 1)]),
+            "y": ("true-match rate (%)", 0, 100, [(y, y) for y in range(0, 101, 20)])}
+
+
+def _score_chart(roc, rate):
+    used = (roc.different_histogram + roc.same_histogram).nonzero()[:, 0].tolist()
+    bins = slice(used[0], used[-1] + 1)
+    starts, ends, threshold = roc.edges[:-1][bins].tolist(), roc.edges[1:][bins].tolist(), roc.threshold[rate]
+    low, high, series = starts[0], ends[-1], []
+    for name, kind, histogram in (("different people", "wrong", roc.different_histogram),
+                                  ("same person", "right", roc.same_histogram)):
+        shares = (histogram / histogram.sum())[bins].tolist()
+        steps = [(x, share) for start, end, share in zip(starts, ends, shares) for x in (start, end)]
+        series.append((name, pictures.COLOURS[kind], "area", [(low, 0), *steps, (high, 0)]))
+    top = max(y for *_, points in series for _, y in points)
+    series.append((f"threshold {threshold:.3f}", pictures.INK, "rule", [(min(max(threshold, low), high), 0)]))
+    tenths = range(math.ceil(10 * low), math.floor(10 * high) + 1)
+    return {"caption": f"Cosines of both kinds of pairs. The threshold {threshold:.4f} accepts {rate:g} of the pairs of two "
+                       f"people and {100 * roc.tpr[rate]:.1f} % of the pairs of one.", "series": series,
+            "x": ("cosine", low, high, [(tenth / 10, f"{tenth / 10:g}") for tenth in tenths]),
+            "y": ("share of the pairs", 0, 1.05 * top, [])}
