@@ -16,7 +16,6 @@ from reid import ReidError, __version__, distributed
 from reid.checkpoint import checkpoint_path, fingerprint, load_checkpoint, load_spacetime, save_spacetime, versions
 from reid.cli import HelpFormatter, check_ranges, run
 from reid.data.datasets import folder_pid, read_split
-from reid.extras import report
 from reid.files import atomic_path
 from reid.retrieval import gallery, metrics, spacetime
 from reid.retrieval.compare import compare_table
@@ -33,7 +32,7 @@ def get_args_parser():
     add("--load_index", action="store_true", help="take the embeddings from the index, embed nothing")
     add("--save_index", action="store_true", help="keep the embeddings in the index")
     add("--gallery_uri", help="the index: a file (default: index/<run>.pt), or Milvus as name.db or http://host:19530")
-    add("--report", metavar="DIR", help="write a page with tables, charts, worst queries and likely label errors")
+    add("--report", metavar="HTML", help="write a page with tables, charts, worst queries and likely label errors")
     add("--compare", nargs=2, metavar="RUN", help="two runs side by side, from their saved indexes")
     add("--json", metavar="PATH", help="write everything that was measured")
     # how to score
@@ -54,7 +53,9 @@ def main(args):
     if args.compare:
         return print(compare_table(*(saved_run(args, name) for name in args.compare)))
     if args.report:
-        report.check_folder(args.report)  # a wrong folder is said now, not after the work
+        from reid.extras import report
+
+        report.check_path(args.report)  # before the work, not after it
     rank, world_size = distributed.start(args.device)
     checkpoint = checkpoint_path(args.exp_name)
     record = load_checkpoint(checkpoint)
@@ -98,7 +99,7 @@ def main(args):
             "cameras": metrics.camera_table(*data.values(), protocol=args.protocol)._asdict()})
     if args.report:
         title = f"{args.exp_name} on {args.data_root}"
-        page = report.write_report(args.report, title, queries, index, data, results, roc, vars(args), versions())
+        page = report.write_report(args.report, title, queries, index, data, results, intervals, roc, vars(args), versions())
         print(f"report written: {page}")
     left_out = len(index.bad) + len(queries.bad)
     for file, reason in queries.bad + index.bad:

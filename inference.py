@@ -22,6 +22,7 @@ from reid.files import atomic_path
 from reid.retrieval import extract, rerank
 from reid.retrieval.gallery import build_gallery, open_gallery
 from reid.retrieval.index import GalleryIndex
+from reid.retrieval.ranked import Query, RankedList
 
 CANDIDATES = 200  # rows of the gallery that re-ranking looks at
 
@@ -95,10 +96,9 @@ def main(args):
     for item in rankings:
         print_ranking(item, threshold)
     if args.output:
-        drawn = [viz.Ranking(item["query"], item["query"], item["pid"], item["camid"], [
-            viz.Hit(hit["path"], hit["path"], hit["pid"], hit["camid"], hit["score"]) for hit in item["hits"]])
-            for item in rankings]
-        written = viz.draw_ranking(args.output, drawn, args.positions, threshold)
+        drawn = [RankedList(Query(file, *name), found[found >= 0], score[found >= 0], index, threshold)
+                 for file, name, score, found in zip(files, names, scores, rows)]
+        written = viz.draw_ranking(args.output, drawn, args.positions)
         print(f"pictures written: {', '.join(map(str, written))}")
     if args.json:
         with atomic_path(args.json) as temporary:

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from reid import ReidError, images
 from reid.data.datasets import DISTRACTOR, JUNK, UNKNOWN, UNKNOWN_PID
 from reid.files import atomic_path
+from reid.retrieval.ranked import identity_name
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 MAX_HITS = 100  # hits drawn for one query; the caption of the query shows how many there are
@@ -40,10 +41,11 @@ def verdict(query_pid, pid):
 
 
 def identity(pid, path):
-    """Name an identity: "id 12", "distractor", "junk", the folder's name where that is no number, or "" if unlabelled."""
-    if pid in (JUNK, DISTRACTOR, UNKNOWN_PID):
-        return {JUNK: "junk", DISTRACTOR: "distractor", UNKNOWN_PID: ""}[pid]
-    return f"id {pid}" if pid < 1 << 61 else Path(path).parent.name  # `folder_pid` maps names to numbers from 2^61 on
+    """Text for an identity: "id 12", the name of its folder, "junk", "distractor", or "" for an unlabelled image."""
+    if pid in (JUNK, DISTRACTOR):
+        return "junk" if pid == JUNK else "distractor"
+    name = identity_name(pid, path)
+    return f"id {name}" if name.isdecimal() else name
 
 
 def picture_format(path):

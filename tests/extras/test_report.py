@@ -1,7 +1,11 @@
-"""The report and the comparison: who is blamed for what, what the page holds and refuses, that no half report is left."""
+"""The report and its error analysis, and the comparison of two runs."""
 
+import base64
+import hashlib
+import io
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +13,7 @@ from PIL import Image
 
 from reid import ReidError
 from reid.data.datasets import Records
-from reid.extras import reasons, report
+from reid.extras import analysis, report
 from reid.retrieval import metrics
 from reid.retrieval.compare import compare_table
 from reid.retrieval.index import GalleryIndex
@@ -49,7 +53,8 @@ def run(tmp_path):
     return make_index(root, queries), make_index(root, gallery)
 
 
-def write(folder, run, title="calm-fox-1", **changed):
+def write(path, run, title="calm-fox-1", **changed):
+    """Evaluate `run` as eval.py does and write its report; returns the text of the page."""
     queries, gallery = run
     data = arguments_of(*run)
     if changed.get("multi_query"):
@@ -57,16 +62,20 @@ def write(folder, run, title="calm-fox-1", **changed):
         data |= zip(("q_emb", "q_pids", "q_camids"), pooled)
     result = metrics.evaluate(*data.values())
     roc = metrics.roc(*data.values(), rates=(1e-4, 1e-3, 1e-2))
-    return report.write_report(folder, title, queries, gallery, data, {"visual": result, "+rerank": result}, roc,
-                               ARGUMENTS | changed, {"torch": "2"})
+    results = {"visual": result, "+rerank": result}
+    intervals = {name: metrics.bootstrap(result) for name, result in results.items()}
+    written = report.write_report(path, title, queries, gallery, data, results, intervals, roc, ARGUMENTS | changed,
+                                  {"torch": "2"})
+    assert written == path
+    return path.read_text("utf-8")
 
 
 class Page(HTMLParser):
-    """Collects (tag, attributes) and complains of tags that do not close."""
+    """Collects (tag, attributes) and the text of headings; fails for a tag that is not closed."""
 
     def __init__(self, text):
         super().__init__()
-        self.tags, self.open = [], []
+        self.tags, self.open, self.headings = [], [], []
         self.feed(text)
         assert not self.open
 
@@ -75,52 +84,75 @@ class Page(HTMLParser):
         if tag not in ("meta", "img", "br"):
             self.open.append(tag)
 
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
 
-
-def test_page_is_whole_and_needs_nothing_else(run, tmp_path):
-    page = write(tmp_path / "report", run, title="<b>a & b</b> $body")
-    text = page.read_text("utf-8")
-    parsed = Page(text)
-    sources = {attrs["src"] for tag, attrs in parsed.tags if tag == "img"}
-    on_disk = {file.relative_to(page.parent).as_posix() for file in page.parent.rglob("*") if file.is_file()}
-    assert sources == on_disk - {"report.html"}
-    assert {"cmc.png", "roc.png", "scores.png", "cameras-rank1.png", "cameras-map.png"} <= sources
-    assert "http" not in re.sub(r"http-equiv", "", text)
-    assert not {"script", "link", "iframe", "b "} & {tag for tag, _ in parsed.tags}
-    assert not any(name == "style" or name.startswith("on") for _, attrs in parsed.tags for name in attrs)
-    assert "<script>" not in text
-    assert "&lt;b&gt;a &amp; b&lt;/b&gt; $body" in text
-    for file in page.parent.rglob("*.*g"):
-        Image.open(file).verify()
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "h2":
+            self.headings.append(data)
 
 
-def test_policy_lets_only_this_style_in(run, tmp_path):
-    import base64
-    import hashlib
+def test_page_is_complete_and_self_contained(run, tmp_path):
+    text = write(tmp_path / "report.html", run, title="<b>a & b</b> {{ body }}")
+    page = Page(text)
+    assert page.headings == ["Results", "Charts", "Worst queries", "Confused people", "Likely label errors", "Left out",
+                             "Made with"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["data", "report.html"]
+    tags = {tag for tag, _ in page.tags}
+    assert not {"script", "link", "iframe", "b "} & tags
+    assert sum(tag == "svg" for tag, _ in page.tags) == 5  # CMC, ROC, scores, Rank-1 and mAP by camera
+    assert not any(name == "style" or name.startswith("on") for _, attrs in page.tags for name in attrs)
+    assert "http" not in text.replace("http-equiv", "")
+    assert "<script>" not in text and "g/&lt;script&gt;alert(1)&lt;.jpg" in text
+    assert "&lt;b&gt;a &amp; b&lt;/b&gt; {{ body }}" in text
+    anchors = [attrs["href"][1:] for tag, attrs in page.tags if tag == "a"]
+    assert anchors == [attrs["id"] for tag, attrs in page.tags if tag == "section"]
 
-    text = write(tmp_path / "report", run).read_text("utf-8")
+
+def test_pictures_are_data_uris(run, tmp_path):
+    page = Page(write(tmp_path / "report.html", run))
+    sources = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
+    assert len(sources) > 20
+    for source in sources:
+        head, body = source.split(",")
+        assert head == "data:image/jpeg;base64"
+        assert Image.open(io.BytesIO(base64.b64decode(body))).size == (128, 256)
+
+
+def test_charts_lie_within_their_frame(run, tmp_path):
+    text = write(tmp_path / "report.html", run)
+    points = [point.split(",") for line in re.findall(r'points="([^"]*)"', text) for point in line.split()]
+    assert len(points) > 60
+    assert all(54 <= float(x) <= 488 and 40 <= float(y) <= 290 for x, y in points)
+
+
+def test_only_this_style_is_allowed(run, tmp_path):
+    text = write(tmp_path / "report.html", run)
     style = re.search(r"<style>(.*)</style>", text, re.S)[1]
-    assert base64.b64encode(hashlib.sha256(style.encode()).digest()).decode() in re.search(r"style-src '([^']*)'", text)[1]
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', text)[1]
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    assert policy == (f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'")
 
 
 def test_extremes_leave_out_what_does_not_count(run):
-    found = reasons.extremes(*arguments_of(*run).values())
+    found = analysis.extremes(*arguments_of(*run).values())
     assert found.wrong_row.tolist()[:3] == [0, 0, 6]  # not the junk, not the own camera
     assert found.right_row[0] == 1 and found.right_row[2] == 4
     assert found.right_row[1] == 2, "camera 1 is another one for a query of camera 3"
     assert found.right[3] == -torch.inf
     assert found.own_pairs.tolist() == [0, 2, 1, 0, 1, 0, 1]
     assert found.own_row[1] == 1
-    nocam = reasons.extremes(*arguments_of(*run).values(), protocol="nocam")
+    nocam = analysis.extremes(*arguments_of(*run).values(), protocol="nocam")
     assert nocam.right_row[0] == 2
 
 
 def test_confusions_count_first_places(run):
     data = arguments_of(*run)
-    result, found = metrics.evaluate(*data.values()), reasons.extremes(*data.values())
-    pairs, wrong, distractors = reasons.confusions(found, result, data["q_pids"], data["g_pids"])
+    result, found = metrics.evaluate(*data.values()), analysis.extremes(*data.values())
+    pairs, wrong, distractors = analysis.confusions(found, result, data["q_pids"], data["g_pids"])
     assert (wrong, distractors) == (3 - int(result.first_rank[1] == 1), 1)
     assert (pairs[0].pid, pairs[0].taken_for, pairs[0].queries, pairs[0].back) == (1, 2, 2, 0)
     assert pairs[0].image == 0
@@ -147,8 +179,8 @@ def labelled(wrong=None):
 
 
 def suspects(data):
-    result, found, roc = metrics.evaluate(*data), reasons.extremes(*data), metrics.roc(*data)
-    return reasons.alike_strangers(found, result, roc, 50), reasons.unlike_images(found, roc, 50)
+    result, found, roc = metrics.evaluate(*data), analysis.extremes(*data), metrics.roc(*data)
+    return analysis.similar_strangers(found, result, roc, 50), analysis.dissimilar_matches(found, roc, 50)
 
 
 def test_swapped_labels_are_suspected_and_right_ones_are_not():
@@ -165,75 +197,67 @@ def test_level_is_the_share_of_strangers_above():
     roc = metrics.roc(*data)
     scores = (data[0] @ data[1].T)[data[2][:, None] != data[4]]
     for share in (0.5, 0.1, 0.01):
-        assert abs(reasons.level(roc, share) - float(scores.quantile(1 - share))) <= 0.011
+        assert abs(analysis.level(roc, share) - float(scores.quantile(1 - share))) <= 0.011
 
 
 def test_ranked_rows_caps_both_kinds():
-    scores = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5, 0.4])
-    counts = torch.tensor([False, False, True, False, True, True])
-    assert reasons.ranked_rows(scores, counts, 2, 1) == [0, 2, 4]
+    scores = torch.tensor([0.5, 0.8, 0.7, 0.6, 0.9, 0.4])
+    counts = torch.tensor([True, False, True, False, False, True])
+    assert analysis.ranked_rows(scores, counts, 2, 1).tolist() == [4, 2, 0]
 
 
 def test_worst_first_and_never_a_skipped_one(run):
     result = metrics.evaluate(*arguments_of(*run).values())
-    worst = reasons.worst_queries(result, 9)
+    worst = analysis.worst_queries(result, 9)
     assert 3 not in worst and len(worst) == result.valid
     assert result.ap[worst].tolist() == sorted(result.ap[worst].tolist())
 
 
 def test_skipped_queries_and_unreadable_images_are_named(run, tmp_path):
     run[1].bad = [("g/broken<.jpg", "not an image")]
-    text = write(tmp_path / "report", run).read_text("utf-8")
+    text = write(tmp_path / "report.html", run)
     assert "no image of its id in the gallery: q/4?.jpg" in text
     assert "g/broken&lt;.jpg: not an image" in text
 
 
 def test_tracklets_are_shown_by_their_first_image(run, tmp_path):
-    assert "q/1b.jpg" in write(tmp_path / "report", run, multi_query=True).read_text("utf-8")
+    assert "q/1b.jpg" in write(tmp_path / "report.html", run, multi_query=True)
 
 
 def test_replaces_a_report_and_nothing_else(run, tmp_path):
-    folder = tmp_path / "report"
-    write(folder, run, title="first")
-    (folder / "crops" / "9999.jpg").write_bytes(b"old")
-    assert "second" in write(folder, run, title="second").read_text("utf-8")
-    assert not (folder / "crops" / "9999.jpg").exists()
-    assert [file.name for file in tmp_path.iterdir() if ".tmp" in file.name] == []
-    precious = tmp_path / "thesis"
-    precious.mkdir()
-    (precious / "report.html").write_text("mine")
-    link = tmp_path / "link"
-    link.symlink_to(folder)
-    for taken in (precious, precious / "report.html", link):
-        with pytest.raises(ReidError, match="not a report"):
-            write(taken, run)
-    assert (precious / "report.html").read_text() == "mine"
+    path = tmp_path / "report.html"
+    write(path, run, title="first")
+    assert "second" in write(path, run, title="second")
+    other = tmp_path / "thesis.html"
+    other.write_text("mine")
+    with pytest.raises(ReidError, match="is not a report; choose another name"):
+        write(other, run)
+    assert other.read_text() == "mine"
 
 
-def test_failure_leaves_the_old_report_and_no_rest(run, tmp_path, monkeypatch):
-    folder = tmp_path / "report"
-    write(folder, run, title="first")
-    monkeypatch.setattr(report, "_page", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        write(folder, run)
-    assert "first" in (folder / "report.html").read_text()
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["data", "report"]
+@pytest.mark.parametrize("name, hint", [("folder", "folder/report.html"), ("new", "new.html"), ("out.png", "out.png.html"),
+                                        ("folder.html", "folder.html/report.html"), (".", "report.html")])
+def test_a_folder_or_another_kind_of_file_is_refused(tmp_path, name, hint):
+    for folder in ("folder", "folder.html"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "notes.txt").write_text("mine")
+    with pytest.raises(ReidError, match=f"--report .*: give the name of an HTML file, such as {tmp_path}/{hint}$"):
+        report.check_path(tmp_path / name)
+    assert sorted(file.name for file in tmp_path.rglob("*")) == ["folder", "folder.html", "notes.txt", "notes.txt"]
 
 
-@pytest.mark.skipif(report.fcntl is None, reason="no locks on this system")
-def test_folders_of_killed_runs_are_swept_and_live_ones_are_not(tmp_path):
-    dead = tmp_path / ".report.dead.tmp"
-    dead.mkdir()
-    with report._new_folder(tmp_path / "report") as live:
-        assert not dead.exists()
-        with report._new_folder(tmp_path / "report"):
-            assert live.exists()
+def test_a_failure_leaves_the_old_report(run, tmp_path, monkeypatch):
+    path = tmp_path / "report.html"
+    write(path, run, title="first")
 
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
 
-def test_missing_matplotlib_is_said_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ReidError, match="pip install matplotlib"):
-        report.check_folder(tmp_path / "new")
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    with pytest.raises(OSError):
+        write(path, run, title="second")
+    assert "first" in path.read_text()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["data", "report.html"]
 
 
 def compared(name, run):
