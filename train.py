@@ -42,11 +42,6 @@ def get_args_parser():
     add("--weights", default="imagenet", help="imagenet (downloaded by torchvision), none (from scratch), or a file")
     add("--height", type=int, default=256)
     add("--width", type=int, default=128)
-    add("--last_stride", type=int, choices=[1, 2], default=1, help="1 keeps the last map twice as large")
-    add("--pool", choices=["avg", "gem"], default="avg")
-    add("--ibn", action="store_true", help="half the early norms per image (IBN-a), for cameras it has never seen")
-    add("--dropout", type=float, default=0.0, help="before the classifier")
-    add("--drop_path", type=float, default=0.0, help="stochastic depth: up to this share of images skip a dense layer")
     # batches and augmentation
     add("--batch_size", type=int, default=64, help="over all GPUs")
     add("--num_instances", type=int, default=4, help="images of each identity in a batch (the K of the PK sampler)")
@@ -57,7 +52,6 @@ def get_args_parser():
     add("--blur", type=float, default=0.0, help="probability of Gaussian blur")
     add("--jpeg", type=float, default=0.0, help="probability of JPEG noise")
     add("--grid", type=float, default=0.0, help="probability of hiding a grid of squares (GridMask)")
-    add("--mixstyle", type=float, default=0.0, help="probability of mixing in another image's style (MixStyle)")
     # loss
     add("--smoothing", type=float, default=0.1, help="label smoothing")
     add("--pair_loss", choices=list(PAIR_LOSSES), default="triplet", help="batch-hard triplet, or circle loss")
@@ -99,8 +93,7 @@ def main(args):
     cache = ImageCache(train_set.files, size, device, args.cache, args.num_data_loaders)
     val_cache = ImageCache(val_set.files, size, device, args.cache, args.num_data_loaders) if val_set else None
 
-    model = build_model(default_config(classes, args.backbone, args.height, args.width, args.last_stride, args.pool,
-                                       args.ibn))
+    model = build_model(default_config(classes, args.backbone, args.height, args.width))
     if not run_.state:
         load_weights(model, args.weights, verbose=print if rank == 0 else lambda line: None)
     engine = Engine(model, args, steps, device)

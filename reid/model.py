@@ -8,16 +8,14 @@ from reid import ReidError
 from reid.images import MEAN, STD
 
 EMBEDDING_SIZES = {"densenet121": 1024, "resnet50": 2048}
+REMOVED = {"last_stride": 1, "pool": "avg", "ibn": False}  # choices of earlier versions, and the one that is left of each
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-STYLE_AFTER = {"densenet121": ("transition1", "transition2"), "resnet50": ("layer1", "layer2")}  # where MixStyle mixes
-IBN_IN = {"densenet121": ("denseblock1", "denseblock2", "denseblock3"), "resnet50": ("layer1", "layer2", "layer3")}
-IBN_FOR = {"densenet121": "norm2", "resnet50": "bn1"}  # the norm after a block's first convolution
 
 
-def default_config(classes, backbone="densenet121", height=256, width=128, last_stride=1, pool="avg", ibn=False):
+def default_config(classes, backbone="densenet121", height=256, width=128):
     """Everything needed to build the network again; travels in the checkpoint. classes: the sorted training ids."""
-    return {"backbone": backbone, "height": height, "width": width, "last_stride": last_stride, "pool": pool, "ibn": ibn,
-            "embedding_size": EMBEDDING_SIZES[backbone], "classes": classes}
+    return {"backbone": backbone, "height": height, "width": width, "embedding_size": EMBEDDING_SIZES[backbone],
+            "classes": classes}
 
 
 class DenseLayer(nn.Module):
@@ -27,14 +25,10 @@ class DenseLayer(nn.Module):
         self.conv1 = nn.Conv2d(channels, bottleneck * growth, 1, bias=False)
         self.norm2 = nn.BatchNorm2d(bottleneck * growth)
         self.conv2 = nn.Conv2d(bottleneck * growth, growth, 3, padding=1, bias=False)
-        self.drop = 0.0
 
     def forward(self, parts):
         x = self.conv1(F.relu(self.norm1(torch.cat(parts, 1)), inplace=True))
-        x = self.conv2(F.relu(self.norm2(x), inplace=True))
-        if self.training and self.drop:
-            x = x * F.dropout(x.new_ones(len(x), 1, 1, 1), self.drop)  # all or nothing of an image, the rest scaled up
-        return x
+        return self.conv2(F.relu(self.norm2(x), inplace=True))
 
 
 class DenseBlock(nn.ModuleDict):
@@ -60,11 +54,11 @@ class Transition(nn.Module):
 class DenseNet121(nn.Sequential):
     """DenseNet-121's convolutions (Huang et al., CVPR 2017) under torchvision's names, so its weights load as they are.
 
-    Our own because importing torchvision takes as long as the rest of `inference.py`. `last_stride` 1 leaves out the last
-    pooling: a 256 x 128 crop then ends at 16 x 8 instead of 8 x 4 (Luo et al., arXiv 1903.07071).
+    Not torchvision's own class, whose import takes as long as the rest of `inference.py`. The last transition does not pool: a
+    256 x 128 crop ends at 16 x 8 instead of 8 x 4 (last stride 1; Luo et al., arXiv 1903.07071).
     """
 
-    def __init__(self, last_stride=1, growth=32, bottleneck=4, blocks=(6, 12, 24, 16)):
+    def __init__(self, growth=32, bottleneck=4, blocks=(6, 12, 24, 16)):
         super().__init__()
         channels = 64
         self.conv0 = nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False)
@@ -78,7 +72,7 @@ class DenseNet121(nn.Sequential):
             self.add_module(f"denseblock{i}", block)
             channels += layers * growth
             if i < len(blocks):
-                self.add_module(f"transition{i}", Transition(channels, last_stride if i == len(blocks) - 1 else 2))
+                self.add_module(f"transition{i}", Transition(channels, 1 if i == len(blocks) - 1 else 2))
                 channels //= 2
         self.norm5 = nn.BatchNorm2d(channels)
         self.relu5 = nn.ReLU(inplace=True)
@@ -87,66 +81,18 @@ class DenseNet121(nn.Sequential):
                 nn.init.kaiming_normal_(module.weight)
 
 
-def resnet50(last_stride=1):
-    """torchvision's ResNet-50 (v1.5 strides) without its head, under the names of a torchvision checkpoint."""
+def resnet50():
+    """torchvision's ResNet-50 (v1.5 strides) without its head and with last stride 1, under torchvision's names."""
     from torchvision.models import resnet  # the import that DenseNet's users do not pay for
 
     full = resnet.resnet50()
-    if last_stride == 1:
-        full.layer4[0].conv2.stride = full.layer4[0].downsample[0].stride = (1, 1)
+    full.layer4[0].conv2.stride = full.layer4[0].downsample[0].stride = (1, 1)
     full.avgpool, full.fc = nn.Identity(), nn.Identity()
     names = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
     body = nn.Sequential()
     for name in names:
         body.add_module(name, getattr(full, name))
     return body
-
-
-class IBN(nn.Module):
-    """Instance norm of the first half of the channels, batch norm of the others (IBN-a; Pan et al., arXiv 1807.09441), under
-    the names of the authors' weights."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.half = channels // 2
-        self.IN = nn.GroupNorm(self.half, self.half)  # a group for each channel: instance norm, in channels-last memory
-        self.BN = nn.BatchNorm2d(channels - self.half)
-
-    def forward(self, x):
-        return torch.cat([self.IN(x[:, : self.half]).to(x.dtype), self.BN(x[:, self.half :])], 1)
-
-
-def add_ibn(body, backbone):
-    for stage in IBN_IN[backbone]:
-        blocks = getattr(body, stage)
-        for block in blocks.values() if isinstance(blocks, nn.ModuleDict) else blocks:
-            setattr(block, IBN_FOR[backbone], IBN(getattr(block, IBN_FOR[backbone]).num_features))
-
-
-def mix_style(x, own, partner):
-    """MixStyle (Zhou et al., arXiv 2104.02008): each map gets a mean and deviation between its own and another image's.
-
-    x: [N, C, H, W]; own: float [N], weight of the own style, 1 changes nothing; partner: int64 [N], rows of the other images.
-    Styles carry no gradient.
-    """
-    with torch.no_grad():
-        variance, mean = torch.var_mean(x.float(), (2, 3), keepdim=True)
-        deviation = (variance + 1e-6).sqrt()
-        own = own.view(-1, 1, 1, 1)
-        scale = (own * deviation + (1 - own) * deviation[partner]) / deviation
-        offset = own * mean + (1 - own) * mean[partner] - mean * scale
-    return (x * scale + offset).to(x.dtype)
-
-
-class GeM(nn.Module):
-    """Generalised mean over the map with one learnt power (Radenovic et al., arXiv 1711.02512)."""
-
-    def __init__(self):
-        super().__init__()
-        self.p = nn.Parameter(torch.tensor(3.0))
-
-    def forward(self, x):
-        return x.float().clamp(min=1e-6).pow(self.p).mean((2, 3)).pow(1 / self.p)
 
 
 class ReidModel(nn.Module):
@@ -160,58 +106,35 @@ class ReidModel(nn.Module):
         super().__init__()
         self.config = config
         size = config["embedding_size"]
-        self.body = {"densenet121": DenseNet121, "resnet50": resnet50}[config["backbone"]](config["last_stride"])
-        if config.get("ibn"):
-            add_ibn(self.body, config["backbone"])
-        self.pool = GeM() if config["pool"] == "gem" else None
+        self.body = {"densenet121": DenseNet121, "resnet50": resnet50}[config["backbone"]]()
+        self.pool = None
         self.neck = nn.BatchNorm1d(size)
         self.neck.bias.requires_grad_(False)
         self.classifier = nn.Linear(size, len(config["classes"]), bias=False)
         nn.init.normal_(self.classifier.weight, std=0.001)
-        self.dropout = 0.0
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1) * 255, persistent=False)
 
-    def regularise(self, dropout, drop_path):
-        """In training: dropout before the classifier, and stochastic depth (Huang et al., arXiv 1603.09382).
-
-        Dense layer i of L adds nothing for an image with probability drop_path * i / L; the layers after it see zeros.
-        """
-        self.dropout = dropout
-        layers = [module for module in self.body.modules() if isinstance(module, DenseLayer)]
-        if drop_path and not layers:
-            raise ReidError(f"--drop_path: not made for --backbone {self.config['backbone']}; leave it out")
-        for i, layer in enumerate(layers, 1):
-            layer.drop = drop_path * i / len(layers)
-
-    def features(self, images, style=None):
-        """uint8 (or float of the same 0..255 range) [N, 3, H, W] -> pooled backbone features, float32 [N, D].
-
-        style: (own, partner) for `mix_style` after early stages; None leaves the maps as they are.
-        """
+    def features(self, images):
+        """uint8 (or float of the same 0..255 range) [N, 3, H, W] -> pooled backbone features, float32 [N, D]."""
         x = ((images.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        for name, stage in self.body.named_children():
-            x = stage(x)
-            if style is not None and name in STYLE_AFTER[self.config["backbone"]]:
-                x = mix_style(x, *style)
-        return self.pool(x) if self.pool else x.float().mean((2, 3))
+        return self.body(x).float().mean((2, 3))
 
-    def forward(self, images, style=None):
+    def forward(self, images):
         """Training: (pooled features [N, D], logits [N, classes]). Evaluation: embeddings float32 [N, D], norm 1."""
-        pooled = self.features(images, style)
+        pooled = self.features(images)
         neck = self.neck(pooled)
         if self.training:
-            return pooled, self.classifier(F.dropout(neck, self.dropout) if self.dropout else neck)
+            return pooled, self.classifier(neck)
         return F.normalize(neck.float())
 
 
 def check_config(config):
     """Raise ReidError for a config that `build_model` does not know."""
     try:
-        if config["pool"] not in ("avg", "gem") or config["last_stride"] not in (1, 2):
-            raise KeyError("pool or last_stride")
-        if not isinstance(config.get("ibn", False), bool):  # not in the oldest checkpoints
-            raise KeyError("ibn")
+        for name, only in REMOVED.items():
+            if config.get(name, only) != only:
+                raise ValueError(f"{name} {config[name]!r}: this version has no such network")
         if config["embedding_size"] != EMBEDDING_SIZES[config["backbone"]]:
             raise KeyError("embedding_size")
         if not all(isinstance(config[k], int) and 32 <= config[k] <= 2048 for k in ("height", "width")):
@@ -220,7 +143,7 @@ def check_config(config):
             raise KeyError("classes")
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:  # a file may hold any type
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise ReidError(f"model configuration not understood ({reason}); is the checkpoint from a newer version?") from error
+        raise ReidError(f"model configuration not understood ({reason}); is the checkpoint from another version?") from error
 
 
 def build_model(config):

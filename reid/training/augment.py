@@ -16,7 +16,7 @@ from reid.images import MEAN
 PAD = 10  # black pixels around the image before the random crop (Luo et al., arXiv 1903.07071)
 COLUMNS = ("flip", "dy", "dx", "top", "left", "bottom", "right", "brightness", "contrast", "saturation",
            "sigma", "quality", "period", "grid_y", "grid_x", "own_style", "style_key")
-SETTINGS = ("flip", "erase", "jitter", "gray", "blur", "jpeg", "grid", "mixstyle")
+SETTINGS = ("flip", "erase", "jitter", "gray", "blur", "jpeg", "grid")
 STAGES = {"colour": ("jitter", "gray"), "blur": ("blur",), "jpeg": ("jpeg",), "grid": ("grid",)}
 
 

@@ -43,7 +43,6 @@ class Engine:
         self.args, self.steps, self.device = args, steps, device
         self.model = model.to(device)
         self.net = self.model
-        model.regularise(args.dropout, args.drop_path)
         self.stages = augment.stages(args)
         self.dtype = DTYPES[pick_precision(device, args.precision)]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
@@ -88,8 +87,6 @@ class Engine:
         try:
             if self.graph_wanted and self.graph is None:
                 self._capture(images, params, labels)
-            if self.args.dropout or self.args.drop_path:  # resuming needs no random state, and ranks draw apart
-                torch.manual_seed((self.args.seed * 1_000_003 + step) * distributed.world_size + distributed.rank)
             if self.graph:
                 for static, value in zip(self.inputs, (images, params, labels)):
                     static.copy_(value)
@@ -105,7 +102,7 @@ class Engine:
         args = self.args
         x = augment.apply(images, params, self.stages)
         with self._autocast():
-            pooled, logits = self.net(x, augment.styles(params) if args.mixstyle else None)
+            pooled, logits = self.net(x)
         loss_id = identity_loss(logits, labels, args.smoothing)
         all_pooled, all_labels = distributed.gather(pooled), distributed.gather(labels)
         loss_pair = PAIR_LOSSES[args.pair_loss](all_pooled, all_labels, args.margin)

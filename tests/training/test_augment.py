@@ -125,7 +125,7 @@ def test_jpeg_noise_is_that_of_a_codec(size, quality):
 def test_only_what_is_asked_for_is_computed():
     class args:
         flip = erase = 0.5
-        jitter = blur = grid = mixstyle = 0.0
+        jitter = blur = grid = 0.0
         gray = jpeg = 0.1
 
     assert augment.stages(args) == {"colour", "jpeg"}
