@@ -26,14 +26,9 @@ LONGEST = 350  # lines of a file
 
 KNOWN = {
     "circle of reid.retrieval.extract, reid.retrieval.gpu_decode",
-    "eval imports reid.extras.report at its top",
     "import eval changes warnings.filters",
     "import eval loads reid.extras",
-    "import eval loads reid.extras.charts",
     "import eval loads reid.extras.milvus_client",
-    "import eval loads reid.extras.pictures",
-    "import eval loads reid.extras.reasons",
-    "import eval loads reid.extras.report",
     "import inference changes warnings.filters",
     "import inference loads reid.extras",
     "import inference loads reid.extras.milvus_client",

@@ -33,7 +33,7 @@ from PIL import Image
 
 from reid import ReidError, images
 from reid.data.datasets import DISTRACTOR, JUNK, UNKNOWN, UNKNOWN_PID
-from reid.extras.pictures import verdict, who
+from reid.extras.pictures import identity, verdict
 
 try:
     import uvicorn
@@ -94,7 +94,7 @@ class Searcher:
     def describe(self, row):
         """What is known of a gallery image, as plain values; the row as text, since browsers round above 2^53."""
         path, pid = self.index.paths[row], int(self.index.pids[row])
-        return {"row": str(row), "path": path, "pid": pid, "camid": int(self.index.camids[row]), "label": who(pid, path)}
+        return {"row": str(row), "path": path, "pid": pid, "camid": int(self.index.camids[row]), "label": identity(pid, path)}
 
     def _work(self):
         while (job := self.jobs.get()) is not None:
