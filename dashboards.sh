@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# TensorBoard (runs/) on port 6006 and MLflow (mlflow.db) on port 8080, from the Python environment that is active. They
-# run until Ctrl-C, TERM, the end of the terminal or the death of one; then both stop, with all their children.
+# Serve TensorBoard (runs/) on port 6006 and MLflow (mlflow.db) on port 8080, from the active Python environment. Both run
+# until Ctrl-C, TERM, the end of the terminal or the death of one of them; then both stop, with all their children.
 #
 #   HOST                 address to listen on (127.0.0.1); neither asks for a password, so think before 0.0.0.0
 #   TENSORBOARD_PORT, MLFLOW_PORT
 #   MLFLOW_TRACKING_URI  another store than mlflow.db, such as sqlite:////data/mlflow.db or postgresql://...
 #   MLFLOW_SERVER_ALLOWED_HOSTS, MLFLOW_SERVER_CORS_ALLOWED_ORIGINS
-#                        names under which browsers elsewhere may open MLflow (where HOST is set: this machine's own)
+#                        host names under which browsers may open both pages, and origins for MLflow (default: localhost,
+#                        IP addresses and, where HOST is set, the names of this machine). Other names are refused, since
+#                        by DNS rebinding any web page could read the training images in runs/.
 #
 # Exit status: 1 could not start, or one has died; 130 Ctrl-C; 143 TERM; 129 terminal closed. Needs bash >= 4.4.
 set -u
@@ -22,14 +24,14 @@ for tool in tensorboard mlflow; do
     die "$tool is not installed; activate your environment, or run: pip install -r requirements.txt"
 done
 [[ $STORE != http?(s)://* ]] ||
-  die "MLFLOW_TRACKING_URI=$STORE is a server already: open that, or unset it for mlflow.db"
+  die "MLFLOW_TRACKING_URI is the address of a server: open that, or unset it to serve mlflow.db"
 
-# Asked before anything starts: on a taken port mlflow exits 0 after ten seconds, as if all were well.
+# Ports are checked before anything starts: on a taken port mlflow exits with status 0 after ten seconds.
 python3 - "$HOST" "TENSORBOARD_PORT=$TENSORBOARD_PORT" "MLFLOW_PORT=$MLFLOW_PORT" <<'PYTHON' || exit 1
 import socket, sys
 host, held = sys.argv[1], []
 for setting in sys.argv[2:]:
-    name, port = setting.split("=")
+    name, port = setting.split("=", 1)
     try:
         held.append(socket.create_server((host, int(port))))
     except (OSError, OverflowError, ValueError) as error:
@@ -40,7 +42,7 @@ PYTHON
 address=$HOST
 case $HOST in
   127.* | localhost) ;;
-  *)  # MLflow answers other machines' browsers only under names that it was told
+  *)  # MLflow answers other machines' browsers only under the names in this list
     [[ $HOST != 0.0.0.0 ]] || address=localhost
     for name in "$HOST" localhost 127.0.0.1 "$HOSTNAME" $(hostname -I 2>/dev/null); do
       hosts=${hosts:+$hosts,}$name:$MLFLOW_PORT
@@ -51,6 +53,37 @@ case $HOST in
 esac
 export MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true
 export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false  # with --workers 1: 2 processes instead of 10
+
+# The command `tensorboard`, which accepts any Host header, with a check of it.
+read -r -d '' TENSORBOARD <<'PYTHON'
+import ipaddress, os, sys
+from fnmatch import fnmatch
+from urllib.parse import urlsplit
+from tensorboard import default, main_lib, program
+
+hosts = os.environ.get("MLFLOW_SERVER_ALLOWED_HOSTS", "localhost").split(",")
+names = {"localhost", *(host.rsplit(":", 1)[0] for host in hosts)}
+
+def allowed(host):
+    try:
+        name = urlsplit(f"//{host}").hostname
+        return any(fnmatch(name, pattern) for pattern in names) or bool(ipaddress.ip_address(name))
+    except (TypeError, ValueError):  # no name, or one that is no address
+        return False
+
+def server(app, flags):
+    def checked(environ, start_response):
+        if allowed(environ.get("HTTP_HOST", "")):
+            return app(environ, start_response)
+        start_response("403 Forbidden", [("Content-Type", "text/plain")])
+        return [b"This host name is not allowed; add it to MLFLOW_SERVER_ALLOWED_HOSTS.\n"]
+    return program.WerkzeugServer(checked, flags)
+
+main_lib.global_init()
+tensorboard = program.TensorBoard(default.get_plugins(), server_class=server)
+tensorboard.configure(["tensorboard", *sys.argv[1:]])
+sys.exit(tensorboard.main())
+PYTHON
 
 groups=() logs=
 
@@ -74,10 +107,11 @@ stop() {  # the whole groups: without their leaders, workers would live on
 } 2>/dev/null
 
 mlflow_server() {
-  if [[ $STORE == sqlite:///mlflow.db && ! -e mlflow.db ]]; then  # a training may be making the same tables just now
+  if [[ $STORE == sqlite:///mlflow.db && ! -e mlflow.db ]]; then  # a training may be creating the same tables just now
     python3 -c 'from reid.training.tracking import open_store; open_store()' || exit 1
   fi
-  exec mlflow server --backend-store-uri "$STORE" --host "$HOST" --port "$MLFLOW_PORT" --workers 1
+  # in the environment, since `ps` would show the password of a command line
+  MLFLOW_BACKEND_STORE_URI=$STORE exec mlflow server --host "$HOST" --port "$MLFLOW_PORT" --workers 1
 }
 
 page() (  # PORT PATH: the answer to a GET, header and all
@@ -96,13 +130,13 @@ trap 'exit 143' TERM
 
 logs=$(mktemp -d) || exit 1
 echo "Starting TensorBoard and MLflow, which takes about ten seconds (Ctrl-C stops both) ..."
-start tensorboard tensorboard --logdir runs --host "$HOST" --port "$TENSORBOARD_PORT"
+start tensorboard python3 -c "$TENSORBOARD" --logdir runs --host "$HOST" --port "$TENSORBOARD_PORT"
 start mlflow mlflow_server
 until [[ $(page "$TENSORBOARD_PORT" /) == HTTP/* && $(page "$MLFLOW_PORT" /health) == HTTP/* ]] || ! both_live; do
   sleep 0.2
 done
 if both_live; then
-  # straight to the runs: MLflow's front page is about language models, and would open the experiment as one of those
+  # link to the runs: MLflow's front page is about language models, and would open the experiment as one of those
   experiment=$(page "$MLFLOW_PORT" "/api/2.0/mlflow/experiments/get-by-name?experiment_name=human-reid")
   [[ $experiment =~ \"experiment_id\":\ *\"([0-9]+) ]] &&
     runs="/#/experiments/${BASH_REMATCH[1]}/runs?workflowType=machine_learning"
@@ -112,5 +146,7 @@ if both_live; then
 fi
 dead=tensorboard
 ! kill -0 "${groups[0]}" 2>/dev/null || dead=mlflow
-tail -n 3 -- "$logs/$dead" >&2
+last=$(tail -n 3 -- "$logs/$dead")
+[[ ! $STORE =~ ://[^/]*:(.+)@ ]] || last=${last//"${BASH_REMATCH[1]}"/***}  # without the password of the store
+printf '%s\n' "$last" >&2
 die "$dead has stopped by itself (its last lines are above)"

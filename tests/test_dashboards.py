@@ -1,4 +1,4 @@
-"""dashboards.sh, started for real: pages, signals, deaths, taken ports. Nothing that it started may stay."""
+"""dashboards.sh, started for real: pages, host names, passwords, signals, deaths, taken ports; no process may stay."""
 
 import contextlib
 import json
@@ -12,7 +12,8 @@ import sys
 import time
 import uuid
 from pathlib import Path
-from urllib.request import urlopen
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -40,15 +41,16 @@ def until(found, what, seconds=90):
 
 
 class Dashboards:
-    """The script on a terminal of its own. Its processes are known by a mark in their environment, wherever they went."""
+    """The script on a terminal of its own. A mark in their environment finds its processes, whatever their parents are."""
 
     def __init__(self, folder, **settings):
         self.mark = f"DASHBOARDS_TEST={uuid.uuid4().hex}"
-        self.ports = {"TENSORBOARD_PORT": str(free_port()), "MLFLOW_PORT": str(free_port())} | settings
+        settings = {"TENSORBOARD_PORT": str(free_port()), "MLFLOW_PORT": str(free_port())} | settings
+        self.ports = {name: port for name, port in settings.items() if name.endswith("_PORT")}
         name, value = self.mark.split("=")
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        env = {**os.environ, **self.ports, name: value, "PATH": path, "TMPDIR": str(folder), "CDPATH": "/"}
-        env = {name: value for name, value in env.items() if name not in ("HOST", "MLFLOW_TRACKING_URI")}
+        env = {name: value for name, value in os.environ.items() if name not in ("HOST", "MLFLOW_TRACKING_URI")}
+        env |= settings | {name: value, "PATH": path, "TMPDIR": str(folder), "CDPATH": "/"}
         self.pid, self.terminal = pty.fork()
         if self.pid == 0:
             os.chdir("/")
@@ -75,8 +77,9 @@ class Dashboards:
             while (last is None or last not in self.text) and (chunk := os.read(self.terminal, 4096)):
                 self.text += chunk.decode().replace("\r\n", "\n")
 
-    def page(self, name, path="/"):
-        with urlopen(f"http://127.0.0.1:{self.ports[name]}{path}", timeout=30) as answer:
+    def page(self, name, path="/", host="localhost"):
+        request = Request(f"http://127.0.0.1:{self.ports[name]}{path}", headers={"Host": host})
+        with urlopen(request, timeout=30) as answer:
             return answer.read().decode()
 
     def _reaped(self):
@@ -111,7 +114,7 @@ def start(tmp_path, root, database):
     started = []
 
     def start(fresh=False, **settings):
-        if not fresh:  # making one takes seconds
+        if not fresh:  # creating one takes seconds
             shutil.copy(database, folder)
         started.append(Dashboards(folder, **settings))
         return started[-1]
@@ -130,6 +133,15 @@ def test_both_pages_show_a_run_while_it_trains_and_the_end_of_the_terminal_ends_
         assert f"http://127.0.0.1:{dashboards.ports[name]}{path}" in dashboards.text
     assert "TensorBoard" in dashboards.page("TENSORBOARD_PORT") and "MLflow" in dashboards.page("MLFLOW_PORT")
     assert len(dashboards.processes()) <= 6  # bash, tensorboard and its data server, mlflow and its one worker
+
+    for name in dashboards.ports:  # any web page could read the images under a name of its own (DNS rebinding)
+        port = dashboards.ports[name]
+        for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", "localhost.evil.example"):
+            with pytest.raises(HTTPError) as refused:
+                dashboards.page(name, "/data/logdir", host)
+            assert refused.value.code == 403
+    for host in ("127.0.0.1", f"localhost:{dashboards.ports['TENSORBOARD_PORT']}", "[::1]:6006"):
+        assert "logdir" in dashboards.page("TENSORBOARD_PORT", "/data/environment", host)
 
     monkeypatch.chdir(tmp_path / "my dash boards")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -157,7 +169,7 @@ def test_the_death_of_mlflow_ends_all_its_workers_too(start):
 
 def test_the_death_of_tensorboard_ends_mlflow(start):
     dashboards = start()
-    os.kill(until(lambda: dashboards.find("bin/tensorboard"), "tensorboard"), signal.SIGKILL)
+    os.kill(until(lambda: dashboards.find("--logdir"), "tensorboard"), signal.SIGKILL)
     assert dashboards.ended() == 1
     assert dashboards.text.splitlines()[-1].startswith("dashboards.sh: error: tensorboard has stopped")
 
@@ -190,6 +202,7 @@ def test_a_taken_port_is_one_line_before_anything_starts(start, name):
         ({"MLFLOW_PORT": "many"}, "MLFLOW_PORT"),
         ({"MLFLOW_PORT": "70000"}, "70000"),
         ({"MLFLOW_PORT": "5000", "TENSORBOARD_PORT": "5000"}, "5000"),
+        ({"TENSORBOARD_PORT": "1=2"}, "TENSORBOARD_PORT"),
     ],
 )
 def test_a_wrong_port_is_one_line(start, settings, words):
@@ -197,3 +210,20 @@ def test_a_wrong_port_is_one_line(start, settings, words):
     assert dashboards.ended() == 1
     (line,) = dashboards.text.splitlines()
     assert line.startswith("dashboards.sh: error") and words in line
+
+
+def test_a_tracking_server_is_refused_without_its_password(start):
+    dashboards = start(MLFLOW_TRACKING_URI="http://user:s3cret@host")
+    assert dashboards.ended() == 1
+    (line,) = dashboards.text.splitlines()
+    assert line.startswith("dashboards.sh: error: MLFLOW_TRACKING_URI") and "s3cret" not in line
+
+
+def test_the_password_of_a_store_is_neither_printed_nor_a_process_argument(start):
+    dashboards = start(MLFLOW_TRACKING_URI="s3cret://user:s3cret@host/s3cret")  # no such database: MLflow quotes the address
+    server = until(lambda: dashboards.find("mlflow server"), "mlflow")
+    seen = dashboards.processes()
+    assert server in seen and not any("s3cret" in line for line in seen.values())
+    assert dashboards.ended() == 1
+    assert "dashboards.sh: error: mlflow has stopped" in dashboards.text and "***" in dashboards.text
+    assert "s3cret" not in dashboards.text
