@@ -28,7 +28,7 @@ import train
 from reid import ReidError, checkpoint
 from reid import files as storage
 from reid.cli import run
-from reid.data import download
+from reid.data import archives
 from reid.model import build_model, default_config
 from reid.retrieval import index as index_module
 from reid.training import tracking
@@ -39,7 +39,7 @@ NOBODY = 65534  # user id: root reads what nobody may
 TINY = ["--height", 64, "--width", 32, "--batch_size", 8, "--lr", 0.005, "--weights", "none", "--precision", "fp32",
         "--num_epochs", 2, "--warmup_epochs", 1, "--eval_freq", 1, "--num_data_loaders", 1]
 storage.fsync_tree = lambda folder: None  # a killed process loses nothing that the kernel has; waiting for the disk takes longest
-download.time = SimpleNamespace(sleep=lambda seconds: time.sleep(seconds / 20))  # back-off, shortened
+archives.time = SimpleNamespace(sleep=lambda seconds: time.sleep(seconds / 20))  # back-off, shortened
 
 
 FAULTS = {}  # name -> generator function(lab, tries): yields "" for a try that lost nothing, else what was lost

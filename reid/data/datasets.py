@@ -13,8 +13,8 @@ from reid import ReidError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 JUNK, DISTRACTOR = -1, 0  # Market-1501's reserved ids: ignored; kept and always wrong
-UNKNOWN = -1  # camera, sequence or frame that a name does not tell
-UNKNOWN_PID = -2  # identity that neither name nor folder tells
+UNKNOWN = -1  # camera, sequence or frame that is not part of a name
+UNKNOWN_PID = -2  # unlabelled: neither name nor folder gives an identity
 
 # Market-1501 0002_c1s1_000451_03.jpg, DukeMTMC 0005_c2_f0046985.jpg, plain 0007_c3.png; "-1" is junk, ".jpg.jpg" occurs.
 _NAME = re.compile(r"(-?\d{1,18})_c(\d{1,9})(?:s(\d{1,9}))?(?:_f?(\d{1,15}))?(?:_\d{1,15})?(?:\.\w{1,8}){0,2}", re.ASCII)
@@ -22,7 +22,7 @@ _INTEGER = re.compile(r"-?\d{1,18}", re.ASCII)
 
 
 class Name(NamedTuple):
-    """What a file name tells: identity, camera, sequence, frame (UNKNOWN where it does not)."""
+    """The parts of a file name: identity, camera, sequence and frame (UNKNOWN where there is none)."""
 
     pid: int
     camid: int
@@ -31,7 +31,7 @@ class Name(NamedTuple):
 
 
 def parse_name(name):
-    """`<pid>_c<camera>[s<sequence>][_<frame>][_<box>][.ext]` -> Name, anything else -> None."""
+    """Parse `<pid>_c<camera>[s<sequence>][_<frame>][_<box>][.ext]` into a Name; return None for any other name."""
     match = _NAME.fullmatch(name)
     if not match:
         return None
@@ -40,19 +40,22 @@ def parse_name(name):
 
 
 def folder_pid(folder):
-    """Identity of a folder: its number, or a stable number of 2^62 made from a name (the same in every split and run)."""
+    """Return the identity of a folder: its number, or a hash of its name, the same in every split and run.
+
+    Hashes lie between 2^61 and 2^62, far away from any number that a person would choose.
+    """
     if _INTEGER.fullmatch(folder):
         return int(folder)
     digest = hashlib.blake2b(folder.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-    return (int.from_bytes(digest, "big") >> 2) | (1 << 61)  # far away from any number that a person would choose
+    return (int.from_bytes(digest, "big") >> 2) | (1 << 61)
 
 
 @dataclass(frozen=True)
 class Records:
-    """A list of images: N paths (POSIX, relative to `root`) and int64 tensors [N] of what is known of each."""
+    """A list of N images: POSIX paths relative to `root`, and identity, camera, sequence and frame as int64 tensors [N]."""
 
     root: Path
-    paths: list
+    paths: list[str]
     pids: torch.Tensor
     camids: torch.Tensor
     seqs: torch.Tensor
@@ -62,35 +65,34 @@ class Records:
         return len(self.paths)
 
     def select(self, keep):
-        """The records at the positions `keep` (int64 or bool tensor), in that order."""
+        """Return the records at the positions `keep` (int64 or bool tensor), in that order."""
         keep = torch.as_tensor(keep)
         keep = keep.nonzero().flatten() if keep.dtype == torch.bool else keep
         columns = {name: getattr(self, name)[keep] for name in ("pids", "camids", "seqs", "frames")}
         return replace(self, paths=[self.paths[i] for i in keep.tolist()], **columns)
 
     def files(self):
-        """Absolute path of every image."""
+        """Return the path of every image."""
         return [self.root / path for path in self.paths]
 
 
 def make_records(root, paths, grouped):
-    """Records of `paths` below `root`. `grouped`: the folder names the identity, else the name, then the folder."""
+    """Make the Records of `paths` below `root`.
+
+    grouped: the identity is that of the folder; otherwise that of the file name or, where it has none, of the folder.
+    """
     rows = []
     for path in paths:
-        folder, _, name = path.rpartition("/")
-        parsed = parse_name(name)
-        folder = folder.rpartition("/")[2]
-        if grouped or (parsed is None and folder):
-            pid = folder_pid(folder)
-        else:
-            pid = parsed.pid if parsed else UNKNOWN_PID
-        rows.append((pid, *(parsed[1:] if parsed else (UNKNOWN,) * 3)))
+        folder, name = os.path.split(path)
+        parsed = parse_name(name) or Name(UNKNOWN_PID, UNKNOWN)
+        from_folder = grouped or (parsed.pid == UNKNOWN_PID and folder)
+        rows.append((folder_pid(os.path.basename(folder)) if from_folder else parsed.pid, *parsed[1:]))
     columns = torch.tensor(rows, dtype=torch.int64).reshape(-1, 4).T.contiguous()
     return Records(Path(root), list(paths), *columns)
 
 
 def read_split(data_root, split):
-    """The images of `data_root/split/<pid>/`, sorted by path; raises ReidError where there are none."""
+    """Return the Records of the images `data_root/split/<pid>/*`, sorted by path. Raises ReidError if there are none."""
     folder = Path(data_root) / split
     if not folder.is_dir():
         raise ReidError(f"{folder}: no such folder; make it with data_prep.py or give another --data_root")
@@ -101,7 +103,7 @@ def read_split(data_root, split):
 
 
 def read_folder(folder):
-    """Every image below any folder, sorted by path; raises ReidError where there are none."""
+    """Return the Records of every image below `folder`, sorted by path. Raises ReidError if there are none."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ReidError(f"{folder}: no such folder")
@@ -112,7 +114,7 @@ def read_folder(folder):
 
 
 def list_images(folder):
-    """Sorted POSIX paths, relative to `folder`, of the files with an image suffix; hidden ones are left out."""
+    """Return the sorted POSIX paths, relative to `folder`, of the files with an image suffix that are not hidden."""
     found = []
     for where, folders, names in os.walk(folder, followlinks=False):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -124,41 +126,39 @@ def list_images(folder):
 
 
 class LabelledImages(NamedTuple):
-    files: list
+    """Images of a training set."""
+
+    files: list[Path]
     labels: torch.Tensor  # int64 [N], positions in the sorted list of classes
 
 
 def load_training_set(roots, train_all):
-    """(train, val or None, classes) of one or several grouped datasets.
+    """Return (train, val or None, classes) of one or several grouped datasets: LabelledImages and the sorted classes.
 
-    classes: the sorted ids, or "<root's name>/<id>" of several roots, whose ids are kept apart. Ids -1 and 0 are nobody's.
+    classes: the ids or, for several roots, whose ids are kept apart, "<name of the root>/<id>". Junk and distractors are
+    left out. train_all: train on the images of val/ as well. Raises ReidError for roots of the same name, and for
+    identities in val/ that train/ does not have.
     """
-    def read(split):
-        files, names = [], []
+    if len({Path(root).name for root in roots}) < len(roots):
+        raise ReidError(f"--data_root {' '.join(roots)}: two roots with the same name; their ids could not be kept apart")
+    missing = [Path(root) / "val" for root in roots if not (Path(root) / "val").is_dir()]
+    if missing and not train_all:
+        raise ReidError(f"{missing[0]}: no such folder; make it with data_prep.py, or train without it with --train_all")
+    images = {}  # split -> [(file, class)]
+    for split in ("train",) if missing else ("train", "val"):
+        images[split] = []
         for root in roots:
             records = read_split(root, split)
             records = records.select(records.pids > DISTRACTOR)
-            files += records.files()
-            names += [pid if len(roots) == 1 else f"{Path(root).name}/{pid}" for pid in records.pids.tolist()]
-        return files, names
-
-    if len({Path(root).name for root in roots}) < len(roots):
-        raise ReidError(f"--data_root {' '.join(roots)}: two roots with the same name; their ids could not be told apart")
-    files, names = read("train")
-    if all((Path(root) / "val").is_dir() for root in roots):
-        val_files, val_names = read("val")
-    elif train_all:
-        val_files, val_names = [], []
-    else:
-        missing = next(Path(root) / "val" for root in roots if not (Path(root) / "val").is_dir())
-        raise ReidError(f"{missing}: no such folder; make it with data_prep.py, or train without it with --train_all")
+            names = [pid if len(roots) == 1 else f"{Path(root).name}/{pid}" for pid in records.pids.tolist()]
+            images[split] += zip(records.files(), names)
     if train_all:
-        files, names, val_files, val_names = files + val_files, names + val_names, [], []
-    classes = sorted(set(names))
+        images = {"train": [image for split in images.values() for image in split]}
+    classes = sorted({name for _, name in images["train"]})
     label = {name: i for i, name in enumerate(classes)}
-    strangers = sorted(set(val_names) - set(classes), key=str)
-    if strangers:
+    if strangers := sorted({name for _, name in images.get("val", ())} - set(classes), key=str):
         raise ReidError(f"val/ has identities that train/ has not: {strangers[:3]}; make both with data_prep.py")
-    train = LabelledImages(files, torch.tensor([label[name] for name in names]))
-    val = LabelledImages(val_files, torch.tensor([label[name] for name in val_names])) if val_files else None
-    return train, val, classes
+
+    def labelled(part):
+        return LabelledImages([file for file, _ in part], torch.tensor([label[name] for _, name in part], dtype=torch.int64))
+    return labelled(images["train"]), labelled(images["val"]) if images.get("val") else None, classes

@@ -15,7 +15,7 @@ import pytest
 from prep_lab import FORMATS, clean, expected, members, pack, refused, tree
 
 import data_prep
-from reid.data import prepare, sources
+from reid.data import archives, prepare
 
 fcntl = pytest.importorskip("fcntl")
 
@@ -95,7 +95,7 @@ def test_what_is_there_is_never_mixed_or_overwritten(tmp_path, prep):
     refused(prep("--archive", archive, "--any_counts"), "'train': 3", "'train': 4", "run again")
     (out / "prepared.json").unlink()
     refused(prep("--archive", archive, "--any_counts"), "did not make it")
-    refused(prep("--archive", archive, output=archive / "x"), "file is in the way")
+    refused(prep("--archive", archive, output=archive / "x"), "Not a directory")
 
 
 def test_two_runs_at_once(tmp_path, prep):
@@ -106,6 +106,33 @@ def test_two_runs_at_once(tmp_path, prep):
     refused(prep("--archive", archive, "--any_counts"), "another data_prep.py")
     os.close(other)
     assert prep("--archive", archive, "--any_counts")[0] == 0
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_partial_folder_of_the_user_is_left_alone(tmp_path, prep, link):
+    mine = tmp_path / ("elsewhere" if link else "out.partial")
+    mine.mkdir()
+    (mine / "notes.txt").write_text("mine")
+    if link:
+        (tmp_path / "out.partial").symlink_to(mine)
+    archive = pack(tmp_path / "m.zip", members())
+    refused(prep("--archive", archive, "--any_counts"), "out.partial", "did not make it")
+    assert (mine / "notes.txt").read_text() == "mine" and os.listdir(mine) == ["notes.txt"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_partial_folder_of_a_killed_run_is_emptied(tmp_path, prep):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "notes.txt").write_text("mine")
+    partial = tmp_path / "out.partial"
+    (partial / "train" / "0002").mkdir(parents=True)
+    (partial / prepare.MARK).touch()
+    (partial / "train" / "link").symlink_to(tmp_path / "elsewhere")
+    (partial / "link").symlink_to(tmp_path / "elsewhere")
+    assert prep("--archive", pack(tmp_path / "m.zip", members()), "--any_counts")[0] == 0
+    assert tree(tmp_path / "out") == expected() and not partial.exists()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["gallery", "prepared.json", "query", "train", "val"]
+    assert (tmp_path / "elsewhere" / "notes.txt").exists()
 
 
 def test_duplicates(tmp_path, prep):
@@ -179,16 +206,28 @@ BOMBS = {  # ten gigabytes of zeros, announced: as an image, as a file to be ski
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_gigabytes_of_zeros_fail_early(tmp_path, prep, name):
-    opener = {".gz": sources.gzip.open, ".xz": sources.lzma.open}.get(Path(name).suffix, open)
+    opener = {".gz": archives.gzip.open, ".xz": archives.lzma.open}.get(Path(name).suffix, open)
     with opener(tmp_path / name, "wb") as file:
         file.write(BOMBS[name])
     refused(prep("--archive", tmp_path / name, "--any_counts"), name, "unpacks to far more")
     clean(tmp_path)
 
 
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+@pytest.mark.parametrize("name", ["m/query/0001_c1s1_000001_00.jpg", "m/readme.txt"])
+def test_a_member_of_negative_size_ends(tmp_path, prep, kind, name):
+    """tarfile would read such a member again and again (CVE-2025-8194)."""
+    data = bytearray(tar_header(name, 0, kind))
+    data[124:136] = b"\xff" * 10 + b"\xfe\x00"  # -512, as GNU tar writes it
+    data[148:156] = b"%06o\0 " % (256 + sum(data[:148]) + sum(data[156:512]))
+    (tmp_path / "m.tar").write_bytes(bytes(data) + bytes(9 << 10))
+    refused(prep("--archive", tmp_path / "m.tar", "--any_counts"), "m.tar")
+    clean(tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["zip", "tar.gz"])
 def test_many_small_zeros_fail_too(tmp_path, prep, kind, monkeypatch):
-    monkeypatch.setattr(sources, "FREE_EXPANSION", 1 << 20)
+    monkeypatch.setattr(archives, "FREE_EXPANSION", 1 << 20)
     files = {f"m/query/{i:04d}_c1s1_000001_00.jpg": bytes(1 << 16) for i in range(1000)}
     written = []
     monkeypatch.setattr(prepare, "_place", lambda data, target: written.append(len(data)))

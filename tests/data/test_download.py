@@ -94,7 +94,7 @@ def big_zip(tmp_path_factory):
 @pytest.fixture
 def naps(monkeypatch):
     slept = []
-    monkeypatch.setattr("reid.data.download.time", SimpleNamespace(sleep=slept.append))
+    monkeypatch.setattr("reid.data.archives.time", SimpleNamespace(sleep=slept.append))
     return slept
 
 
@@ -164,18 +164,58 @@ def test_download_killed_and_run_again(tmp_path, prep, naps, big_zip):
 
 
 def test_no_server_and_no_address(tmp_path, prep, naps):
-    refused(prep("--url", "http://127.0.0.1:9/x"), "6 times", "--archive")
-    refused(prep("--url", "nonsense"), "nonsense")
+    result = prep("--url", "http://127.0.0.1:9/x")
+    refused(result, "6 times", "Connection refused", "--archive")
+    refused(prep("--url", "nonsense"), "nonsense", "is not an address")
 
 
-def test_passwords_are_not_shown_and_endless_answers_end(tmp_path, prep, naps, big_zip, monkeypatch):
+def test_endless_answers_end(tmp_path, prep, naps, big_zip, monkeypatch):
     with server(big_zip, []) as (url, _):
-        url = url.replace("//", "//user:secret@")
         with monkeypatch.context() as patch:
-            patch.setattr("reid.data.download.MAX_SIZE", 100_000)
-            told = prep("--url", url, "--any_counts")
-        refused(told, "more than 0 GB")
+            patch.setattr("reid.data.archives.MAX_SIZE", 100_000)
+            refused(prep("--url", url, "--any_counts"), "more than 0 GB")
         assert not any(part.stat().st_size for part in tmp_path.glob("*.part"))
-        told += prep("--url", url, "--any_counts")
-    assert told[3] == 0 and tree(tmp_path / "out") == expected()
-    assert "secret" not in f"{told} {(tmp_path / 'out' / prepare.STAMP).read_text()}"
+        assert prep("--url", url, "--any_counts")[0] == 0
+    assert tree(tmp_path / "out") == expected()
+
+
+def test_secrets_in_an_address_are_neither_shown_nor_stored(tmp_path, prep, naps, big_zip):
+    with server(big_zip, ["500", "cut"]) as (url, _):
+        url = url.replace("//", "//user:s3cret@") + "?token=s3cret"
+        results = [prep("--url", url, "--any_counts"), prep("--url", url, "--any_counts")]
+        stamp = (tmp_path / "out" / prepare.STAMP).read_text()
+        assert "complete already" in results[1][1] and tree(tmp_path / "out") == expected()
+        refused(prep("--url", url.replace("token", "other"), "--any_counts"), "choose another --output")  # another file
+    for bad in ("http://u:s3cret/x@127.0.0.1:9/m.zip?a=s3cret", "htp://u:s3cret@127.0.0.1", "http://127.0.0.1:9/m.zip?a=s3cret b",
+                "http://[s3cret@127.0.0.1", "http://127.0.0.1:9/?s3cret"):
+        results.append(prep("--url", bad, "--any_counts", output=tmp_path / "other"))
+        refused(results[-1], "127.0.0.1")
+    assert "s3cret" not in f"{results} {stamp}"
+
+
+@pytest.mark.parametrize("header", ["Retry_After", "Content_Length", "Content_Range"])
+def test_headers_of_a_hostile_server(tmp_path, prep, naps, header):
+    """Numbers of 5,000 digits, and control characters in the reason, end in one line."""
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *args):
+            pass
+
+        def do_GET(self):
+            self.send_response({"Retry_After": 503, "Content_Length": 200, "Content_Range": 206}[header], "a\x1b]0;b")
+            self.send_header(header.replace("_", "-"), {"Content_Range": "bytes 0-9/"}.get(header, "") + "9" * 5000)
+            self.end_headers()
+            self.wfile.write(b"short")
+            self.close_connection = True
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http.daemon_threads, http.block_on_close = True, False
+    threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        result = prep("--url", f"http://127.0.0.1:{http.server_address[1]}/x", "--any_counts")
+    finally:
+        http.shutdown()
+        http.server_close()
+    refused(result)
+    assert "\x1b" not in result[1] + result[2] and max(naps, default=0) <= 300

@@ -8,7 +8,7 @@ import sys
 import pytest
 from prep_lab import clean, make_tree, members, pack, refused, tree
 
-from reid.data import prepare, sources
+from reid.data import prepare
 
 
 def test_from_a_tree_without_cameras(tmp_path, prep):
@@ -39,7 +39,7 @@ def test_every_query_of_a_tree_has_a_match(tmp_path):
             names = [f"{pid:04d}_c{rng.randint(1, rng.choice([1, 2, 4]))}_{i}.jpg" for i in range(rng.randint(1, 6))]
             people[f"{pid:04d}"] = names + [f"phone {i}.jpg" for i in range(rng.choice([0, 0, 1, 2]))]
         folder = make_tree(tmp_path / str(trial), people)
-        images = [(split, pid, sources.parse_name(name)) for split, pid, name, _ in sources.from_tree(folder, 0.25)]
+        images = [(split, pid, prepare.parse_name(name)) for split, pid, name, _ in prepare.from_tree(folder, 0.25)]
         assert len(images) == sum(map(len, people.values()))
         assert len({pid for split, pid, _ in images if split == "train"}) == 3
         cameras = [(split, pid, name.camid if name else None) for split, pid, name in images]
@@ -60,7 +60,7 @@ def test_a_csv_tells_cameras_and_times(tmp_path, prep):
                      "3,anna/c.jpg,2026-03-01T12:00:00,\n0,7/a.jpg,2026-03-01T12:00:01,\n3,-1/junk.jpg,2026-03-01T12:00:09,\n")
     status, _, stderr = prep("--from", folder, "--train_share", "0", "--times", times)
     assert status == 0, stderr
-    found = {data: sources.parse_name(path.rpartition("/")[2]) for path, data in tree(tmp_path / "out").items()}
+    found = {data: prepare.parse_name(path.rpartition("/")[2]) for path, data in tree(tmp_path / "out").items()}
     assert {data: (name.camid, name.seq, name.frame) for data, name in found.items()} == {
         b"anna/a.jpg": (3, 1, 125), b"anna/b.png": (4, 1, 1630), b"anna/c.jpg": (3, 1, 0), b"7/a.jpg": (0, 1, 25),
         b"-1/junk.jpg": (3, 1, 225)}
