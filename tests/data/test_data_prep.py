@@ -220,7 +220,7 @@ def test_a_member_of_negative_size_ends(tmp_path, prep, kind, name):
     data = bytearray(tar_header(name, 0, kind))
     data[124:136] = b"\xff" * 10 + b"\xfe\x00"  # -512, as GNU tar writes it
     data[148:156] = b"%06o\0 " % (256 + sum(data[:148]) + sum(data[156:512]))
-    (tmp_path / "m.tar").write_bytes(bytes(data) + bytes(9 << 10))
+    (tmp_path / "m.tar").write_bytes(tar_header("m/first.txt", 0) + bytes(data) + bytes(9 << 10))
     refused(prep("--archive", tmp_path / "m.tar", "--any_counts"), "m.tar")
     clean(tmp_path)
 
