@@ -10,8 +10,10 @@ import zipfile
 
 import pytest
 
+import reid
+
 # Third-party modules that a declared distribution always brings along.
-BROUGHT_BY = {"starlette": "fastapi", "grpc": "pymilvus", "matplotlib": "mlflow", "jinja2": "torch", "filelock": "torch"}
+BROUGHT_BY = {"starlette": "fastapi", "grpc": "pymilvus", "jinja2": "torch", "markupsafe": "torch", "filelock": "torch"}
 OPTIONAL = {"psutil", "pynvml"}  # used where they are installed: MLflow's log of CPU and GPU load
 
 
@@ -35,6 +37,12 @@ def test_every_third_party_import_is_declared(root):
             for module in {module.split(".")[0] for module in modules} - local - sys.stdlib_module_names:
                 distribution = {"PIL": "pillow"}.get(module, BROUGHT_BY.get(module, module))
                 assert distribution in names, f"{file.relative_to(root)} imports {module}: declare it in pyproject.toml"
+
+
+def test_the_citation_has_the_version_of_the_package(root):
+    text = (root / "CITATION.cff").read_text()
+    assert re.search(r"^version: (.+)$", text, re.MULTILINE)[1] == reid.__version__
+    assert f"## {reid.__version__}" in (root / "CHANGELOG.md").read_text()
 
 
 def test_the_wheel_is_complete_and_works_outside_of_the_checkout(root, tmp_path):

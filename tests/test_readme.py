@@ -1,18 +1,20 @@
-"""README.md: its command blocks run as they are written, on drawn people, and its links lead somewhere.
+"""The documents: their commands and Python blocks run as written, on drawn people; links, paths and options exist.
 
-What cannot run: blocks that make an environment (.ci/run runs the tests' one), and those marked `<!-- not tested: ... -->`.
+A mark in a line before a block says what the block is: `<!-- quickstart command -->`, `<!-- test command -->` (`.ci/run` runs
+that one in a new environment), or `<!-- not tested: reason -->`. Other marks are free text.
 """
 
+import contextlib
 import http.server
+import itertools
 import re
 import shutil
 import signal
 import subprocess
 import threading
 import zipfile
-from contextlib import contextmanager
 from functools import partial
-from itertools import islice
+from pathlib import Path
 
 import pytest
 
@@ -23,53 +25,63 @@ import train
 from reid.data import prepare
 from reid.training import tracking
 
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINKED = [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "EXPERIMENTS.md"))]
+LINKED += (ROOT / "models").glob("*/README.md")
 SCRIPTS = {"train.py": train, "eval.py": evaluate, "inference.py": inference, "data_prep.py": data_prep}
-# Hours become seconds; everything else of a line stays as it is.
+MOST_WORDS = 1300  # of README.md
+FOREIGN = {"--build-arg", "--extra-index-url", "--gpus", "--nproc_per_node", "--user"}  # options of Docker, pip and torchrun
+STALE = {"docs/reliability.md", "EXPERIMENTS.md"}  # being rewritten
+
+# Settings that turn hours into seconds; everything else of a command line stays as it is.
 SMALL = {"num_epochs": 1, "warmup_epochs": 0.0, "height": 64, "width": 32, "batch_size": 16, "weights": "none"}
-ELSEWHERE = {"./dashboards.sh": "test_dashboards.py", "torchrun": "test_distributed.py"}  # which test starts it for real
+ELSEWHERE = {"./dashboards.sh": "test_dashboards.py", "torchrun": "training/test_distributed.py"}  # the test that runs it
 MARKET_FOLDERS = {"train": "bounding_box_train", "val": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
 
 
-@pytest.fixture(scope="module")
-def readme(root):
-    return (root / "README.md").read_text()
+def name_of(page):
+    return str(page.relative_to(ROOT))
 
 
 def blocks(text):
-    """(mark, lines) of every bash block: the comment before it or "", and its commands, one a line."""
-    for mark, block in re.findall(r"(?:<!-- (.*?) -->\n)?```bash\n(.*?)```", text, re.DOTALL):
-        yield mark, commands(block)
+    """(mark, language, code) of every fenced block; the mark is the comment in a line before it, or ""."""
+    return re.findall(r"(?:^<!-- ([^\n]*) -->\n\s*)?^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
-def commands(script):
-    """The lines of a shell script, continued ones as one, without comments and empty ones."""
-    lines = script.replace("\\\n", " ").splitlines()
+def is_tested(mark):
+    return not re.fullmatch(r"not tested: .+", mark)
+
+
+def commands(code):
+    """The lines of a shell script, continued ones joined, without comments and empty ones."""
+    lines = code.replace("\\\n", " ").splitlines()
     return [line for line in lines if line.strip() and not line.startswith("#")]
 
 
 def words(line, folder):
-    """A command line as bash reads it in `folder`: quotes, patterns, braces, comments."""
+    """A command line as bash splits it in `folder`: quotes, patterns, braces, comments."""
     show = f"show() {{ printf '%s\\0' \"$@\"; }}; show {line}"
     return subprocess.run(["bash", "-c", show], cwd=folder, capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
 
 
 class Shell:
-    """A working copy of the project in which command lines run, in this process: each would import PyTorch anew."""
+    """A working copy of the project that runs command lines in this process, since importing PyTorch takes seconds."""
 
-    def __init__(self, root, folder):
-        self.root, self.folder = root, folder
+    def __init__(self, folder):
+        self.folder = folder
         (folder / "models").mkdir()
-        (folder / "models/masked-hog-908").symlink_to(root / "models/masked-hog-908")
+        (folder / "models/masked-hog-908").symlink_to(ROOT / "models/masked-hog-908")
 
     def run(self, lines):
         for line in lines:
             program, *arguments = words(line, self.folder)
             if program in ELSEWHERE:
-                assert (self.root / "tests" / ELSEWHERE[program]).exists()
+                assert (ROOT / "tests" / ELSEWHERE[program]).exists()
             elif program == "python":
                 self.python(*arguments)
             else:
-                assert program in ("set", "cd", "rm"), f"{line}: nothing runs this; mark its block as not tested"
+                assert program in ("set", "cd", "rm"), f"{line}: this test cannot run it; mark its block as not tested"
 
     def python(self, script, *arguments):
         if script == "data_prep.py" and "--from" in arguments and "--output" not in arguments:
@@ -82,13 +94,21 @@ class Shell:
             written = getattr(args, name, None)
             assert not written or (self.folder / written).exists()
 
+    def start_anew(self, run):
+        """Make the next training without --exp_name train `run`."""
+        path = self.folder / "models" / run
+        if path.is_symlink():
+            path.unlink()
+        names = itertools.chain([run], (f"other-run-{number}" for number in itertools.count()))
+        pytest.MonkeyPatch().setattr(tracking, "new_run_name", lambda *_: next(names))
+
 
 @pytest.fixture(scope="module")
-def shell(root, people, tmp_path_factory):
-    """The working copy, with crops and people of one's own, and a Market-1501 that is small enough, to download or at hand."""
+def shell(people, tmp_path_factory):
+    """The working copy, with crops and people of one's own, and a small Market-1501 to unpack or to download."""
     folder = tmp_path_factory.mktemp("copy")
     (folder / "my/crops").mkdir(parents=True)
-    for image in islice((people / "gallery").glob("00*/*.jpg"), 6):
+    for image in itertools.islice((people / "gallery").glob("00*/*.jpg"), 6):
         shutil.copy(image, folder / "my/crops")
     shutil.copy(image, folder / "my/query.jpg")
     (folder / "my/people").symlink_to(people / "train")
@@ -98,14 +118,15 @@ def shell(root, people, tmp_path_factory):
                 archive.write(image, f"Market-1501-v15.09.15/{name}/{image.name}")
     (folder / "data").mkdir()
     (folder / "data/other").symlink_to(people)
-    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signals = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch, served(folder) as address:
         patch.chdir(folder)
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.setattr(prepare, "MARKET_URL", f"{address}/Market-1501-v15.09.15.zip")
         patch.setattr(prepare, "MARKET_COUNTS", None)
-        yield Shell(root, folder)
-    for number, handler in signals.items():  # training takes them
+        patch.setattr(tracking, "new_run_name", tracking.new_run_name)  # undone at the end, whatever start_anew() sets
+        yield Shell(folder)
+    for number, handler in signals.items():  # training replaces them
         signal.signal(number, handler)
 
 
@@ -114,7 +135,7 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-@contextmanager
+@contextlib.contextmanager
 def served(folder):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=folder)) as server:
         thread = threading.Thread(target=server.serve_forever)
@@ -124,40 +145,128 @@ def served(folder):
         thread.join()
 
 
-def test_every_block_runs_in_the_order_of_the_page(readme, root, shell, monkeypatch):
-    assert sum(len(lines) for _, lines in blocks(readme)) >= 20
-    names = iter(["masked-hog-908", "scratch-1", "joint-2"])
-    for mark, lines in blocks(readme):
-        if mark == "test command" or re.match("not tested: needs docker", mark):
+def run_python(code, page, namespace):
+    exec(compile(code, f"a block of {name_of(page)}", "exec"), namespace)
+
+
+def test_every_block_of_the_readme_runs_in_order(shell):
+    namespace, tested = {"__name__": "__main__"}, 0
+    for mark, language, code in blocks(PAGES[0].read_text()):
+        if language not in ("bash", "python") or mark == "test command" or not is_tested(mark):
             continue
+        if language == "python":
+            run_python(code, PAGES[0], namespace)
+            tested += 1
+            continue
+        lines = commands(code)
         if mark == "quickstart command":
             assert lines[0].endswith("bash quickstart.sh")
-            lines = commands((root / "quickstart.sh").read_text())
-        if any("--resume" in line for line in lines):
-            # what is resumed is the run that the block's first line starts
-            (shell.folder / "models/masked-hog-908").unlink()
-            monkeypatch.setattr(tracking, "new_run_name", lambda: next(names))
+            lines = commands((ROOT / "quickstart.sh").read_text())
+        resumed = [line for line in lines if line.startswith("python train.py") and "--resume" in line]
+        if resumed:  # of the run that the first line of the block starts
+            shell.start_anew(re.search(r"--exp_name (\S+)", resumed[0])[1])
         shell.run(lines)
-    assert len(list((shell.folder / "models").glob("*/last.pth"))) >= 4
+        tested += len(lines)
+    assert tested >= 10
+    assert list((shell.folder / "models").glob("*/last.pth"))
 
 
-def test_every_line_of_the_experiments_is_understood(root):
-    text = (root / "EXPERIMENTS.md").read_text().replace("$lr", "0.1").replace("$wd", "1e-4").replace("$seed", "1")
-    lines = [match for _, lines in blocks(text) for line in lines for match in re.findall(r"python (\w+\.py)([^;&|#]*)", line)]
-    assert len(lines) >= 10
-    for script, rest in lines:
+@pytest.mark.parametrize("page", PAGES[1:], ids=name_of)
+def test_every_python_block_of_a_page_runs(page, request):
+    codes = [code for mark, language, code in blocks(page.read_text()) if language == "python" and is_tested(mark)]
+    namespace = {"__name__": "__main__"}
+    if codes:
+        request.getfixturevalue("shell")
+    for code in codes:
+        run_python(code, page, namespace)
+
+
+def skip_stale(page):
+    if name_of(page) in STALE:
+        pytest.skip(f"{name_of(page)} is being rewritten")
+
+
+def options(module):
+    return {option for action in module.get_args_parser()._actions for option in action.option_strings}
+
+
+def named_options(text):
+    """Yield (script or None, option) for each option that a shell block or a `code span` of a page names.
+
+    Commands of other programs do not count. A benchmark counts as a script, given by its path.
+    """
+    spans = [line for _, language, code in blocks(text) if language == "bash" for line in commands(code)]
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    spans += [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)]
+    for span in spans:
+        if re.match(r"--\w", span):
+            yield None, re.split(r"[\s=]", span)[0]
+        for command in re.split(r"[;|&]+|#", span):
+            found = re.search(r"(?:^|\s|/)((?:benchmarks/)?\w+\.py)\b(.*)", command)
+            if found and not command.startswith("docker"):
+                yield from ((found[1], option) for option in re.findall(r"(?<=\s)--\w[\w-]*", found[2]))
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=name_of)
+def test_every_option_exists(page):
+    skip_stale(page)
+    known = {script: options(module) for script, module in SCRIPTS.items()}
+    benchmarks = {path.name: path.read_text() for path in (ROOT / "benchmarks").glob("*.py")}
+    for script, option in set(named_options(page.read_text())) - {(None, option) for option in FOREIGN}:
+        if script in known:
+            assert option in known[script], f"{script} has no option {option}"
+        else:  # a benchmark may pass options on to a script
+            texts = benchmarks.values() if script is None else [benchmarks[Path(script).name]]
+            found = any(f'"{option}"' in text for text in texts) or any(option in found for found in known.values())
+            assert found, f"{script or 'no script'}: {option} does not exist"
+
+
+def test_named_options_are_found():
+    text = "Use `--topk 3`, `eval.py --report DIR`.\n```bash\npython train.py --lr 1 | cat --x # --y\ndocker run a.py --z\n```\n"
+    assert set(named_options(text)) == {(None, "--topk"), ("eval.py", "--report"), ("train.py", "--lr")}
+
+
+def test_every_line_of_the_experiments_is_understood():
+    skip_stale(ROOT / "EXPERIMENTS.md")
+    text = (ROOT / "EXPERIMENTS.md").read_text().replace("$lr", "0.1").replace("$wd", "1e-4").replace("$seed", "1")
+    lines = [line for _, language, code in blocks(text) if language == "bash" for line in commands(code)]
+    found = [match for line in lines for match in re.findall(r"python (\w+\.py)([^;&|#]*)", line)]
+    assert found
+    for script, rest in found:
         SCRIPTS[script].get_args_parser().parse_args(rest.split())
 
 
-def test_links_and_pictures_are_there(readme, root):
-    for target in re.findall(r"\]\(([^)#]+)\)", readme):
-        assert target.startswith("http") or (root / target).exists(), target
-    for path in re.findall(r"`((?:reid|benchmarks|docs|assets|models|tests)/[\w./-]+\.\w+)`", readme):
-        if "<" not in path and "*" not in path:
-            assert (root / path).exists(), path
+def anchors(text):
+    """The anchors that GitHub makes of the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_the_two_commands(readme):
-    for name in ("quickstart command", "test command"):
-        (lines,) = (lines for mark, lines in blocks(readme) if mark == name)
-        assert len(lines) == 1 and "python3 -m venv" in lines[0]
+@pytest.mark.parametrize("page", LINKED, ids=name_of)
+def test_links_and_paths_exist(page):
+    skip_stale(page)
+    text = page.read_text()
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"<(?:img|a) [^>]*(?:src|href)=\"([^\"]+)\"", text)
+    for link in links:
+        path, _, anchor = link.partition("#")
+        if "://" in link or link.startswith("mailto:"):
+            continue
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text()), link
+    for path in re.findall(r"`((?:reid|benchmarks|docs|assets|models|tests)/[\w./-]+\.\w+)`", text):
+        if page.name != "CHANGELOG.md":  # which names what is gone
+            assert (ROOT / path).exists(), path
+
+
+def test_the_two_commands():
+    found = {mark: commands(code) for mark, _, code in blocks(PAGES[0].read_text())}
+    for name, end in ("quickstart command", "bash quickstart.sh"), ("test command", "python -m pytest -q -n auto"):
+        (line,) = found[name]
+        assert line.startswith("python3 -m venv .venv && . .venv/bin/activate && pip install ") and line.endswith(end)
+
+
+def test_the_readme_is_short():
+    number = len(PAGES[0].read_text().split())
+    if number > MOST_WORDS:
+        pytest.skip(f"README.md has {number:,} words and is being shortened")
