@@ -1,4 +1,4 @@
-"""Shared pieces of the tests: the repository, people it draws, and real data where a machine has some (else tests skip)."""
+"""Fixtures: the checkout, drawn people, and the real datasets, without which their tests are skipped."""
 
 import os
 import signal
@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-# Tests run beside each other, and threads that wait for a core that another test has are slower than none.
+# The tests run in parallel; more threads than cores would slow them all down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # as reid.extras.milvus_client does; the tests import gRPC before it
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # the tests import gRPC before reid.extras.milvus_client sets this
 
-# A caller such as nohup ignores signals, which children inherit and a shell cannot undo; the tests stop theirs by signals.
+# Children inherit ignored signals, as of nohup, and a shell cannot reset them; the tests stop their children by signals.
 for name in ("SIGHUP", "SIGINT", "SIGTERM"):
     if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_IGN:
         signal.signal(getattr(signal, name), signal.SIG_DFL)
@@ -29,7 +29,7 @@ def root():
 
 @pytest.fixture(scope="session")
 def shared():
-    """The folder with the real datasets and the reference weights, where the machine has one."""
+    """The folder with the real datasets and the reference weights; the test is skipped without it."""
     if not SHARED.is_dir():
         pytest.skip("real data (../shared) is not on this machine")
     return SHARED
@@ -37,7 +37,7 @@ def shared():
 
 @pytest.fixture(scope="session")
 def people(root, tmp_path_factory):
-    """A small grouped dataset of people that the project draws itself."""
+    """A small grouped dataset of drawn people."""
     folder = tmp_path_factory.mktemp("people") / "synthetic"
     command = [sys.executable, str(root / "data_prep.py"), "--synthetic", "--num_ids", "16", "--output", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -47,7 +47,7 @@ def people(root, tmp_path_factory):
 
 @pytest.fixture
 def prep(tmp_path, monkeypatch, capsys):
-    """Run data_prep.py's command line in this process: returns (exit status, stdout, stderr). --output is added."""
+    """Return a function that runs data_prep.py in this process, with --output, and returns (exit status, stdout, stderr)."""
     import data_prep  # not above: PyTorch reads the environment when it is imported
     from reid.cli import run
 

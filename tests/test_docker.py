@@ -1,4 +1,4 @@
-"""What the images are made of fits together; benchmarks/container.sh builds one and runs it."""
+"""The Dockerfile, its lock file and its build context fit together; benchmarks/container.sh builds and runs the images."""
 
 import fnmatch
 import os
@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 
 import pytest
 from packaging.requirements import Requirement
@@ -18,7 +19,7 @@ def requirements(path):
 
 
 def locked(root):
-    """{name: [versions]}: some packages have one version for old and one for new Pythons."""
+    """{name: [versions]}; some packages are locked to several versions, for older and newer Pythons."""
     found = {}
     for item in requirements(root / "requirements.lock"):
         found.setdefault(canonicalize_name(item.name), []).append(str(item.specifier).removeprefix("=="))
@@ -33,6 +34,14 @@ def test_lock_lies_within_the_ranges(root, name):
     assert name == "requirements.txt" or {item.name for item in wanted} <= set(versions), "refresh requirements.lock"
     for item in wanted:
         assert all(version in item.specifier for version in versions.get(item.name, [])), f"{item}: refresh requirements.lock"
+
+
+def test_image_and_package_have_the_same_ranges(root):
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    ranges = {item.name: item for item in requirements(root / "requirements.txt")}
+    ranges |= {item.name: item for name in ("openvino", "page") for item in map(Requirement, extras[name])}
+    for item in requirements(root / "requirements-inference.txt"):
+        assert str(item) == str(ranges[item.name])
 
 
 def test_lock_is_exact_and_hashed(root):
@@ -50,12 +59,12 @@ def test_everything_copied_is_in_the_build_context(root):
     for source in sources:
         assert (root / source).exists()
         file = f"{source}/{min(os.listdir(root / source))}" if (root / source).is_dir() else source
-        last = [rule for rule in rules if fnmatch.fnmatch(file, rule.removeprefix("!"))][-1]  # the last that fits decides
+        last = [rule for rule in rules if fnmatch.fnmatch(file, rule.removeprefix("!"))][-1]  # the last match decides
         assert last.startswith("!"), f"{source} is ignored by {last}"
 
 
 def test_inference_imports_only_what_is_locked(root, tmp_path):
-    """With everything else made unimportable, as in the image; and OpenVINO tells nobody that it is used."""
+    """All other packages are made unimportable, as in the image; OpenVINO's telemetry is not loaded either."""
     code = """if True:
         import importlib.metadata as metadata, sys
         from pathlib import Path
