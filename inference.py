@@ -53,6 +53,8 @@ def get_args_parser():
     add("--serve", action="store_true", help="open a search page instead")
     add("--host", default="127.0.0.1", help="address of the search page: this machine only, unless another is given")
     add("--port", type=int, default=8000)
+    add("--allowed_hosts", nargs="+", default=[], metavar="NAME", help="names of this machine that browsers may open the search "
+        "page by, beside its IP addresses and localhost")
     add("--export", choices=["onnx"], help="write models/<run>/best.onnx instead, checked against PyTorch")
     extract.add_arguments(parser)
     add("--strict", action="store_true", help="stop at the first image that cannot be read, instead of leaving it out")
@@ -83,7 +85,9 @@ def main(args):
         print(f"{extractor.describe()}; {len(index):,} images in the gallery", flush=True)
     args.topk = max(1, min(args.topk, len(index)))
     if args.serve:
-        return serve.serve(serve.create_app(extractor, index, host=args.host), listener)
+        mapped = args.load_index and isinstance(index, GalleryIndex)
+        file = args.gallery_uri or f"index/{args.exp_name}.pt" if mapped else None
+        return serve.serve(serve.create_app(extractor, index, [args.host, *args.allowed_hosts], file), listener)
 
     embeddings, kept, bad = extractor.embed_records(query_files, strict=args.strict, progress=False)
     files = [query_files[i] for i in kept.tolist()]

@@ -1,19 +1,24 @@
-"""The search page: a small local server that answers from one Extractor and one gallery index.
+"""The search page: a local web server that searches one gallery with one Extractor.
 
-    GET  /                     the page (reid/extras/page.html)
-    POST /search?topk=&camera= image file as the body -> JSON; camera may be given several times
-    GET  /search?row=          the same for an image of the gallery, by its number
-    GET  /sample               some images of the gallery, to pick a query from
-    GET  /image/{row}          a picture of a gallery image, by its number
-    GET  /healthz              whether it lives, and what it serves
+    GET  /                      the page (reid/extras/page.html)
+    POST /search?topk=&camera=  search for an image file, the body of the request; camera may be repeated
+    GET  /search?row=           search for an image of the gallery
+    GET  /sample                some images of the gallery, to choose a query from
+    GET  /image/{row}           a gallery image as JPEG
+    GET  /healthz               state of the server
+
+Answers are JSON; an error is {"error": one line}.
 """
 
 import asyncio
 import base64
 import hashlib
 import io
+import ipaddress
+import itertools
 import json
-import queue
+import logging
+import os
 import random
 import re
 import secrets
@@ -21,11 +26,11 @@ import signal
 import socket
 import threading
 import time
-from collections import defaultdict
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import torch
 import torch.nn.functional as F
@@ -41,137 +46,144 @@ try:
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import HTMLResponse, JSONResponse, Response
     from starlette.exceptions import HTTPException as AnyHTTPException
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.requests import ClientDisconnect
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError as missing:
     raise ReidError(f"--serve needs {missing.name}: pip install fastapi uvicorn") from missing
 
 UPLOAD_LIMIT = 10 << 20  # bytes of an image file
-DRAIN_LIMIT = 256 << 20  # a larger body is read (and forgotten) up to here, since a client still sending misses the answer
-WAITING = 256  # requests in the queue, and connections; more are sent away with 503
-SAMPLE, NEIGHBOURS = 24, 50  # images to pick from; how many lie around each of their random directions
-PICTURE = 512  # pixels, the longer side of what /image serves at most
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+WAITING = 256  # searches in the queue, and connections that are answered; more are refused with 503
+CONNECTIONS = 512  # open connections; more are closed at once, so that the process keeps file descriptors
+HEADER_SECONDS, STALL_SECONDS, BODY_SECONDS = 15, 30, 300  # for a header; without a byte of the body; for the whole body
+SAMPLE, NEIGHBOURS = 24, 50  # images to choose from; those of an engine are drawn from so many near a random direction
+PICTURE = 512  # pixels, the longer side of what /image sends at most
 
 
 class Job(NamedTuple):
-    query: torch.Tensor | int | None  # pixels uint8 [3, H, W], a row of the gallery, or None for images to pick from
+    """A search that waits. query: pixels, uint8 [3, H, W], or the embedding [D] of the gallery image `row` (else -1)."""
+
+    query: torch.Tensor
+    row: int
     topk: int
     cameras: tuple
-    future: Future
+    answer: asyncio.Future
 
 
 class Searcher:
-    """Answers on a thread of its own: what has come in while a batch was computed becomes the next batch."""
+    """Searches in batches on one thread: the searches that arrive while a batch is computed become the next batch."""
 
     def __init__(self, extractor, index):
         self.extractor, self.index = extractor, index
         cameras = index.cameras if hasattr(index, "cameras") else index.camids.unique().tolist()
         self.cameras = sorted(set(cameras) - {UNKNOWN})
-        self.rows = index if hasattr(index, "__contains__") else range(len(index))  # those of an engine are any 63 bits
-        self.jobs = queue.Queue(WAITING)
-        self.thread = threading.Thread(target=self._work, name="search", daemon=True)
+        self.rows = index if hasattr(index, "__contains__") else range(len(index))  # an engine's rows are any 63 bits
+        self.waiting, self.worker, self.thread = [], None, ThreadPoolExecutor(1, "search")
 
-    async def answer(self, query, topk, cameras=()):
-        """The JSON of a search: what is known of the query, and its results, best first. An image does not find itself."""
+    async def search(self, query, topk, cameras, row=-1):
+        """Search for `query` (see Job) in these cameras, or in all, and return the values of the answer."""
         started = time.perf_counter()
-        if strange := sorted(set(cameras) - set(self.cameras)):
-            raise HTTPException(400, f"camera {strange[0]}: the gallery knows {', '.join(map(str, self.cameras)) or 'none'}")
-        job = Job(query, topk, tuple(sorted(set(cameras))), Future())
-        try:
-            self.jobs.put_nowait(job)
-        except queue.Full as error:
-            raise HTTPException(503, "too many searches at once, try again", {"Retry-After": "2"}) from error
-        answer = await asyncio.wrap_future(job.future)
-        return answer | {"threshold": self.index.threshold, "seconds": round(time.perf_counter() - started, 4)}
+        if missing := sorted(set(cameras) - set(self.cameras)):
+            raise HTTPException(400, f"camera {missing[0]}: the gallery has {', '.join(map(str, self.cameras)) or 'none'}")
+        if len(self.waiting) >= WAITING:
+            raise HTTPException(503, "too many searches at once, try again", {"Retry-After": "2"})
+        job = Job(query, row, topk, tuple(sorted(set(cameras))), asyncio.get_running_loop().create_future())
+        self.waiting.append(job)
+        if self.worker is None or self.worker.done():
+            self.worker = asyncio.create_task(self._work())
+        return await job.answer | {"threshold": self.index.threshold, "seconds": round(time.perf_counter() - started, 4)}
+
+    async def _work(self):
+        while self.waiting:
+            batch = self.waiting[: self.extractor.batch_size]
+            del self.waiting[: len(batch)]
+            try:
+                answers = await asyncio.get_running_loop().run_in_executor(self.thread, self._search, batch)
+            except Exception as error:  # such as a lack of memory: these searches fail, the server goes on
+                answers = [HTTPException(503, str(error)) if isinstance(error, ReidError) else error] * len(batch)
+            for job, answer in zip(batch, answers):
+                if not job.answer.done():  # the client may have left
+                    (job.answer.set_exception if isinstance(answer, Exception) else job.answer.set_result)(answer)
+
+    def _search(self, batch):
+        """The answer to each job, with one search for each set of cameras. An image is not a result of itself."""
+        pixels = [job.query for job in batch if job.query.ndim == 3]
+        embedded = iter(self.extractor.embed(pixels) if pixels else ())
+        vectors, answers = [next(embedded) if job.query.ndim == 3 else job.query for job in batch], {}
+        for cameras in {job.cameras for job in batch}:
+            group = [i for i, job in enumerate(batch) if job.cameras == cameras]
+            lists = self.index.search(torch.stack([vectors[i] for i in group]), max(batch[i].topk for i in group),
+                                      camids=list(cameras) or None, exclude=torch.tensor([batch[i].row for i in group]))
+            for i, ranked in zip(group, lists):
+                query = self.describe(batch[i].row) if batch[i].row >= 0 else None
+                pid = query["pid"] if query else UNKNOWN_PID
+                answers[i] = {"query": query, "results": [
+                    self.describe(hit.row) | {"position": hit.position, "score": hit.score, "match": hit.match,
+                                              "verdict": verdict(pid, hit.pid)}
+                    for hit in itertools.islice(ranked, batch[i].topk)]}
+        return [answers[i] for i in range(len(batch))]
 
     def check(self, row):
-        """`row`, if the gallery has it."""
+        """Return `row`; raise HTTPException if the gallery does not have it."""
         if not 0 <= row < 1 << 63 or row not in self.rows:
             raise HTTPException(404, f"row {row}: not in the gallery")
         return row
 
     def describe(self, row):
-        """What is known of a gallery image, as plain values; the row as text, since browsers round above 2^53."""
-        path, pid = self.index.paths[row], int(self.index.pids[row])
+        """A gallery image as plain values. The row is text, because JavaScript rounds numbers above 2^53."""
+        path, pid = self.index.paths[row].encode("utf-8", "replace").decode(), int(self.index.pids[row])
         return {"row": str(row), "path": path, "pid": pid, "camid": int(self.index.camids[row]), "label": identity(pid, path)}
 
-    def _work(self):
-        while (job := self.jobs.get()) is not None:
-            batch = [job]
-            while len(batch) < self.extractor.batch_size and self.jobs.queue and self.jobs.queue[0] is not None:
-                batch.append(self.jobs.get())  # this thread alone takes jobs out, so there is one
-            batch = [job for job in batch if job.future.set_running_or_notify_cancel()]
-            try:
-                self._answer(batch)
-            except BaseException as error:  # such as too little memory: these requests fail, the server stays
-                for job in (job for job in batch if not job.future.done()):
-                    job.future.set_exception(HTTPException(503, str(error)) if isinstance(error, ReidError) else error)
-
-    def _answer(self, batch):
-        pixels = [job.query for job in batch if isinstance(job.query, torch.Tensor)]
-        embedded = iter(self.extractor.embed(pixels) if pixels else ())
-        groups = defaultdict(list)  # one search for each set of cameras
-        for job in batch:
-            try:
-                if job.query is None:
-                    job.future.set_result({"query": None, "results": self._anybody(job.topk)})
-                elif isinstance(job.query, torch.Tensor):
-                    groups[job.cameras].append((job, next(embedded), -1))
-                else:
-                    vector = self.index.embeddings[self.check(job.query)].float()
-                    groups[job.cameras].append((job, F.normalize(vector, dim=0), job.query))
-            except HTTPException as error:  # no such row: the others go on
-                job.future.set_exception(error)
-        for cameras, group in groups.items():
-            jobs, vectors, own = zip(*group)
-            scores, rows = self.index.nearest(torch.stack(vectors), max(job.topk for job in jobs),
-                                             camids=list(cameras) or None, exclude=torch.tensor(own))
-            for job, row, found, hits in zip(jobs, own, scores.tolist(), rows.tolist()):
-                job.future.set_result(self._result(row, [hit for hit in zip(found, hits) if hit[1] >= 0][: job.topk]))
-
-    def _result(self, row, found):
-        """row: of the query, or -1. found: [(score, row)], best first."""
-        query, threshold = self.describe(row) if row >= 0 else None, self.index.threshold
-        results = []
-        for position, (score, row) in enumerate(found, 1):
-            hit = {"position": position, "score": score, **self.describe(row)}
-            hit["verdict"] = verdict(query["pid"] if query else UNKNOWN_PID, hit["pid"])
-            results.append(hit | {"match": None if threshold is None else score > threshold})
-        return {"query": query, "results": results}
-
-    def _anybody(self, count):
-        """Up to `count` different images to pick from: of people, or an engine's neighbours of random directions."""
+    def sample(self):
+        """Up to SAMPLE different images of people to choose from; of an engine, neighbours of random directions."""
         if self.rows is self.index:
-            _, found = self.index.nearest(F.normalize(torch.randn(count, self.extractor.dim)), NEIGHBOURS)
-            picked = {random.choice(near) for near in ([row for row in rows if row >= 0] for rows in found.tolist()) if near}
+            lists = self.index.search(F.normalize(torch.randn(SAMPLE, self.extractor.dim)), NEIGHBOURS)
+            rows = {int(random.choice(ranked.rows)) for ranked in lists if len(ranked)}
         else:
             people = ((self.index.pids != JUNK) & (self.index.pids != DISTRACTOR)).nonzero()[:, 0]
-            picked = people[torch.randperm(len(people))[:count]].tolist()
-        return [self.describe(row) for row in picked]
+            rows = people[torch.randperm(len(people))[:SAMPLE]].tolist()
+        return [self.describe(row) for row in rows]
+
+    def picture(self, row):
+        """A gallery image as JPEG, upright and no larger than PICTURE; decoded, so that no other file is ever sent."""
+        path = PurePosixPath(self.index.paths[self.check(row)])
+        if path.is_absolute() or ".." in path.parts:  # the index file may be of another origin
+            raise HTTPException(404, f"row {row}: its file lies outside the data root")
+        try:
+            pixels = images.decode(Path(self.index.data_root) / path)
+        except ReidError as error:
+            raise HTTPException(404, f"row {row}: its file is missing or damaged") from error
+        picture, out = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()), io.BytesIO()
+        picture.thumbnail((PICTURE, PICTURE))
+        picture.save(out, "JPEG", quality=92)
+        return out.getvalue()
 
 
-def create_app(extractor, index, host="127.0.0.1", topk_limit=200):
-    """The ASGI application.
+def create_app(extractor, index, allowed_hosts=(), index_file=None, topk_limit=200):
+    """Create the ASGI application.
 
-    extractor: Extractor. index: GalleryIndex or MilvusGallery. host: the address it will listen on; on this machine's own,
-    requests under other names are refused (DNS rebinding). topk_limit: most results of one answer.
+    extractor: Extractor. index: GalleryIndex or MilvusGallery. allowed_hosts: names, beside IP addresses and localhost, that
+    a request may address the server by. index_file: the file that `index` was loaded from; nothing is answered after it has
+    changed, since it is mapped into memory. topk_limit: highest number of results of a search.
     """
-    searcher, decoders = Searcher(extractor, index), ThreadPoolExecutor(2, "decode")  # two: 50 megapixels are 300 MB
+    searcher = Searcher(extractor, index)
+    decoders = ThreadPoolExecutor(2, "decode")  # two: an image of 50 megapixels takes 300 MB
     page, policy = _page({"images": len(index), "cameras": searcher.cameras, "model": extractor.describe(),
                           "threshold": index.threshold, "topk_limit": topk_limit, "upload_limit": UPLOAD_LIMIT,
-                          "version": secrets.token_hex(4)})  # row numbers mean other images after a restart
+                          "version": secrets.token_hex(4)})  # keeps browsers from showing cached images of another index
 
     @asynccontextmanager
     async def lifespan(app):
-        searcher.thread.start()
         yield
-        searcher.jobs.put(None)  # after what is in the queue
-        searcher.thread.join()
+        searcher.thread.shutdown(cancel_futures=True)
         decoders.shutdown(cancel_futures=True)
 
+    async def run(pool, function, *args):
+        return await asyncio.get_running_loop().run_in_executor(pool, function, *args)
+
     app = FastAPI(title="reid", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    _harden(app, policy, host)
+    loaded = _stamp(index_file)
+    app.state.changed = lambda: _stamp(index_file) != loaded
+    _harden(app, policy, {"localhost", *(name.lower() for name in allowed_hosts)})
     topk_query, camera_query = Query(min(20, topk_limit), ge=1, le=topk_limit), Query([])
 
     @app.get("/")
@@ -181,33 +193,32 @@ def create_app(extractor, index, host="127.0.0.1", topk_limit=200):
     @app.post("/search")
     async def search_image(request: Request, topk: int = topk_query, camera: list[int] = camera_query):
         body = await _read(request)
-        pixels = await asyncio.get_running_loop().run_in_executor(
-            decoders, lambda: images.resize([images.decode(body)], extractor.size)[0])
-        return await searcher.answer(pixels, topk, camera)
+        pixels = await run(decoders, lambda: images.resize([images.decode(body)], extractor.size)[0])
+        return await searcher.search(pixels, topk, camera)
 
     @app.get("/search")
     async def search_row(row: int, topk: int = topk_query, camera: list[int] = camera_query):
-        return await searcher.answer(row, topk, camera)
+        vector = await run(searcher.thread, lambda: index.embeddings[searcher.check(row)].float())
+        return await searcher.search(F.normalize(vector, dim=0), topk, camera, row)
 
     @app.get("/sample")
     async def sample():
-        return await searcher.answer(None, SAMPLE)
+        return {"results": await run(searcher.thread, searcher.sample)}
 
     @app.get("/image/{row}")
-    def picture(row: int):
-        return Response(_picture(searcher, row), 200, {"Cache-Control": "private, max-age=86400"}, "image/jpeg")
+    async def picture(row: int):
+        jpeg = await run(decoders, searcher.picture, row)
+        return Response(jpeg, headers={"Cache-Control": "private, max-age=86400"}, media_type="image/jpeg")
 
     @app.get("/healthz")
-    def healthz():
-        alive = searcher.thread.is_alive()
-        return JSONResponse({"status": "ok" if alive else "stopped", "images": len(index), "model": extractor.describe(),
-                             "waiting": searcher.jobs.qsize()}, 200 if alive else 503)
+    async def healthz():
+        return {"status": "ok", "images": len(index), "model": extractor.describe(), "waiting": len(searcher.waiting)}
 
     return app
 
 
-def _harden(app, policy, host):
-    """Errors as {"error": one line}, headers that keep a browser from doing anything but showing the page."""
+def _harden(app, policy, names):
+    """Refuse requests of other sites, answer errors as {"error": one line}, and restrict what a browser does with answers."""
     def failed(status, message, headers=None):
         return JSONResponse({"error": message}, status, headers)
 
@@ -215,68 +226,93 @@ def _harden(app, policy, host):
     app.add_exception_handler(AnyHTTPException, lambda request, error: failed(error.status_code, error.detail, error.headers))
     app.add_exception_handler(RequestValidationError, lambda request, error: failed(
         400, "; ".join(f"{e['loc'][1]}: {e['msg']}" for e in error.errors())))
-    app.add_exception_handler(Exception, lambda request, error: failed(500, "the server failed, its log says why"))
+    app.add_exception_handler(Exception, lambda request, error: failed(500, "the server failed; its log has the reason"))
 
     @app.middleware("http")
-    async def headers(request, call_next):
-        response = await call_next(request)
+    async def guard(request, call_next):
+        if refusal := _refusal(request, names):
+            response = failed(403, refusal)
+        elif app.state.changed():
+            response = failed(503, "the index file has changed; restart the search page")
+        else:
+            response = await call_next(request)
         response.headers.update({"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff",
                                  "Referrer-Policy": "no-referrer", "Cross-Origin-Resource-Policy": "same-origin"})
         return response
 
-    if host in LOOPBACK or host.startswith("127."):
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, host], www_redirect=False)
+
+def _refusal(request, names):
+    """Return why a request must not be answered, or None. DNS rebinding needs a name, so all IP addresses are allowed."""
+    try:
+        host = urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
+        known = host in names or bool(ipaddress.ip_address(host))
+    except ValueError:
+        known = False
+    if not known:
+        return "this server has another name; --allowed_hosts adds one"
+    link = request.headers.get("sec-fetch-mode") == "navigate" and request.method == "GET" and request.url.path == "/"
+    if request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none") and not link:
+        return "requests of other web pages are refused"
+
+
+def _stamp(file):
+    """(inode, size, modification time) of a file, or None."""
+    with suppress(OSError):
+        found = os.stat(file) if file else None
+        return found and (found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def _page(info):
-    """(HTML, its Content-Security-Policy): only the page's own style and script run, by their hashes."""
+    """(HTML, its Content-Security-Policy): a browser runs only the page's own style and script, by their hashes."""
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-
-    def source(tag):
-        inside = re.search(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[1]
-        return f"'sha256-{base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()}'"
-
-    policy = (f"default-src 'none'; script-src {source('script')}; style-src {source('style')}; img-src 'self' blob: data:; "
+    style, script = (base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
+                     for inside in re.findall(r"<(?:style|script)>(.*?)</", page, re.DOTALL))
+    policy = (f"default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; img-src 'self' blob: data:; "
               "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
     return page.replace("{{info}}", json.dumps(info).replace("<", "\\u003c")), policy
 
 
 async def _read(request):
-    """The body, counted as it comes: Content-Length may lie."""
-    if request.headers.get("content-type", "").startswith("multipart/"):
+    """Read the body, whose size is counted because Content-Length may be wrong, within a time limit."""
+    if request.headers.get("content-type", "").lower().startswith("multipart/"):
         raise HTTPException(415, "send the image file itself as the body: curl --data-binary @crop.jpg")
-    body, size = bytearray(), 0
+    body, now = bytearray(), asyncio.get_running_loop().time
     try:
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size <= UPLOAD_LIMIT:
+        async with asyncio.timeout(BODY_SECONDS), asyncio.timeout(STALL_SECONDS) as stall:
+            async for chunk in request.stream():
+                stall.reschedule(now() + STALL_SECONDS)
                 body += chunk
-            elif size > DRAIN_LIMIT:
-                break
+                if len(body) > UPLOAD_LIMIT:  # uvicorn reads and drops the rest
+                    raise HTTPException(413, f"the image file is larger than {UPLOAD_LIMIT >> 20} MB")
+    except TimeoutError as error:
+        raise HTTPException(408, "the upload took too long", {"Connection": "close"}) from error
     except ClientDisconnect as error:
         raise HTTPException(400, "the upload broke off") from error
-    if size > UPLOAD_LIMIT:
-        raise HTTPException(413, f"the image file is larger than {UPLOAD_LIMIT >> 20} MB")
     return bytes(body)
 
 
-def _picture(searcher, row):
-    """JPEG bytes of a gallery image: through our own decoder, so nothing but an image ever leaves, upright and small."""
-    path = PurePosixPath(searcher.index.paths[searcher.check(row)])
-    if path.is_absolute() or ".." in path.parts:  # an index may come from anybody
-        raise HTTPException(404, f"row {row}: its file lies outside the data root")
-    try:
-        picture = Image.fromarray(images.decode(Path(searcher.index.data_root) / path).permute(1, 2, 0).contiguous().numpy())
-    except ReidError as error:
-        raise HTTPException(404, f"row {row}: its file is missing or damaged") from error
-    picture.thumbnail((PICTURE, PICTURE))
-    out = io.BytesIO()
-    picture.save(out, "JPEG", quality=92)
-    return out.getvalue()
+class Protocol(H11Protocol):
+    """uvicorn's HTTP/1.1 with a limit of connections, and a time limit for the header of a request."""
+
+    def connection_made(self, transport):
+        super().connection_made(transport)
+        if len(self.connections) > CONNECTIONS:
+            transport.abort()
+        self.expire()
+
+    def expire(self, idle_after=...):
+        """Close the connection if no request has arrived since the last call, HEADER_SECONDS ago."""
+        if self.transport.is_closing():
+            return
+        idle = self.cycle is None or self.cycle.response_complete
+        if idle and self.cycle is idle_after:
+            self.transport.abort()
+        else:
+            self.loop.call_later(HEADER_SECONDS, self.expire, self.cycle if idle else ...)
 
 
 def listen(host, port):
-    """A bound socket for `serve`, taken before anything is loaded. Raises ReidError where the port is taken."""
+    """Return a bound socket for `serve`. Raises ReidError if the address is not this machine's or the port is taken."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
@@ -285,15 +321,35 @@ def listen(host, port):
         raise ReidError(f"--host {host} --port {port}: {reason}; stop what uses it, or choose another --port") from error
 
 
+def make_server(app):
+    """Return a uvicorn.Server with the limits above, which stops when the index file changes."""
+    async def stop_if_changed():
+        server.should_exit |= app.state.changed()
+
+    server = uvicorn.Server(uvicorn.Config(
+        app, http=Protocol, ws="none", lifespan="on", log_level="error", access_log=False, server_header=False,
+        limit_concurrency=WAITING, timeout_graceful_shutdown=5, callback_notify=stop_if_changed, timeout_notify=1))
+    logging.getLogger("uvicorn.error").addFilter(_keep_record)
+    return server
+
+
+def _keep_record(record):
+    """Leave the tracebacks of requests that are cancelled when the server stops out of the log."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
+
+
 def serve(app, listener):
-    """Serve `app` on the socket of `listen` until Ctrl-C or TERM; requests that are being answered get five seconds."""
+    """Serve `app` on the socket of `listen` until Ctrl-C or TERM; requests in progress get five seconds to finish.
+
+    Raises ReidError if the index file changes meanwhile.
+    """
     address, port = listener.getsockname()[:2]
-    name = f"[{address}]" if ":" in address else "127.0.0.1" if address == "0.0.0.0" else address
-    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, lifespan="on",
-                            limit_concurrency=WAITING, timeout_graceful_shutdown=5)
+    address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that TERM, too, ends in the lines below
-    print(f"search page: http://{name}:{port} (Ctrl-C stops it)", flush=True)
-    with suppress(KeyboardInterrupt):  # uvicorn has stopped in order and passes the signal on
-        uvicorn.Server(config).run(sockets=[listener])
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # TERM, too, then ends below
+    print(f"search page: http://{f'[{address}]' if ':' in address else address}:{port} (Ctrl-C stops it)", flush=True)
+    with suppress(KeyboardInterrupt):  # uvicorn has shut down and passes the signal on
+        make_server(app).run(sockets=[listener])
+    if app.state.changed():
+        raise ReidError("the index file has changed while it was searched; start the search page again")
     print("search page: stopped", flush=True)

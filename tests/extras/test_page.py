@@ -1,4 +1,4 @@
-"""The search page: its answers, what it refuses, many clients at once, and the page itself in a headless Chromium."""
+"""The search page: answers, refusals, limits, many clients at once, and the page itself in a headless Chromium."""
 
 import base64
 import http.client
@@ -15,6 +15,7 @@ import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -25,18 +26,18 @@ from PIL import Image
 
 pytest.importorskip("fastapi", reason="fastapi is not installed")
 
-import uvicorn
-
 from reid import ReidError, images
 from reid.data.datasets import read_folder
-from reid.extras import page as serve
+from reid.extras import page
+from reid.extras.pictures import verdict
 from reid.retrieval.index import GalleryIndex
+from reid.retrieval.ranked import ranked_lists
 
 SIZE = (16, 8)
 
 
 class Colours:
-    """Stands in for the Extractor: embeds an image as its pixels at 16 x 8. Counts its batches, waits at `gate`, may fail."""
+    """In place of the Extractor: embeds an image as its pixels at 16 x 8. Counts its batches, waits at `gate`, may fail."""
 
     size, batch_size, dim = SIZE, 32, 3 * SIZE[0] * SIZE[1]
 
@@ -59,12 +60,11 @@ class Colours:
 class Site:
     """A server in a thread, on a port of its own."""
 
-    def __init__(self, index, **options):
+    def __init__(self, index, host="127.0.0.1", **options):
         self.index, self.extractor = index, Colours()
-        listener = serve.listen("127.0.0.1", 0)
+        listener = page.listen(host, 0)
         self.port = listener.getsockname()[1]
-        app = serve.create_app(self.extractor, index, **options)
-        self.server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="on"))
+        self.server = page.make_server(page.create_app(self.extractor, index, **options))
         self.thread = threading.Thread(target=self.server.run, args=([listener],))
         self.thread.start()
 
@@ -86,21 +86,25 @@ class Site:
         return requests.get(self.url(path), params=params, timeout=60)
 
     def until_waiting(self, count):
-        """Returns as soon as so many searches are in the queue."""
+        """Return as soon as so many searches are in the queue."""
         for _ in range(6000):
             if self.get("/healthz").json()["waiting"] >= count:
                 return
             time.sleep(0.01)
         raise AssertionError(f"never were {count} searches waiting")
 
-    def raw(self, path, host=None):
-        """GET with the path as it stands: requests would tidy it up."""
+    def raw(self, path, host=None, method="GET", **headers):
+        """(status, body) of a request whose path and Host are sent unchanged; requests would normalise them."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
-        connection.putrequest("GET", path, skip_host=True)
-        connection.putheader("Host", host or f"127.0.0.1:{self.port}")
+        connection.putrequest(method, path, skip_host=True)
+        for name, value in {"Host": f"127.0.0.1:{self.port}" if host is None else host, **headers}.items():
+            connection.putheader(name.replace("_", "-"), value)
         connection.endheaders()
         answer = connection.getresponse()
         return answer.status, answer.read()
+
+    def connect(self):
+        return socket.create_connection(("127.0.0.1", self.port), timeout=30)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +132,7 @@ def index(gallery):
 
 @pytest.fixture(scope="module")
 def site(index):
-    with Site(index, topk_limit=15) as running:
+    with Site(index, topk_limit=15, allowed_hosts=["Crops.example"]) as running:
         yield running
 
 
@@ -192,7 +196,7 @@ def test_sample(site, index):
     picked = [site.get("/sample").json()["results"] for _ in range(4)]
     for some in picked:
         rows = [int(hit["row"]) for hit in some]
-        assert len(set(rows)) == serve.SAMPLE and not any(hit["pid"] == -1 for hit in some)
+        assert len(set(rows)) == page.SAMPLE and not any(hit["pid"] == -1 for hit in some)
         assert [hit["path"] for hit in some] == [index.paths[row] for row in rows]
     assert len({str(some) for some in picked}) > 1
 
@@ -218,12 +222,15 @@ def test_a_gallery_in_an_engine(index, crop):
         def __contains__(self, row):
             return offset <= row < offset + len(index)
 
-        def nearest(self, embeddings, topk, camids=None, exclude=None):
+        def hit(self, row):
+            return index.hit(row - offset)
+
+        def search(self, embeddings, topk, camids=None, exclude=None):
             if self.down:
                 raise ReidError("milvus: no answer")
             exclude = exclude - offset if exclude is not None else None
             scores, rows = index.nearest(embeddings, topk, camids, exclude=exclude)
-            return scores, torch.where(rows >= 0, rows + offset, rows)
+            return ranked_lists(self, scores, torch.where(rows >= 0, rows + offset, rows))
 
     with Site(Engine()) as running:
         expected = [row + offset for row in index.nearest(embedding(crop), 5)[1][0].tolist()]
@@ -269,14 +276,14 @@ def test_bad_images(site, crop, body, reason):
     assert reason in answer.json()["error"] and "\n" not in answer.json()["error"]
 
 
-def test_a_form_upload_is_told_what_to_do(site, crop):
+def test_a_form_upload_is_refused_with_advice(site, crop):
     answer = requests.post(site.url("/search"), files={"file": crop}, timeout=30)
     assert answer.status_code == 415
     assert "--data-binary" in answer.json()["error"]
 
 
 def test_too_large(site, crop):
-    assert site.post(b"\0" * (serve.UPLOAD_LIMIT + 1)).status_code == 413
+    assert site.post(b"\0" * (page.UPLOAD_LIMIT + 1)).status_code == 413
     answer = site.post(b"\0" * 2**20 for _ in range(100))  # no Content-Length
     assert answer.status_code == 413
     assert answer.json() == {"error": "the image file is larger than 10 MB"}
@@ -295,7 +302,7 @@ def test_content_length_that_lies(site, crop):
     ("/image/99999999", 404), (f"/image/{10**30}", 404), ("/image/0x5", 400), ("/image/5%00", 400), ("/image/", 404),
     ("/search?row=-1", 404), ("/search?row=37", 404), ("/search?row=a", 400), ("/search", 400), ("/search?row=1&topk=0", 400),
     ("/search?row=1&topk=16", 400), ("/search?row=1&camera=9", 400), ("/search?row=1&camera=x", 400), ("/docs", 404),
-    ("/openapi.json", 404), ("/serve.html", 404), (f"/search?row=1&camera={10**30}", 400),
+    ("/openapi.json", 404), ("/page.html", 404), (f"/search?row=1&camera={10**30}", 400),
 ])
 def test_addresses_from_outside(site, path, status):
     found, body = site.raw(path)
@@ -303,9 +310,178 @@ def test_addresses_from_outside(site, path, status):
     assert b'{"error":"' in body and b"root:" not in body
 
 
-def test_other_host_names_are_refused(site):
-    assert site.raw("/", host="evil.example")[0] == 400
-    assert site.raw("/", host=f"localhost:{site.port}")[0] == 200
+@pytest.mark.parametrize("host, allowed", [
+    ("evil.example", False), ("evil.example:8000", False), ("127.0.0.1.evil.example", False), ("", False), ("[::1", False),
+    ("localhost", True), ("LOCALHOST:8000", True), ("127.0.0.1", True), ("127.1.2.3:80", True), ("192.168.1.5:8000", True),
+    ("[::1]", True), ("[::1]:8000", True), ("[fe80::1]:8000", True), ("crops.example:8000", True), ("localhost.", False),
+])
+def test_only_addresses_and_allowed_names_are_served(site, host, allowed):
+    """DNS rebinding: a web page of evil.example resolves its name to this server's address and reads the gallery."""
+    for path in ("/", "/image/3", "/healthz"):
+        status, body = site.raw(path, host=host)
+        assert status == (200 if allowed else 403), body
+    assert allowed or b"--allowed_hosts" in body
+
+
+def test_other_web_pages_are_refused(site, crop):
+    for origin in ("cross-site", "same-site"):
+        assert site.raw("/search?row=1", Sec_Fetch_Site=origin)[0] == 403
+        assert site.raw("/image/1", Sec_Fetch_Site=origin, Sec_Fetch_Mode="navigate")[0] == 403
+        assert site.raw("/", Sec_Fetch_Site=origin, Sec_Fetch_Mode="no-cors")[0] == 403
+        assert site.raw("/", Sec_Fetch_Site=origin, Sec_Fetch_Mode="navigate")[0] == 200  # a link to the page
+        assert site.raw("/", Sec_Fetch_Site=origin, Sec_Fetch_Mode="navigate", method="POST")[0] == 403
+        batches = len(site.extractor.batches)
+        answer = requests.post(site.url("/search"), data=crop, headers={"Sec-Fetch-Site": origin, "Content-Type": "text/plain"})
+        assert answer.status_code == 403 and len(site.extractor.batches) == batches
+    for own in ("same-origin", "none"):
+        assert site.raw("/search?row=1", Sec_Fetch_Site=own)[0] == 200
+
+
+@pytest.mark.parametrize("host", ["::1", "0.0.0.0"])
+def test_other_addresses_to_listen_on(index, host):
+    if host == "::1" and not socket.has_ipv6:
+        pytest.skip("no IPv6 on this machine")
+    with Site(index, host=host) as running:
+        address = f"http://{'[::1]' if host == '::1' else '127.0.0.1'}:{running.port}/healthz"
+        assert requests.get(address, timeout=60).status_code == 200
+        assert requests.get(address, headers={"Host": "evil.example"}, timeout=60).status_code == 403
+
+
+def test_names_that_are_not_utf8(tmp_path, gallery, index):
+    name = os.fsdecode(b"0001_c1s1_\xe9.png")
+    (tmp_path / name).write_bytes((gallery / index.paths[1]).read_bytes())
+    records = read_folder(tmp_path)
+    assert records.paths == [name]
+    with Site(GalleryIndex(index.embeddings[1:2], records, "0" * 16, False)) as running:
+        [found] = running.post((tmp_path / name).read_bytes()).json()["results"]
+        assert found["path"] == "0001_c1s1_?.png"
+        assert running.get("/sample").json()["results"][0]["path"] == "0001_c1s1_?.png"
+        assert running.get("/image/0").status_code == 200
+
+
+# ---- Limits ---------------------------------------------------------------------------------------------------------
+
+def closed(connection):
+    """Wait until the server closes a connection; returns what it has sent."""
+    sent = b""
+    with suppress(ConnectionResetError):
+        while chunk := connection.recv(1 << 16):
+            sent += chunk
+    return sent
+
+
+def test_connections_without_a_request_are_closed(index, monkeypatch):
+    monkeypatch.setattr(page, "HEADER_SECONDS", 0.3)
+    with Site(index) as running:
+        silent, slow = running.connect(), running.connect()
+        slow.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow: ")
+        stop = threading.Event()
+
+        def trickle():
+            with suppress(OSError):
+                while not stop.wait(0.05):
+                    slow.sendall(b"x")
+
+        sender = threading.Thread(target=trickle)
+        sender.start()
+        assert closed(silent) == b"" and closed(slow) == b""
+        stop.set()
+        sender.join()
+        assert running.get("/healthz").status_code == 200
+
+
+def test_an_idle_connection_serves_a_second_request(index, monkeypatch):
+    monkeypatch.setattr(page, "HEADER_SECONDS", 2)
+    with Site(index) as running, requests.Session() as session:
+        for _ in range(4):
+            assert session.get(running.url("/healthz"), timeout=30).status_code == 200
+            time.sleep(0.6)
+
+
+def test_connections_beyond_the_limit_are_closed(index, monkeypatch):
+    monkeypatch.setattr(page, "CONNECTIONS", 5)
+    with Site(index) as running:
+        kept = [running.connect() for _ in range(5)]
+        while len(running.server.server_state.connections) < 5:
+            time.sleep(0.01)
+        assert [closed(running.connect()) for _ in range(20)] == [b""] * 20
+        kept[0].sendall(b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
+        assert closed(kept[0]).startswith(b"HTTP/1.1 200")
+        for connection in kept:
+            connection.close()
+
+
+def test_a_body_that_stalls_is_cut(index, crop, monkeypatch):
+    monkeypatch.setattr(page, "STALL_SECONDS", 0.3)
+    with Site(index) as running:
+        with running.connect() as connection:
+            connection.sendall(b"POST /search HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000\r\n\r\n" + crop[:500])
+            sent = closed(connection)
+        assert sent.startswith(b"HTTP/1.1 408") and b"the upload took too long" in sent
+        assert running.post(crop).status_code == 200
+
+
+def test_a_body_that_trickles_is_cut(index, monkeypatch):
+    monkeypatch.setattr(page, "BODY_SECONDS", 0.5)
+    with Site(index) as running, running.connect() as connection:
+        connection.sendall(b"POST /search HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100000\r\n\r\n")
+        with suppress(OSError):
+            for _ in range(200):
+                connection.sendall(b"x")
+                connection.setblocking(False)
+                with suppress(BlockingIOError):
+                    if sent := connection.recv(1 << 16):
+                        break
+                connection.setblocking(True)
+                time.sleep(0.02)
+        assert sent.startswith(b"HTTP/1.1 408")
+
+
+def test_a_header_that_is_too_long_is_refused(site):
+    with site.connect() as connection, suppress(OSError):
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n" + b"X: y\r\n" * 50_000 + b"\r\n")
+        assert closed(connection).startswith(b"HTTP/1.1 4")
+    assert site.get("/healthz").status_code == 200
+
+
+def test_pictures_are_decoded_by_two_threads(index, monkeypatch):
+    running, most, lock, decode = 0, 0, threading.Lock(), images.decode
+
+    def counted(source):
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.05)
+        with lock:
+            running -= 1
+        return decode(source)
+
+    monkeypatch.setattr(images, "decode", counted)
+    with Site(index) as site, ThreadPoolExecutor(20) as pool:
+        answers = list(pool.map(lambda row: site.get(f"/image/{row}").status_code, range(20)))
+    assert answers == [200] * 20 and most == 2
+
+
+@pytest.mark.parametrize("change", ["replace", "modify", "remove"])
+def test_a_changed_index_file_stops_the_server(index, crop, tmp_path, change):
+    file = tmp_path / "run.pt"
+    file.write_bytes(b"as loaded")
+    with Site(index, index_file=file) as running:
+        assert running.post(crop).status_code == 200
+        if change == "replace":
+            (tmp_path / "new.pt").write_bytes(b"as loaded")
+            (tmp_path / "new.pt").replace(file)
+        elif change == "modify":
+            file.write_bytes(b"modified!")
+        else:
+            file.unlink()
+        with suppress(requests.ConnectionError):  # the server may have stopped already
+            answer = running.post(crop)
+            assert answer.status_code == 503
+            assert answer.json() == {"error": "the index file has changed; restart the search page"}
+        running.thread.join(60)
+        assert not running.thread.is_alive()
 
 
 def test_files_that_are_gone_or_outside(tmp_path, gallery, index):
@@ -349,8 +525,8 @@ def test_64_clients(site, gallery, index):
 
 
 def test_one_too_many_is_sent_away(index, crop, monkeypatch):
-    monkeypatch.setattr(serve, "WAITING", 1)
     with Site(index) as running, ThreadPoolExecutor(2) as pool:
+        monkeypatch.setattr(page, "WAITING", 1)
         running.extractor.gate.clear()
         first = pool.submit(running.post, crop)  # is being embedded
         assert running.extractor.entered.wait(60)
@@ -366,38 +542,74 @@ def test_a_failure_is_one_answer_and_not_the_end(site, crop):
     site.extractor.failure = RuntimeError("out of memory")
     answer = site.post(crop)
     site.extractor.failure = None
-    assert (answer.status_code, answer.json()) == (500, {"error": "the server failed, its log says why"})
+    assert (answer.status_code, answer.json()) == (500, {"error": "the server failed; its log has the reason"})
     assert site.post(crop).status_code == 200
 
 
 # ---- Start and stop -------------------------------------------------------------------------------------------------
 
 def test_listen():
-    with serve.listen("127.0.0.1", 0) as taken:
+    with page.listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ReidError, match=f"--port {port}: Address already in use; stop what uses it"):
-            serve.listen("127.0.0.1", port)
+            page.listen("127.0.0.1", port)
     for host, port in [("127.0.0.1", 70_000), ("256.1.1.1", 8000), ("a" * 70, 8000)]:
         with pytest.raises(ReidError, match="choose another"):
-            serve.listen(host, port)
+            page.listen(host, port)
+
+
+@pytest.fixture
+def process(root, gallery, tmp_path):
+    """(Popen, port) of a server in a process of its own."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys\nfrom test_page import *\nlistener = page.listen('127.0.0.1', 0)\nrecords = read_folder(sys.argv[1])\n"
+        "index = GalleryIndex(torch.eye(len(records)), records, '0' * 16, False)\n"
+        "page.serve(page.create_app(Colours(), index), listener)\nprint('cleaned up')\n")
+    paths = os.pathsep.join([str(root), str(root / "tests" / "extras")])
+    with subprocess.Popen([sys.executable, program, gallery], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          env=os.environ | {"PYTHONPATH": paths}) as started:
+        address = re.search(r"http://\S+", started.stdout.readline())[0]
+        assert requests.get(f"{address}/healthz", timeout=60).status_code == 200
+        yield started, int(address.rsplit(":", 1)[1])
+        started.kill()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as on POSIX")
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_stops_in_order(root, gallery, tmp_path, stop):
-    program = tmp_path / "program.py"
-    program.write_text(
-        "import sys\nfrom test_page import *\nlistener = serve.listen('127.0.0.1', 0)\nrecords = read_folder(sys.argv[1])\n"
-        "index = GalleryIndex(torch.eye(len(records)), records, '0' * 16, False)\n"
-        "serve.serve(serve.create_app(Colours(), index), listener)\nprint('cleaned up')\n")
-    paths = os.pathsep.join([str(root), str(root / "tests" / "extras")])
-    process = subprocess.Popen([sys.executable, program, gallery], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env=os.environ | {"PYTHONPATH": paths})
-    address = re.search(r"http://\S+", process.stdout.readline())[0]
-    assert requests.get(f"{address}/healthz", timeout=60).status_code == 200
-    process.send_signal(stop)
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (0, "search page: stopped\ncleaned up\n", "")
+def test_stops_in_order(process, stop):
+    started, _ = process
+    started.send_signal(stop)
+    out, err = started.communicate(timeout=60)
+    assert (started.returncode, out, err) == (0, "search page: stopped\ncleaned up\n", "")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals as on POSIX")
+def test_stops_with_stalled_uploads(process):
+    started, port = process
+    stalled = [socket.create_connection(("127.0.0.1", port), timeout=30) for _ in range(20)]
+    for connection in stalled:
+        connection.sendall(b"POST /search HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000\r\n\r\nx")
+    assert requests.get(f"http://127.0.0.1:{port}/healthz", timeout=60).status_code == 200
+    started.send_signal(signal.SIGTERM)
+    out, err = started.communicate(timeout=60)
+    assert (started.returncode, out) == (0, "search page: stopped\ncleaned up\n")
+    assert re.fullmatch(r".*Cancel 20 running task.*\n", err)
+    for connection in stalled:
+        connection.close()
+
+
+def test_stops_with_a_reason(index, tmp_path):
+    file = tmp_path / "run.pt"
+    file.write_bytes(b"as loaded")
+    listener = page.listen("127.0.0.1", 0)
+    port = listener.getsockname()[1]
+    with ThreadPoolExecutor(1) as pool:
+        serving = pool.submit(page.serve, page.create_app(Colours(), index, index_file=file), listener)
+        assert requests.get(f"http://127.0.0.1:{port}/healthz", timeout=60).status_code == 200
+        file.write_bytes(b"modified")
+        with pytest.raises(ReidError, match="the index file has changed while it was searched; start"):
+            serving.result(60)
 
 
 # ---- The page in a browser ------------------------------------------------------------------------------------------
@@ -493,7 +705,7 @@ def test_page_click_and_back(browser, site, index):
     assert again == index.nearest(index.embeddings[first[0]][None].float(), 15, exclude=torch.tensor([first[0]]))[1][0].tolist()
     marks = browser.js("return Array.from(document.querySelectorAll('.card'), (c) => c.className.split(' ')[1])")
     pid = int(index.pids[first[0]])
-    assert marks == [serve.verdict(pid, int(index.pids[row])) for row in again]
+    assert marks == [verdict(pid, int(index.pids[row])) for row in again]
     browser("POST", "/back")
     browser.wait(f"document.querySelector('.card').dataset.row == '{first[0]}'")
     assert browser.rows() == first
@@ -501,7 +713,7 @@ def test_page_click_and_back(browser, site, index):
 
 def test_page_shows_errors(browser, site, tmp_path):
     (tmp_path / "text.jpg").write_text("not an image")
-    (tmp_path / "large.jpg").write_bytes(b"\0" * (serve.UPLOAD_LIMIT + 1))
+    (tmp_path / "large.jpg").write_bytes(b"\0" * (page.UPLOAD_LIMIT + 1))
     browser.open(site.url("/"))
     for name, message in [("text.jpg", "not an image"), ("large.jpg", "larger than 10 MB")]:
         browser.upload(tmp_path / name)
