@@ -15,16 +15,12 @@ import base64
 import hashlib
 import io
 import ipaddress
-import itertools
 import json
 import logging
 import os
-import random
 import re
-import secrets
 import signal
 import socket
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
@@ -119,7 +115,7 @@ class Searcher:
                 answers[i] = {"query": query, "results": [
                     self.describe(hit.row) | {"position": hit.position, "score": hit.score, "match": hit.match,
                                               "verdict": verdict(pid, hit.pid)}
-                    for hit in itertools.islice(ranked, batch[i].topk)]}
+                    for _, hit in zip(range(batch[i].topk), ranked)]}
         return [answers[i] for i in range(len(batch))]
 
     def check(self, row):
@@ -137,7 +133,7 @@ class Searcher:
         """Up to SAMPLE different images of people to choose from; of an engine, neighbours of random directions."""
         if self.rows is self.index:
             lists = self.index.search(F.normalize(torch.randn(SAMPLE, self.extractor.dim)), NEIGHBOURS)
-            rows = {int(random.choice(ranked.rows)) for ranked in lists if len(ranked)}
+            rows = {int(ranked.rows[torch.randint(len(ranked), ())]) for ranked in lists if len(ranked)}
         else:
             people = ((self.index.pids != JUNK) & (self.index.pids != DISTRACTOR)).nonzero()[:, 0]
             rows = people[torch.randperm(len(people))[:SAMPLE]].tolist()
@@ -159,17 +155,16 @@ class Searcher:
 
 
 def create_app(extractor, index, allowed_hosts=(), index_file=None, topk_limit=200):
-    """Create the ASGI application.
+    """Create the ASGI application for an Extractor and a GalleryIndex or MilvusGallery.
 
-    extractor: Extractor. index: GalleryIndex or MilvusGallery. allowed_hosts: names, beside IP addresses and localhost, that
-    a request may address the server by. index_file: the file that `index` was loaded from; nothing is answered after it has
-    changed, since it is mapped into memory. topk_limit: highest number of results of a search.
+    allowed_hosts: names, beside IP addresses and localhost, that requests may address the server by. index_file: the file
+    that `index` maps into memory: nothing is answered after it has changed. topk_limit: highest number of results.
     """
     searcher = Searcher(extractor, index)
     decoders = ThreadPoolExecutor(2, "decode")  # two: an image of 50 megapixels takes 300 MB
     page, policy = _page({"images": len(index), "cameras": searcher.cameras, "model": extractor.describe(),
                           "threshold": index.threshold, "topk_limit": topk_limit, "upload_limit": UPLOAD_LIMIT,
-                          "version": secrets.token_hex(4)})  # keeps browsers from showing cached images of another index
+                          "version": os.urandom(4).hex()})  # keeps browsers from showing cached images of another index
 
     @asynccontextmanager
     async def lifespan(app):
@@ -211,7 +206,7 @@ def create_app(extractor, index, allowed_hosts=(), index_file=None, topk_limit=2
         return Response(jpeg, headers={"Cache-Control": "private, max-age=86400"}, media_type="image/jpeg")
 
     @app.get("/healthz")
-    async def healthz():
+    def healthz():  # on a thread of its own, since an engine counts its rows
         return {"status": "ok", "images": len(index), "model": extractor.describe(), "waiting": len(searcher.waiting)}
 
     return app
@@ -345,7 +340,7 @@ def serve(app, listener):
     """
     address, port = listener.getsockname()[:2]
     address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
-    if threading.current_thread() is threading.main_thread():
+    with suppress(ValueError):  # outside of the main thread
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # TERM, too, then ends below
     print(f"search page: http://{f'[{address}]' if ':' in address else address}:{port} (Ctrl-C stops it)", flush=True)
     with suppress(KeyboardInterrupt):  # uvicorn has shut down and passes the signal on
