@@ -67,18 +67,18 @@ def describe_source(args):
     if args.archive:
         return os.path.realpath(args.archive)
     shown = without_secrets(args.url)
-    return shown if shown == args.url else f"{shown} ({digest(args.url)})"
+    return shown if shown == args.url else f"{shown} ({download_name(args.url)})"
 
 
-def digest(url):
-    return hashlib.sha256(url.encode()).hexdigest()[:8]
+def download_name(url):
+    return f"download-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
 
 
 def build(args, output, source):
     """Make the tree. A downloaded archive that turns out to be bad is deleted, since it would fail in every later run."""
     downloaded = None
     if not (args.archive or args.folder or args.synthetic):
-        downloaded = output.parent / f"download-{digest(args.url)}"
+        downloaded = output.parent / download_name(args.url)
         archives.download(args.url, downloaded)
     with prepare.building(output) as tree:
         if args.synthetic:

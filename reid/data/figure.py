@@ -1,58 +1,103 @@
-"""A person as a walking 3-d stick figure, drawn with lit tubes: the hand of `reid.data.synthetic`.
+"""Draw a person as a walking 3-d stick figure of lit tubes and balls, and what it is drawn on.
 
 Body units: the height is 1, x points to the person's left, y up, z ahead. Yaw 0 faces the camera.
 """
 
 import math
 
+import numpy as np
 from PIL import Image, ImageDraw
 
-from reid.data.canvas import darker, mix
+SCALE = 5  # drawn this much larger than the crop, then averaged: PIL's polygons have no antialiasing
+NEUTRAL = 128  # value of the shade layer that leaves the colour as it is
 
 
-def _cloth(p, front, turn):
-    """A function size -> image of the top's cloth. front: the chest is seen; turn: sine of the yaw."""
-    def paint(size):
-        w, h = size
-        image = Image.new("RGB", size, p.top)
-        draw = ImageDraw.Draw(image)
-        step = max(5, h // 9)
-        if p.pattern in ("stripes", "plaid"):
-            for y in range(0, h, step):
-                draw.rectangle([0, y, w, y + step * (0.45 if p.pattern == "stripes" else 0.3)], fill=p.top2)
-        if p.pattern in ("vertical", "plaid"):
-            ink = p.top2 if p.pattern == "vertical" else mix(p.top, p.top2, 0.55)
-            for x in range(int(turn * step), w, step):
-                draw.rectangle([x, 0, x + step * 0.3, h], fill=ink)
-        if p.pattern == "dots":
-            for row, y in enumerate(range(step // 2, h, step)):
-                for x in range((row % 2) * step // 2, w, step):
-                    draw.ellipse([x, y, x + step * 0.5, y + step * 0.5], fill=p.top2)
-        if p.pattern == "blocks":
-            draw.rectangle([0, h * 0.42, w, h], fill=p.top2)
-        if front:
-            _chest(draw, p, w, h, w * (0.5 + 0.42 * turn))
-        return image
-    return paint
+def mix(a, b, t):
+    """Return the colour at fraction `t` between `a` and `b`."""
+    return tuple(round(x + (y - x) * t) for x, y in zip(a, b))
 
 
-def _chest(draw, p, w, h, middle):
-    """What only the front of a top has: a print, the open jacket's shirt, a zip and a pocket."""
-    if p.pattern == "print":
-        draw.rounded_rectangle([middle - w * 0.24, h * 0.2, middle + w * 0.24, h * 0.46], w // 12, fill=p.top2)
-    if p.layer in ("jacket", "coat"):
-        draw.polygon([(middle - w * 0.2, 0), (middle + w * 0.2, 0), (middle + w * 0.1, h), (middle - w * 0.1, h)],
-                     fill=p.inner)
-    if p.layer == "hoodie":
-        draw.line([(middle, 0), (middle, h)], fill=darker(p.top, 0.4), width=max(2, w // 30))
-        draw.rounded_rectangle([middle - w * 0.3, h * 0.66, middle + w * 0.3, h * 0.9], 6, fill=darker(p.top, 0.15))
+def darker(colour, t):
+    return mix(colour, (0, 0, 0), t)
+
+
+class Canvas:
+    """A layer of colour and one of shade, which are multiplied in the end, so that patterns do not depend on the light."""
+
+    TONES = ((1.0, 0.66), (0.84, 0.83), (0.62, 0.98), (0.36, 1.1))  # (fraction of the width, brightness) of a lit cylinder
+
+    def __init__(self, background, light):
+        """background: RGB image, SCALE times the crop's size; light: -1 (from the left) to 1."""
+        self.colour, self.shade = background, Image.new("L", background.size, NEUTRAL)
+        self.paint, self.dim, self.light = ImageDraw.Draw(self.colour), ImageDraw.Draw(self.shade), light
+
+    def tube(self, points, widths, colour, tone=1.0, ends=True, texture=None):
+        """Draw a bent cylinder through `points`, `widths` wide there: limbs, trunks, skirts, hair, straps."""
+        for part, bright in self.TONES:
+            shift, level = self.light * (1 - part) * 0.32, round(NEUTRAL * bright * tone)
+            lit = [(x + shift * w, y) for (x, y), w in zip(points, widths)]
+            outline = _outline(lit, [w * part for w in widths])
+            self.dim.polygon(outline, fill=level)
+            if part == 1:
+                self._fill(outline, colour, texture)
+            for (x, y), w in zip(lit, widths) if ends else ():
+                r = w * part / 2
+                self.dim.ellipse([x - r, y - r, x + r, y + r], fill=level)
+                if part == 1:
+                    self.paint.ellipse([x - r, y - r, x + r, y + r], fill=colour)
+
+    def _fill(self, outline, colour, texture):
+        if texture is None:
+            self.paint.polygon(outline, fill=colour)
+            return
+        xs, ys = zip(*outline)
+        x, y = math.floor(min(xs)), math.floor(min(ys))
+        size = (max(2, math.ceil(max(xs)) - x), max(2, math.ceil(max(ys)) - y))
+        mask = Image.new("1", size)
+        ImageDraw.Draw(mask).polygon([(a - x, b - y) for a, b in outline], fill=1)
+        self.colour.paste(texture(size), (x, y), mask)
+
+    def ball(self, x, y, rx, ry, colour, tone=1.0):
+        for part, bright in self.TONES:
+            a, b, c = rx * part, ry * part, x + self.light * (1 - part) * 0.6 * rx
+            self.dim.ellipse([c - a, y - b, c + a, y + b], fill=round(NEUTRAL * bright * tone))
+        self.mark(x, y, rx, ry, colour)
+
+    def mark(self, x, y, rx, ry, colour):
+        """Draw a flat spot, lit like what is below it: eyes, mouth."""
+        self.paint.ellipse([x - rx, y - ry, x + rx, y + ry], fill=colour)
+
+    def shadow(self, x, y, size):
+        for part, tone in ((1.0, 0.9), (0.75, 0.78), (0.5, 0.64)):
+            a, b, c = 0.17 * size * part, 0.035 * size * part, x - self.light * 0.06 * size
+            self.dim.ellipse([c - a, y - b, c + a, y + b], fill=round(NEUTRAL * tone))
+
+    def render(self):
+        """Return the picture, float32 [height, width, 3] of the crop's size, from 0 to a little above 255."""
+        colour, shade = (np.asarray(layer.reduce(SCALE), np.float32) for layer in (self.colour, self.shade))
+        return colour * (shade / NEUTRAL)[..., None]
+
+
+def _outline(points, widths):
+    """Return the polygon around a polyline."""
+    left, right = [], []
+    for i, ((x, y), w) in enumerate(zip(points, widths)):
+        (ax, ay), (bx, by) = points[max(i - 1, 0)], points[min(i + 1, len(points) - 1)]
+        length = math.hypot(bx - ax, by - ay) or 1
+        nx, ny = (by - ay) / length * w / 2, (ax - bx) / length * w / 2
+        left.append((x + nx, y + ny))
+        right.append((x - nx, y - ny))
+    return left + right[::-1]
 
 
 class Figure:
-    """One person (traits of `reid.data.synthetic.make_person`) in one pose on a canvas."""
+    """One person in one pose on a canvas. `draw` draws it.
+
+    p: traits of `synthetic.make_person`; x0, foot, size: position and height in pixels of the canvas; yaw: degrees; phase of
+    the step: radians; pitch: of the camera.
+    """
 
     def __init__(self, canvas, p, x0, foot, size, yaw, phase, pitch):
-        """x0, foot, size: pixels of the canvas; yaw: degrees; phase: of the step, radians; pitch: the camera's."""
         self.canvas, self.p, self.x0, self.foot, self.size = canvas, p, x0, foot, size
         self.phase, self.pitch = phase, pitch
         self.sin, self.cos = math.sin(math.radians(yaw)), math.cos(math.radians(yaw))
@@ -61,7 +106,7 @@ class Figure:
         self.bob = 0.008 * math.cos(2 * phase)
 
     def at(self, x, y, z=0.0):
-        """Body units to pixels: orthographic, looking down a little."""
+        """Project body units to pixels: orthographic, looking down a little."""
         near = z * self.cos - x * self.sin
         return (self.x0 + (x * self.cos + z * self.sin) * self.size,
                 self.foot - (y + self.bob) * self.size + near * self.size * self.pitch)
@@ -69,12 +114,16 @@ class Figure:
     def tube(self, points, widths, colour, tone=1.0, **options):
         self.canvas.tube([self.at(*q) for q in points], [w * self.size for w in widths], colour, tone, **options)
 
+    def body(self, rows, colour, tone=1.0):
+        """Draw a tube of elliptic cross-sections: rows of (x, y, z, half width, half depth)."""
+        self.tube([row[:3] for row in rows], [self.girth(*row[3:]) for row in rows], colour, tone, ends=False)
+
     def girth(self, wide, deep):
-        """Seen width of an elliptic cross-section."""
+        """Return the visible width of an elliptic cross-section."""
         return 2 * math.hypot(wide * self.cos, deep * self.sin) * self.p.build
 
     def draw(self):
-        """From far to near."""
+        """Draw all parts, from far to near."""
         sides = sorted((-1, 1), key=lambda side: -side * self.sin)
         self.canvas.shadow(self.x0, self.foot, self.size)
         if self.front:
@@ -96,7 +145,6 @@ class Figure:
             self.arm(sides[1], 1.0)
         self.handbag()
 
-    # ---- limbs
     def swing(self, side):
         return side * 0.42 * self.p.stride * math.sin(self.phase)
 
@@ -130,14 +178,12 @@ class Figure:
         bend = 0.12 if holds else 0.28 + 0.3 * max(0.0, angle)
         top = (side * self.shoulder * b, 0.79, 0.0)
         elbow = (top[0] + side * 0.022, 0.79 - 0.165 * math.cos(angle), 0.165 * math.sin(angle))
-        wrist = (elbow[0] + side * 0.004, elbow[1] - 0.145 * math.cos(angle + bend),
-                 elbow[2] + 0.145 * math.sin(angle + bend))
+        wrist = (elbow[0] + side * 0.004, elbow[1] - 0.145 * math.cos(angle + bend), elbow[2] + 0.145 * math.sin(angle + bend))
         hand = _between(wrist, elbow, -0.22)
         if holds:
             x, y, z = hand
             self.tube([(x, y, z), (x, y - 0.06, z)], [0.008, 0.008], p.bag_colour)
-            self.tube([(x, y - 0.05, z), (x, y - 0.17, z)], [self.girth(0.03, 0.055), self.girth(0.035, 0.06)],
-                      p.bag_colour, ends=False)
+            self.body([(x, y - 0.05, z, 0.03, 0.055), (x, y - 0.17, z, 0.035, 0.06)], p.bag_colour)
         self.tube([top, elbow, wrist], [0.054 * b, 0.044 * b, 0.034], p.skin, tone)
         self.tube([wrist, hand], [0.036, 0.04], p.skin, tone)
         sleeve = p.top2 if p.pattern == "blocks" and p.layer == "shirt" else p.top
@@ -149,22 +195,20 @@ class Figure:
             self.tube([top, _between(elbow, top, 0.5), _between(elbow, top, 0.25)], [0.062 * b, 0.066 * b, 0.068 * b],
                       sleeve, tone)
 
-    # ---- body
     def hips(self):
-        """Under the legs, so that these show whole."""
+        """Draw what the legs then cover."""
         if self.p.legs not in ("skirt", "dress", "longskirt"):
             wide = self.girth(0.085 if self.p.female else 0.08, 0.068)
-            self.tube([(0, 0.58, 0), (0, 0.5, 0), (0, 0.455, 0)], [wide * 0.9, wide, wide * 0.72], self.p.bottom, 0.97,
-                      ends=False)
+            rows = [(0, 0.58, 0), (0, 0.5, 0), (0, 0.455, 0)]
+            self.tube(rows, [wide * 0.9, wide, wide * 0.72], self.p.bottom, 0.97, ends=False)
 
     def trunk(self):
         p, s = self.p, self.shoulder
         hips, waist, chest = (0.088, 0.07, 0.084) if p.female else (0.082, 0.08, 0.096)
         if p.legs in ("skirt", "dress", "longskirt"):
             hem, flare = (0.1, 0.12) if p.legs == "longskirt" else (0.3, 0.118)
-            self.tube([(0, 0.6, 0), (0, 0.5, 0), (0, hem, 0.02 * math.sin(self.phase))],
-                      [self.girth(waist, 0.055), self.girth(hips * 1.1, 0.08), self.girth(flare, 0.105)], p.bottom,
-                      ends=False)
+            sway = 0.02 * math.sin(self.phase)
+            self.body([(0, 0.6, 0, waist, 0.055), (0, 0.5, 0, hips * 1.1, 0.08), (0, hem, sway, flare, 0.105)], p.bottom)
         low = {"shirt": 0.475, "jacket": 0.45, "hoodie": 0.46, "coat": 0.3}[p.layer]
         low += 0.06 if p.layer != "coat" and p.legs in ("skirt", "dress", "longskirt") else 0
         thick = 1.0 if p.layer == "shirt" else 1.08
@@ -172,10 +216,39 @@ class Figure:
                 (0.72, chest, 0.078 if p.female else 0.072), (0.6, waist, 0.06), (0.52, hips * 1.02, 0.068),
                 (low, hips * (1.04 if low > 0.4 else 1.2), 0.072 if low > 0.4 else 0.085)]
         self.tube([(0, y, 0.012 * (y > 0.6)) for y, _, _ in rows], [self.girth(a, d) * thick for _, a, d in rows],
-                  p.top, ends=False, texture=_cloth(p, self.cos > 0.1, self.sin))
+                  p.top, ends=False, texture=self.cloth)
         if p.layer == "hoodie":
             x, y = self.at(0, 0.828, -0.02)
             self.canvas.ball(x, y, 0.068 * self.size, 0.026 * self.size, darker(p.top, 0.12))
+
+    def cloth(self, size):
+        """Return an image of the cloth of the top: its pattern, and what only the front has."""
+        p, (w, h), front, middle = self.p, size, self.cos > 0.1, size[0] * (0.5 + 0.42 * self.sin)
+        image = Image.new("RGB", size, p.top)
+        draw = ImageDraw.Draw(image)
+        step = max(5, h // 9)
+        if p.pattern in ("stripes", "plaid"):
+            for y in range(0, h, step):
+                draw.rectangle([0, y, w, y + step * (0.45 if p.pattern == "stripes" else 0.3)], fill=p.top2)
+        if p.pattern in ("vertical", "plaid"):
+            ink = p.top2 if p.pattern == "vertical" else mix(p.top, p.top2, 0.55)
+            for x in range(int(self.sin * step), w, step):
+                draw.rectangle([x, 0, x + step * 0.3, h], fill=ink)
+        if p.pattern == "dots":
+            for row, y in enumerate(range(step // 2, h, step)):
+                for x in range((row % 2) * step // 2, w, step):
+                    draw.ellipse([x, y, x + step * 0.5, y + step * 0.5], fill=p.top2)
+        if p.pattern == "blocks":
+            draw.rectangle([0, h * 0.42, w, h], fill=p.top2)
+        if front and p.pattern == "print":
+            draw.rounded_rectangle([middle - w * 0.24, h * 0.2, middle + w * 0.24, h * 0.46], w // 12, fill=p.top2)
+        if front and p.layer in ("jacket", "coat"):  # open: the shirt
+            draw.polygon([(middle - w * 0.2, 0), (middle + w * 0.2, 0), (middle + w * 0.1, h), (middle - w * 0.1, h)],
+                         fill=p.inner)
+        if front and p.layer == "hoodie":  # zip and pocket
+            draw.line([(middle, 0), (middle, h)], fill=darker(p.top, 0.4), width=max(2, w // 30))
+            draw.rounded_rectangle([middle - w * 0.3, h * 0.66, middle + w * 0.3, h * 0.9], 6, fill=darker(p.top, 0.15))
+        return image
 
     def head(self):
         p, c = self.p, self.canvas
@@ -186,7 +259,7 @@ class Figure:
         short = p.style in ("short", "crop")  # leaves the temples free
         lift, thick = (0.24, 1.0) if short else (0.15, 1.06)
         c.ball(x, y - lift * tall, r * thick, tall * (0.94 if short else 1.02), p.skin if p.style == "bald" else p.hair)
-        if self.cos > -0.55:  # some of the face is seen
+        if self.cos > -0.55:  # some of the face is visible
             seen = (self.cos + 0.55) / 1.55
             fx = x + self.sin * r * (0.34 if self.cos > 0 else 0.55)
             fw = r * (0.52 + 0.34 * seen) * (1 - 0.25 * side) * (1.12 if short else 1)
@@ -217,7 +290,7 @@ class Figure:
         c.mark(mx, y + tall * 0.63, w * 0.26, tall * 0.05, mix(p.skin, (160, 40, 45), 0.5))
 
     def hair_behind(self):
-        """Hair that falls below the head: under the body from the front, over it from behind."""
+        """Draw hair that falls below the head: under the body from the front, over it from behind."""
         p = self.p
         if p.style in ("long", "bob"):
             low = 0.74 if p.style == "long" else 0.85
@@ -236,19 +309,17 @@ class Figure:
         if p.hat == "beanie":
             c.tube([(x, y - tall * 0.5), (x, y - tall * 0.24)], [r * 2.3] * 2, dark, ends=False)
         if p.hat == "cap" and self.cos > -0.6:
-            c.ball(x + self.sin * r * 1.05, y - tall * (0.28 - 0.1 * self.cos), r * (0.55 + 0.35 * abs(self.cos)),
-                   tall * 0.12, dark)
+            peak = r * (0.55 + 0.35 * abs(self.cos))
+            c.ball(x + self.sin * r * 1.05, y - tall * (0.28 - 0.1 * self.cos), peak, tall * 0.12, dark)
 
-    # ---- bags
     def backpack(self):
         p, z = self.p, -0.09
         if p.bag != "backpack":
             return
         rows = ((0.82, 0.05, 0.035), (0.78, 0.08, 0.05), (0.62, 0.085, 0.06), (0.57, 0.07, 0.05))
-        self.tube([(0, y, z) for y, _, _ in rows], [self.girth(a, d) for _, a, d in rows], p.bag_colour, 0.95, ends=False)
+        self.body([(0, y, z, wide, deep) for y, wide, deep in rows], p.bag_colour, 0.95)
         if not self.front:
-            self.tube([(0, 0.67, z - 0.03), (0, 0.6, z - 0.03)], [self.girth(0.055, 0.02)] * 2,
-                      darker(p.bag_colour, 0.3), ends=False)
+            self.body([(0, 0.67, z - 0.03, 0.055, 0.02), (0, 0.6, z - 0.03, 0.055, 0.02)], darker(p.bag_colour, 0.3))
 
     def straps(self):
         p, a, dark = self.p, self.shoulder, darker(self.p.bag_colour, 0.2)
@@ -266,8 +337,7 @@ class Figure:
         p = self.p
         if p.bag in ("handbag", "crossbody") and -p.bag_side * self.sin > -0.75:  # else the body hides it
             x, y = p.bag_side * 0.115, 0.55 if p.bag == "handbag" else 0.5
-            self.tube([(x, y, 0), (x, y - 0.11, 0)], [self.girth(0.03, 0.06), self.girth(0.04, 0.075)], p.bag_colour,
-                      ends=False)
+            self.body([(x, y, 0, 0.03, 0.06), (x, y - 0.11, 0, 0.04, 0.075)], p.bag_colour)
 
 
 def _between(a, b, t):

@@ -35,8 +35,6 @@ rule: identities are sorted by the SHA-256 of their folder's name, and the first
       with a single image or camera. Folders -1 and 0 are junk and distractors: gallery."""
 
 
-# ---- The tree -------------------------------------------------------------------------------------------------------
-
 @contextmanager
 def building(output):
     """Yield an empty folder, which is renamed to `output` when the block ends without an exception, and else removed.
@@ -163,8 +161,6 @@ def table(root):
     return "\n".join(lines)
 
 
-# ---- Own images -----------------------------------------------------------------------------------------------------
-
 def from_tree(folder, train_share, times=None):
     """Yield the images of a tree with one folder per identity, split into train, query and gallery by `TREE_RULE`.
 
@@ -219,28 +215,25 @@ def read_times(file):
     path is relative to the tree, camera a number from 0 on, time in seconds or ISO 8601 (2026-03-01T12:00:05). Raises
     ReidError with the first line for which this does not hold.
     """
-    seen = {}
+    times = {}
     try:
         with open(file, newline="", encoding="utf-8-sig") as text:
             rows = csv.DictReader(text)
-            if missing := {"path", "camera", "time"} - set(rows.fieldnames or ()):
-                raise ReidError(f"{file}: no column {', '.join(sorted(missing))}; its first line must name path, camera, time")
             for row in rows:
-                try:
-                    path, camera, second = row["path"].replace("\\", "/"), int(row["camera"]), _seconds(row["time"])
-                    if not (0 <= camera < 10**9 and abs(second) < 10**12):
-                        raise ValueError
-                except (ValueError, TypeError, AttributeError, OverflowError):
-                    raise ReidError(f"{file}, line {rows.line_num}: not a path, a camera number and a time in seconds or "
-                                    "ISO 8601") from None
-                if path in seen:
-                    raise ReidError(f"{file}, line {rows.line_num}: {path} for the second time")
-                seen[path] = camera, second
+                path, camera, second = row["path"].replace("\\", "/"), int(row["camera"]), _seconds(row["time"])
+                if path in times or not (0 <= camera < 10**9 and abs(second) < 10**12):
+                    raise ValueError
+                times[path] = camera, second
+    except KeyError as error:
+        raise ReidError(f"{file}: no column {error.args[0]}; its first line must name path, camera, time") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ReidError(f"{file}: cannot be read as CSV ({reason}); give one with the columns path, camera, time") from None
-    earliest = min((second for _, second in seen.values()), default=0)
-    return {path: (camera, round((second - earliest) * FRAMES_PER_SECOND)) for path, (camera, second) in seen.items()}
+        raise ReidError(f"{file}: cannot be read as CSV ({getattr(error, 'strerror', None) or error}); give one with the "
+                        "columns path, camera, time") from None
+    except (ValueError, TypeError, AttributeError, OverflowError):
+        raise ReidError(f"{file}, line {rows.line_num}: not a path that occurs once, a camera number, and a time in seconds or "
+                        "ISO 8601") from None
+    earliest = min((second for _, second in times.values()), default=0)
+    return {path: (camera, round((second - earliest) * FRAMES_PER_SECOND)) for path, (camera, second) in times.items()}
 
 
 def _seconds(text):

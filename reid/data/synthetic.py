@@ -1,8 +1,8 @@
-"""Drawn people in the naming of Market-1501: data without a download, and pictures that show nobody.
+"""Drawn people with names like Market-1501's: a dataset without a download, and pictures that show no real person.
 
 A person is a set of traits (body, hair, clothes, bags), a camera a scene, a light and a lens; a crop shows one person
-walking before one camera. Everything follows from (seed, pid), (seed, camera) and the file's name by Python's own
-generator, which gives the same numbers on every machine and whatever else is drawn.
+walking before one camera. Everything is drawn with Python's own random generator, seeded by (seed, pid), (seed, camera) or
+the name of the file, so that it is the same on every machine and does not depend on what else is drawn.
 """
 
 import io
@@ -14,8 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from reid import ReidError
-from reid.data.canvas import SCALE, Canvas, mix
-from reid.data.figure import Figure
+from reid.data.figure import SCALE, Canvas, Figure, mix
 
 WIDTH, HEIGHT = 64, 128  # pixels of a crop, as in Market-1501
 CAMERAS = range(1, 7)
@@ -34,15 +33,13 @@ BAGS = ["#1d1e22", "#20304f", "#8c1f2b", "#3d6b47", "#7b5538", "#c8ab82", "#d957
 
 
 def rgb(colour, rng=None, spread=10):
-    """'#rrggbb' as a tuple, shifted a little if there is a generator."""
+    """Return '#rrggbb' as a tuple, shifted at random by up to `spread` if there is a generator."""
     shift = [rng.randint(-spread, spread) for _ in range(3)] if rng else (0, 0, 0)
     return tuple(min(255, max(0, int(colour[i : i + 2], 16) + s)) for i, s in zip((1, 3, 5), shift))
 
 
-# ---- Who ------------------------------------------------------------------------------------------------------------
-
 def make_person(seed, pid):
-    """The traits of one identity."""
+    """Return the traits of one identity."""
     rng = random.Random(f"person {seed} {pid}")
     female = rng.random() < 0.5
     p = SimpleNamespace(pid=pid, female=female, build=rng.uniform(0.9, 1.18), head=rng.uniform(0.95, 1.1))
@@ -74,10 +71,8 @@ def make_person(seed, pid):
     return p
 
 
-# ---- Where ----------------------------------------------------------------------------------------------------------
-
 def make_camera(seed, camid):
-    """Scene, light and lens of one camera."""
+    """Return the scene, light and lens of one camera."""
     rng = random.Random(f"camera {seed} {camid}")
     c = SimpleNamespace(camid=camid, light=rng.choice([-1, 1]) * rng.uniform(0.5, 1), pitch=rng.uniform(0.08, 0.24))
     c.heading = rng.choice([0, 30, 60, 90, 120, 150]) + 10  # degrees between the path and the camera; people go both ways
@@ -91,7 +86,7 @@ def make_camera(seed, camid):
 
 
 def _scene(rng, camid):
-    """A street of 800 x 512 pixels, twice the scale of a crop: a backdrop, a floor, and things in between."""
+    """Draw a street of 800 x 512 pixels, twice the scale of a crop: a backdrop, a floor, and things in between."""
     w, h, horizon = 800, 512, rng.randint(150, 210)
     ground = rgb(rng.choice(["#a9a69d", "#8d9091", "#b7ab97", "#77797a", "#c4bfb3", "#93a08a"]), rng)
     wall = rgb(rng.choice(["#b8aa96", "#8f6f5c", "#c9c6bd", "#7d8790", "#a0896c", "#d7cfbf"]), rng)
@@ -159,13 +154,11 @@ def _noise(rng, shape, sigma):
     return np.random.RandomState(rng.getrandbits(32)).normal(0, sigma, shape)
 
 
-# ---- Pictures -------------------------------------------------------------------------------------------------------
-
 def draw_crop(person, camera, rng, yaw=0.0, phase=0.0, strangers=(), shift=(0.0, 0.0), zoom=1.0):
-    """One detection as a PIL image of 64 x 128.
+    """Draw one detection as a PIL image of 64 x 128 pixels.
 
-    person: traits, or None for a false detection; yaw: degrees, 0 faces the camera; phase: of the step, radians;
-    strangers: who may pass behind or before; shift (parts of the crop's size) and zoom: of a bad detection.
+    person: traits, or None for a false detection; yaw: degrees, 0 faces the camera; phase of the step: radians; strangers:
+    traits of those who may pass behind or before; shift (fractions of the crop's size) and zoom: of a bad detection.
     """
     w, h = WIDTH * SCALE, HEIGHT * SCALE
     part = rng.uniform(0.85, 1.15) * 2  # pixels of the scene for one of the crop
@@ -173,16 +166,19 @@ def draw_crop(person, camera, rng, yaw=0.0, phase=0.0, strangers=(), shift=(0.0,
     x, y = rng.randint(0, camera.scene.width - cw), rng.randint(0, 60)
     background = camera.scene.crop((x, y, x + cw, y + ch)).resize((w, h), Image.Resampling.NEAREST)
     canvas = Canvas(background, camera.light)
+
+    def stranger(places, foot, size):
+        who, x, yaw, phase = rng.choice(strangers), w * rng.choice(places), rng.uniform(0, 360), rng.uniform(0, 6)
+        Figure(canvas, who, x, h * foot, h * size, yaw, phase, camera.pitch).draw()
+
     size, foot = h * rng.uniform(0.84, 0.93) * zoom, h * (rng.uniform(0.94, 0.985) + shift[1])
     middle = w * (0.5 + rng.uniform(-0.06, 0.06) + shift[0])
     if strangers and rng.random() < 0.2:
-        Figure(canvas, rng.choice(strangers), w * rng.choice([0.05, 0.95]), h * 0.86, h * 0.72, rng.uniform(0, 360),
-               rng.uniform(0, 6), camera.pitch).draw()
+        stranger([0.05, 0.95], 0.86, 0.72)
     if person:
         Figure(canvas, person, middle, foot, size, yaw, phase, camera.pitch).draw()
     if strangers and rng.random() < 0.08:
-        Figure(canvas, rng.choice(strangers), w * rng.choice([0.02, 0.98]), h * 1.08, h * 0.95, rng.uniform(0, 360),
-               rng.uniform(0, 6), camera.pitch).draw()
+        stranger([0.02, 0.98], 1.08, 0.95)
     elif person and rng.random() < 0.07:  # a lamp post before them
         x, grey = w * rng.uniform(0.2, 0.8), rng.randint(50, 120)
         canvas.tube([(x, 0), (x, h)], [w * 0.07] * 2, (grey, grey, grey + 6), ends=False)
@@ -190,7 +186,7 @@ def draw_crop(person, camera, rng, yaw=0.0, phase=0.0, strangers=(), shift=(0.0,
 
 
 def _photograph(pixels, camera, rng):
-    """What lens and sensor of a camera make of a view (float [h, w, 3], 0..255)."""
+    """Apply the lens and sensor of a camera to a view (float [h, w, 3], 0 to 255)."""
     grey = pixels.mean(2, keepdims=True)
     pixels = (grey + (pixels - grey) * camera.saturation) * camera.gain * rng.uniform(0.9, 1.1)
     pixels = 255 * (pixels.clip(0, 255) / 255) ** camera.gamma
@@ -200,14 +196,12 @@ def _photograph(pixels, camera, rng):
     return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
 
 
-# ---- The dataset ----------------------------------------------------------------------------------------------------
-
 def dataset(num_ids, seed):
     """Yield (split, folder, name, JPEG bytes) of `num_ids` people, the first 4/7 of them for training, the rest for testing.
 
-    As in Market-1501, each person is seen by some of six cameras, one image per camera and test identity is a query,
-    and the gallery has bad detections (-1) and distractors (0000: strangers and bare background) as well. Between two
-    cameras a person takes the time that the way takes: names tell camera, sequence and frame (25 a second).
+    As in Market-1501, each person passes some of six cameras, one image per camera and test identity is a query, and the
+    gallery has junk (-1, bad detections) and distractors (0000, strangers and bare background) as well. The time between two
+    cameras follows from their distance; names contain camera, sequence and frame (25 per second).
     """
     if num_ids < 4:
         raise ReidError(f"--num_ids {num_ids}: at least 4 are needed, two for training and two for testing")
@@ -245,7 +239,7 @@ def dataset(num_ids, seed):
 
 
 def _walk(person, cameras, rng):
-    """Where and when a person is seen: (camera, sequence, frames, yaw) of each camera passed, on a way across the place."""
+    """Yield (camera, sequence, frames, yaw) of each camera that a person passes on a straight way."""
     angle = rng.uniform(0, 2 * math.pi)
     passed = sorted(rng.sample(list(cameras.values()), rng.choice([2, 3, 4, 4, 5, 5, 6])),
                     key=lambda camera: camera.place[0] * math.cos(angle) + camera.place[1] * math.sin(angle))

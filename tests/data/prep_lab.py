@@ -1,4 +1,4 @@
-"""A miniature Market-1501, folders of one's own, and what the tests of data_prep.py say about its outcome."""
+"""A miniature Market-1501, a folder per identity, and assertions about the outcome of data_prep.py."""
 
 import hashlib
 import io
@@ -54,7 +54,7 @@ def tree(root):
 
 
 def expected():
-    """The tree that the miniature archive must become, worked out here once more."""
+    """The tree that the miniature archive must become, computed here independently."""
     grouped = {}
     for folder, split in (("bounding_box_train", "train"), ("query", "query"), ("bounding_box_test", "gallery")):
         for name in NAMES[folder]:
@@ -84,5 +84,5 @@ def refused(result, *words):
 
 
 def clean(tmp_path):
-    """Nothing is left where a run has failed."""
+    """Nothing is left of a run that failed."""
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()

@@ -42,7 +42,7 @@ def test_table_counts_images_identities_and_cameras(tmp_path, prep):
 
 
 def test_the_command_line_itself(tmp_path, root):
-    """A folder is linked, not copied, where it can be; failure is one line and status 1."""
+    """The images of a folder are hard links where possible; a failure is one line and status 1."""
     folder = pack(tmp_path / "unpacked", members())
     command = [sys.executable, root / "data_prep.py", "--output", tmp_path / "out", "--archive"]
     done = subprocess.run([*command, folder, "--any_counts"], capture_output=True, text=True)
@@ -76,7 +76,7 @@ def test_real_archive(shared, prep):
     assert "3,819 junk, 2,798 distractors" in stdout
 
 
-def test_a_second_run_touches_nothing(tmp_path, prep):
+def test_a_second_run_changes_nothing(tmp_path, prep):
     archive = pack(tmp_path / "m.zip", members())
     _, first, _ = prep("--archive", archive, "--any_counts")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
@@ -86,10 +86,10 @@ def test_a_second_run_touches_nothing(tmp_path, prep):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
 
 
-def test_what_is_there_is_never_mixed_or_overwritten(tmp_path, prep):
+def test_an_existing_tree_is_never_mixed_or_overwritten(tmp_path, prep):
     out, archive = tmp_path / "out", pack(tmp_path / "m.zip", members())
     out.mkdir()
-    assert prep("--archive", archive, "--any_counts")[0] == 0  # an empty folder is as good as none
+    assert prep("--archive", archive, "--any_counts")[0] == 0  # an empty folder is like none
     refused(prep("--synthetic"), "holds", "synthetic", "choose another --output")
     next((out / "train").rglob("*.jpg")).unlink()
     refused(prep("--archive", archive, "--any_counts"), "'train': 3", "'train': 4", "run again")
@@ -276,7 +276,7 @@ def test_what_is_no_archive(tmp_path, prep, data):
 # ---- Faults of this machine -----------------------------------------------------------------------------------------
 
 def in_child(action, events):
-    """Fork, run `action`, and kill -9 the child before its `events`-th file system operation. True: it was killed."""
+    """Fork, run `action`, and kill -9 the child before its `events`-th file system operation. Returns whether it was killed."""
     if not (pid := os.fork()):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         seen = [0]
@@ -295,7 +295,7 @@ def in_child(action, events):
 
 
 def test_killed_before_every_operation(tmp_path):
-    """The tree is whole or absent at every moment, and a plain re-run equals the undisturbed one."""
+    """The tree is whole or absent at every moment, and a second run completes it."""
     archive = pack(tmp_path / "m.tar.gz", members())
     parser = data_prep.get_args_parser()
     killed = 0
@@ -308,7 +308,7 @@ def test_killed_before_every_operation(tmp_path):
             assert tree(out) == expected()
         if not died:
             break
-        if events % 2:  # killed once more, while it clears up
+        if events % 2:  # killed once more, while it removes the remains
             in_child(lambda args=args: data_prep.main(args), 3)
         data_prep.main(args)
         assert tree(out) == expected() and not out.with_name(f"{out.name}.partial").exists()

@@ -1,4 +1,4 @@
-"""Names and folders."""
+"""File names, folders and the training set."""
 
 import string
 
@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reid import ReidError
-from reid.data.datasets import UNKNOWN_PID, Name, folder_pid, parse_name, read_folder, read_split
+from reid.data.datasets import UNKNOWN_PID, Name, folder_pid, load_training_set, parse_name, read_folder, read_split
 
 
 @pytest.mark.parametrize("name, expected", [
@@ -76,3 +76,42 @@ def test_no_images_is_an_error(tmp_path, what):
         read_split(folder, "train")
     with pytest.raises(ReidError):
         read_folder(folder / "train")
+
+
+def test_joint_training_keeps_ids_apart(people, tmp_path):
+    other = tmp_path / "other"
+    other.symlink_to(people)
+    train, val, classes = load_training_set([str(people), str(other)], train_all=False)
+    alone, _, once = load_training_set([str(people)], train_all=False)
+    assert len(classes) == 2 * len(once) and len(train.files) == 2 * len(alone.files)
+    assert len(train.labels.unique()) == len(classes) and val.labels.max() < len(classes)
+    with pytest.raises(ReidError, match="same name"):
+        load_training_set([str(people), str(people)], train_all=False)
+
+
+@pytest.fixture
+def small(tmp_path):
+    return make(tmp_path, "train/3/3_c1.jpg", "train/3/3_c2.jpg", "train/12/12_c1.jpg", "train/-1/-1_c1.jpg", "train/0/0_c1.jpg",
+                "val/12/12_c2.jpg")
+
+
+def test_training_set(small):
+    train, val, classes = load_training_set([str(small)], train_all=False)
+    assert classes == [3, 12]  # neither junk nor distractors
+    assert [(file.name, label) for file, label in zip(train.files, train.labels.tolist())] == [
+        ("12_c1.jpg", 1), ("3_c1.jpg", 0), ("3_c2.jpg", 0)]
+    assert [file.name for file in val.files] == ["12_c2.jpg"] and val.labels.tolist() == [1]
+    train, val, classes = load_training_set([str(small)], train_all=True)
+    assert [file.name for file in train.files] == ["12_c1.jpg", "3_c1.jpg", "3_c2.jpg", "12_c2.jpg"]
+    assert train.labels.tolist() == [1, 0, 0, 1] and val is None and classes == [3, 12]
+
+
+def test_training_set_without_or_with_another_val(small):
+    make(small, "val/99/99_c1.jpg")
+    with pytest.raises(ReidError, match=r"val/ has identities that train/ has not: \[99\]"):
+        load_training_set([str(small)], train_all=False)
+    assert load_training_set([str(small)], train_all=True)[2] == [3, 12, 99]
+    (small / "val").rename(small / "other")
+    with pytest.raises(ReidError, match="--train_all"):
+        load_training_set([str(small)], train_all=False)
+    assert len(load_training_set([str(small)], train_all=True)[0].files) == 3

@@ -1,4 +1,4 @@
-"""data_prep.py: a folder per identity, a CSV of times, drawn people."""
+"""data_prep.py --from and --synthetic: a folder per identity, a CSV file of times, drawn people."""
 
 import os
 import random
@@ -53,7 +53,7 @@ def test_every_query_of_a_tree_has_a_match(tmp_path):
         assert {pid for _, pid, _ in queries} == matchable - seen_once
 
 
-def test_a_csv_tells_cameras_and_times(tmp_path, prep):
+def test_cameras_and_times_from_a_csv_file(tmp_path, prep):
     folder = make_tree(tmp_path / "mine", {"anna": ["a.jpg", "b.png", "c.jpg"], "7": ["a.jpg"], "-1": ["junk.jpg"]})
     times = tmp_path / "times.csv"
     times.write_text("camera,path,time,note\n3,anna/a.jpg,2026-03-01T12:00:05,x\n4,anna/b.png,2026-03-01T12:01:05.2,\n"
@@ -66,24 +66,24 @@ def test_a_csv_tells_cameras_and_times(tmp_path, prep):
         b"-1/junk.jpg": (3, 1, 225)}
     assert found[b"7/a.jpg"].pid == 7 and found[b"-1/junk.jpg"].pid == -1
     queries = [path for path in tree(tmp_path / "out") if path.startswith("query/")]
-    assert len(queries) == 1 and "_c3s1_" in queries[0]  # the camera with two images: the CSV chooses, not the names
+    assert len(queries) == 1 and "_c3s1_" in queries[0]  # the camera with two images, by the CSV file
 
 
-@pytest.mark.parametrize("text, told", [
+@pytest.mark.parametrize("text, message", [
     ("path,camera\na/x.jpg,1\n", "no column time"),
     ("path,camera,time\na/x.jpg,one,3\n", "line 2"),
     ("path,camera,time\na/x.jpg,1,noon\n", "line 2"),
     ("path,camera,time\na/x.jpg,1,nan\n", "line 2"),
     ("path,camera,time\na/x.jpg,1\n", "line 2"),
-    ("path,camera,time\na/x.jpg,1,2\na/x.jpg,1,3\n", "second time"),
+    ("path,camera,time\na/x.jpg,1,2\na/x.jpg,1,3\n", "line 3"),
     ("path,camera,time\na/z.jpg,1,2\n", "no line for a/x.jpg"),
     ("path,camera,time\na/x.jpg,1,2\nb/z.jpg,1,2\n", "b/z.jpg"),
     ("\0\0", "times.csv"),
 ])
-def test_a_wrong_csv_is_one_line(tmp_path, prep, text, told):
+def test_a_wrong_csv_file_is_one_line(tmp_path, prep, text, message):
     folder = make_tree(tmp_path / "mine", {"a": ["x.jpg"]})
     (tmp_path / "times.csv").write_text(text)
-    refused(prep("--from", folder, "--times", tmp_path / "times.csv"), "times.csv", told)
+    refused(prep("--from", folder, "--times", tmp_path / "times.csv"), "times.csv", message)
     clean(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""The drawn people: Market-1501's naming and layout, the same each time, tellable apart but not by raw pixels."""
+"""Drawn people: Market-1501's names and layout, the same each time, and identities that raw pixels do not separate."""
 
 import io
 import random
@@ -24,7 +24,7 @@ def pixels(rows):
 
 
 def rank1(queries, gallery, query_names, gallery_names):
-    """Market-1501's protocol by hand: cosine; junk and the same person's own camera are left out."""
+    """Rank-1 by Market-1501's protocol: cosine similarity; junk and images of the query's id and camera are ignored."""
     mean = gallery.mean(0)
     queries, gallery = queries - mean, gallery - mean
     scores = (queries / np.linalg.norm(queries, axis=1, keepdims=True)) @ (
@@ -37,7 +37,7 @@ def rank1(queries, gallery, query_names, gallery_names):
 
 
 def clothes(images, cameras):
-    """Mean and spread of the colours of head, trunk, legs and feet, standardised per camera: what a model may learn."""
+    """Mean and spread of the colours of head, trunk, legs and feet, standardised per camera: what a model can learn."""
     bands = [images[:, top:foot, 18:46].reshape(len(images), -1, 3)
              for top, foot in ((8, 20), (22, 38), (38, 58), (62, 82), (84, 104), (106, 124))]
     features = np.concatenate([part for band in bands for part in (band.mean(1), band.std(1))], 1)
@@ -47,7 +47,7 @@ def clothes(images, cameras):
     return features
 
 
-def test_identities_are_tellable_apart_but_not_by_pixels(drawn):
+def test_clothes_separate_identities_and_raw_pixels_do_not(drawn):
     queries, gallery = ([row for row in drawn if row[0] == split] for split in ("query", "gallery"))
     names = [parse_name(row[2]) for row in queries + gallery]
     images, n = pixels(queries + gallery), len(queries)
@@ -77,8 +77,8 @@ def test_naming_and_layout(drawn):
         assert len(seen["gallery", pid]) >= 2 and seen["query", pid] <= seen["gallery", pid]
 
 
-def test_walking_takes_the_time_that_the_way_takes(drawn):
-    """Between a pair of cameras everybody needs about as long: what a model of camera and time can learn."""
+def test_the_time_between_two_cameras_follows_from_their_distance(drawn):
+    """Everyone takes about as long between a pair of cameras: what a model of camera and time can learn."""
     first = {}
     for _, _, name, _ in drawn:
         parsed = parse_name(name)
@@ -98,7 +98,7 @@ def test_walking_takes_the_time_that_the_way_takes(drawn):
         assert np.subtract(*np.percentile(between, [75, 25])) < np.median(strangers) / 5
 
 
-def test_the_same_each_time_and_whatever_else_is_drawn(drawn):
+def test_crops_depend_on_seed_and_identity_only(drawn):
     few = list(synthetic.dataset(4, 0))
     assert few == list(synthetic.dataset(4, 0))
     assert few != list(synthetic.dataset(4, 1))
@@ -114,7 +114,7 @@ def test_traits_are_pinned():
     assert (person.top, person.bottom, person.style, person.bag) == ((120, 170, 212), (25, 46, 36), "long", "backpack")
 
 
-def test_views_differ_and_a_false_detection_shows_nobody():
+def test_views_differ_and_a_false_detection_has_no_person():
     camera, person = synthetic.make_camera(0, 1), synthetic.make_person(0, 1)
 
     def view(yaw, who=person):

@@ -20,7 +20,6 @@ import train
 from reid import ReidError, distributed
 from reid import files as storage
 from reid.checkpoint import load_checkpoint, save_checkpoint
-from reid.data.datasets import load_training_set
 from reid.model import build_model, default_config
 from reid.training import augment
 from reid.training import trainer as engine
@@ -274,14 +273,3 @@ def test_ranks_share_an_epoch_without_overlap(monkeypatch):
 def test_two_trainings_of_one_name(people, tmp_path):
     with storage.locked(tmp_path / "models" / "twice" / ".lock", ""):
         assert "another process is training twice" in fails(tmp_path, "--data_root", people, *TINY, "--exp_name", "twice")
-
-
-def test_joint_training_keeps_ids_apart(people, tmp_path):
-    other = tmp_path / "other"
-    other.symlink_to(people)
-    train, val, classes = load_training_set([str(people), str(other)], train_all=False)
-    alone, _, once = load_training_set([str(people)], train_all=False)
-    assert len(classes) == 2 * len(once) and len(train.files) == 2 * len(alone.files)
-    assert len(train.labels.unique()) == len(classes) and val.labels.max() < len(classes)
-    with pytest.raises(ReidError, match="same name"):
-        load_training_set([str(people), str(people)], train_all=False)
