@@ -1,29 +1,27 @@
-"""The way to a Milvus engine: connecting, one collection with its settings, and one line for whatever goes wrong."""
+"""Connect to a Milvus engine: one collection, its settings, and one line for whatever goes wrong."""
 
+import hashlib
 import json
 import logging
 import os
 import re
 import shlex
 import time
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from reid import ReidError
 
 TOKEN = "MILVUS_TOKEN"  # environment variable with `user:password` or an API key
-TIMEOUT = 60  # seconds that one call may take, and for which a call that failed since the server has gone is repeated
-BACK_OFF = (0.1, 5)  # seconds to wait before the first repetition, doubled each time up to the second figure
-OUTAGES = (2, 101)  # codes of Milvus: no connection, collection not loaded
+TIMEOUT = 60  # seconds one call may take, and for which it is repeated while the server is away
 NUMBERS = ("pid", "camid", "seq", "frame", "position", "content")  # int64 fields besides the primary key
 INDEXES = {  # name -> (parameters of the build, parameters of a search that looks at n rows or more)
     "FLAT": ({}, lambda n: {}),
     "HNSW": ({"M": 16, "efConstruction": 200}, lambda n: {"ef": max(2 * n, 128)}),
-    "IVF_FLAT": ({"nlist": 1024}, lambda n: {"nprobe": 64}),
     "IVF_SQ8": ({"nlist": 1024}, lambda n: {"nprobe": 64}),
 }
-QUANTIZED = ("IVF_SQ8",)  # their own scores are rough
-SAFE = "every row acknowledged so far is kept, and the same command run again goes on with what is missing"
+SAFE = "every acknowledged row is kept, run the same command again to go on"
 
 
 def is_file(uri):
@@ -31,29 +29,30 @@ def is_file(uri):
     return str(uri).endswith(".db")
 
 
-def is_engine(uri):
-    """Whether `uri` names a Milvus engine and not an index file."""
-    return is_file(uri) or "://" in str(uri)
+def number(data):
+    """Hash bytes to 63 bits: Milvus' integers are signed."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") >> 1
 
 
 def collection_name(run, part=""):
-    """The collection of a run; Milvus allows letters, digits and _ in it."""
-    return "reid_" + re.sub(r"\W", "_", run, flags=re.ASCII) + (f"_{part}" if part else "")
+    """Name of the collection of a run. Milvus allows letters, digits and _ alone, so a hash tells `a-b` from `a_b`."""
+    return f"reid_{re.sub(r'[^A-Za-z0-9]', '_', run)[:100]}_{number(json.dumps([run, part]).encode()):016x}"
 
 
 def rebuild_command(uri, run, part=""):
-    script = "eval.py" if part else "inference.py"  # evaluation alone keeps queries
+    """The command line that makes a gallery."""
+    script = "eval.py" if part else "inference.py"  # only evaluation keeps queries
     return f"python {script} --save_index --gallery_uri {shlex.quote(str(uri))} --exp_name {shlex.quote(run)}"
 
 
 def connect(uri):
-    """A MilvusClient; raises ReidError without pymilvus, for a wrong address and for an engine that does not answer."""
+    """Return a MilvusClient. Raise ReidError without pymilvus, for a wrong address or if the engine does not answer."""
     if not is_file(uri):
         parts = urlsplit(uri)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ReidError(f"--gallery_uri {without_secrets(uri)}: give index/<run>.pt, a name.db, or http://host:19530")
-        if parts.username or parts.password:
-            raise ReidError(f"--gallery_uri {without_secrets(uri)}: no password in an address; put user:password in {TOKEN}")
+            raise ReidError(f"--gallery_uri {mask(uri)}: give index/<run>.pt, a name.db, or http://host:19530")
+        if "@" in uri or parts.query:
+            raise ReidError(f"--gallery_uri {mask(uri)}: no password in an address; put user:password in {TOKEN}")
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         from pymilvus import MilvusClient
@@ -62,118 +61,115 @@ def connect(uri):
             import milvus_lite  # noqa: F401
     except ImportError as error:
         raise ReidError(f"{uri}: needs {error.name}; pip install -e '.[milvus]'") from error
-    # they print pages of what we tell in one line; gRPC's C core, which starts with the first connection, too
-    for name in ("pymilvus", "milvus_lite", "grpc"):
+    for name in ("pymilvus", "milvus_lite", "grpc"):  # they log pages about an error that is raised, too
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     if is_file(uri):
         if Path(uri).exists() and not Path(uri).is_dir():
-            raise ReidError(f"{uri}: is a file, milvus-lite keeps a folder; choose another name")
+            raise ReidError(f"{uri}: is a file, but milvus-lite keeps a folder; choose another name")
         Path(uri).parent.mkdir(parents=True, exist_ok=True)
-    try:
+    try:  # with a connection and a pool of its own: a shared one would keep the connection to a server that has died
         return MilvusClient(str(uri), token=os.environ.get(TOKEN, ""), timeout=TIMEOUT, dedicated=True,
-                            grpc_options={"grpc.use_local_subchannel_pool": 1})  # else gRPC goes on waiting for the one that died
-    except Exception as error:  # MilvusException and, from the embedded engine, anything
-        advice = ("is another process using it? One at a time opens a file; start `milvus-lite server` for more"
-                  if is_file(uri) else f"is the address right, does the server run, and is {TOKEN} set where it wants one?")
+                            grpc_options={"grpc.use_local_subchannel_pool": 1})
+    except Exception as error:  # MilvusException, and anything from the embedded engine
+        advice = ("does another process use it? Only one can open a file; start `milvus-lite server` for more"
+                  if is_file(uri) else f"check the address, that the server runs, and {TOKEN} if it asks for one")
         raise ReidError(f"{uri}: no Milvus engine ({reason(error)}); {advice}") from None
 
 
 class Collection:
-    """One collection of an engine. Its settings are plain values, kept as collection properties `reid.<name>`."""
+    """One collection of an engine. Its settings are plain values, kept as collection properties named `reid.<name>`."""
 
     def __init__(self, uri, name):
-        self.uri, self.name, self._client = uri, name, connect(uri)
+        self.uri, self.name, self.client = uri, name, connect(uri)
 
     def call(self, method, **arguments):
-        """One call of the MilvusClient on this collection, repeated while the server is away (all our calls may be)."""
-        wait, end = BACK_OFF[0], None
+        """Call a method of MilvusClient on this collection, again and again while the server is away (every call used here
+        may be repeated). pymilvus alone gives up at once when the connection is refused."""
+        wait, end = 0.1, None
         while True:
             try:
-                return getattr(self._client, method)(collection_name=self.name, timeout=TIMEOUT, **arguments)
+                return getattr(self.client, method)(collection_name=self.name, timeout=TIMEOUT, **arguments)
             except Exception as error:
                 end = end or time.monotonic() + TIMEOUT
                 if not _is_outage(error) or time.monotonic() + wait > end:
                     raise self.failure(method, error) from None
             time.sleep(wait)
-            wait = min(2 * wait, BACK_OFF[1])
-            try:
-                self._client = connect(self.uri)  # pymilvus gives up a connection whose server has gone
-                self._client.load_collection(self.name, timeout=TIMEOUT)  # a server that was started again may have released it
-            except Exception:
-                pass  # not back yet, or no such collection: the next call fails too, and tells why
+            wait = min(2 * wait, 5)
+            with suppress(Exception):  # still away, or no such collection: the next call fails as well, with the reason
+                self.client = connect(self.uri)
+                self.client.load_collection(self.name, timeout=TIMEOUT)  # a server releases it when it starts again
 
-    def failure(self, action, error):
-        """What pymilvus raised (MilvusException, grpc.RpcError, TypeErrors of replies cut off), and what is safe."""
-        safe = SAFE if action in ("upsert", "flush", "delete") else "the rows are as they were"
-        return ReidError(f"{self.uri}: {action} failed ({reason(error)}); {safe}")
+    def failure(self, method, error):
+        """The ReidError for what pymilvus raised."""
+        safe = SAFE if method in ("upsert", "flush", "delete") else "the rows are as they were"
+        return ReidError(f"{self.uri}: {method} failed ({reason(error)}); {safe}")
 
-    def make(self, dim, index_type, **settings):
+    def create(self, dim, index_type, **settings):
         """Create the collection, empty and ready for searches."""
         from pymilvus import DataType
 
-        schema = self._client.create_schema(auto_id=False, enable_dynamic_field=False)
+        schema = self.client.create_schema(auto_id=False, enable_dynamic_field=False)
         schema.add_field("key", DataType.INT64, is_primary=True)
         schema.add_field("path", DataType.VARCHAR, max_length=4096)
         for name in NUMBERS:
             schema.add_field(name, DataType.INT64)
         schema.add_field("vector", DataType.FLOAT_VECTOR, dim=dim)
         self.call("create_collection", schema=schema, index_params=self._index(index_type), consistency_level="Strong",
-                  properties=_encode({"index_type": index_type, **settings}))  # Strong: what was acknowledged is found
-
-    def _index(self, index_type):
-        params = self._client.prepare_index_params()
-        # Inner product, not cosine: the rows have norm 1, and the scores are the .pt index's to the last rounding.
-        params.add_index("vector", index_name="vector", index_type=index_type, metric_type="IP", params=INDEXES[index_type][0])
-        return params
+                  properties=_encode({"index_type": index_type, **settings}))  # Strong: acknowledged rows are found
 
     def change_index(self, index_type):
-        """Build another index over the rows that are there."""
+        """Build another index over the rows of the collection."""
         self.call("release_collection")
         self.call("drop_index", index_name="vector")
         self.call("create_index", index_params=self._index(index_type))
         self.call("load_collection")
         self.set(index_type=index_type)
 
+    def _index(self, index_type):
+        params = self.client.prepare_index_params()
+        # Inner product, not cosine: the rows have norm 1, and the scores are those of the .pt index to the last rounding.
+        params.add_index("vector", index_name="vector", index_type=index_type, metric_type="IP", params=INDEXES[index_type][0])
+        return params
+
     def settings(self):
-        """(settings, dimension of the vectors); a collection that is not one of ours raises ReidError."""
+        """Return the settings and, as `dim`, the dimension of the embeddings; raise ReidError for a foreign collection."""
         described = self.call("describe_collection")
         try:
-            found = {key.removeprefix("reid."): json.loads(value) for key, value in described["properties"].items()
-                     if key.startswith("reid.")}
+            settings = {key.removeprefix("reid."): json.loads(value) for key, value in described["properties"].items()
+                        if key.startswith("reid.")}
             dim = next(int(field["params"]["dim"]) for field in described["fields"] if field["name"] == "vector")
-            found["format"]
+            return settings | {"dim": dim, "format": settings["format"]}
         except (KeyError, ValueError, StopIteration) as error:
-            raise ReidError(f"{self.uri}: the collection {self.name} is not one of ours; choose another --exp_name") from error
-        return found, dim
+            raise ReidError(f"{self.uri}: collection {self.name} is no gallery; choose another --exp_name") from error
 
     def set(self, **settings):
+        """Change settings."""
         self.call("alter_collection_properties", properties=_encode(settings))
-
-    def close(self):
-        self._client.close()
-
-
-def _is_outage(error):
-    from grpc import StatusCode
-
-    code = getattr(error, "code", None)
-    code = code() if callable(code) else code
-    return (code in (*OUTAGES, StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED)
-            or (isinstance(error, ValueError) and "closed" in str(error)))
 
 
 def _encode(settings):
     return {f"reid.{name}": json.dumps(value) for name, value in settings.items()}
 
 
+def _is_outage(error):
+    from grpc import StatusCode
+
+    code = getattr(error, "code", None)  # 2 and 101 are Milvus' codes: no connection, collection not loaded
+    code = code() if callable(code) else code
+    return (code in (2, 101, StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED)
+            or isinstance(error, ValueError) and "closed" in str(error))
+
+
 def reason(error):
-    """The first line of an error, without secrets."""
-    told = error.details() if hasattr(error, "details") else getattr(error, "message", "")  # of gRPC, of pymilvus
-    return without_secrets((str(told or error) or type(error).__name__).splitlines()[0])[:200]
+    """First line of an error of gRPC, pymilvus or Python, without the token."""
+    text = error.details() if hasattr(error, "details") else getattr(error, "message", "")
+    text = (str(text or error) or type(error).__name__).splitlines()[0]
+    token = os.environ.get(TOKEN, "")
+    for secret in filter(None, (token, token.partition(":")[2])):
+        text = text.replace(secret, "***")
+    return mask(text)[:200]
 
 
-def without_secrets(text):
-    token = os.environ.get(TOKEN)
-    for secret in (token, *(token or "").split(":", 1)[1:]):
-        text = text.replace(secret, "***") if secret else text
-    return re.sub(r"//[^/@\s]*@", "//***@", text)
+def mask(text):
+    """An address without user, password and query."""
+    return re.sub(r"\?.*", "?***", re.sub(r"//.*@", "//***@", text))
