@@ -28,7 +28,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from reid import ReidError
 from reid.data.datasets import Records
-from reid.extras.milvus import MilvusGallery
+from reid.extras.milvus import create_gallery, open_gallery
 from reid.extras.milvus_client import INDEXES, is_file
 from reid.retrieval.index import GalleryIndex
 
@@ -60,24 +60,23 @@ def make_index(path, size):
 def ingest(uri, path, size, index_type, limit):
     """Write what is missing, for `limit` seconds at most: (rows there, seconds of all calls so far, peak memory in bytes)."""
     index, started = GalleryIndex.load(path), time.monotonic()
-    gallery = MilvusGallery.create(uri, f"scale_{size}", index.fingerprint, False, DIM, index.data_root, index_type)
+    gallery = create_gallery(uri, f"scale_{size}", index.fingerprint, False, DIM, index.data_root, index_type)
     records, there = index.records(), len(gallery)
-    before = gallery.engine.settings()[0].get("seconds", 0)  # kept with the rows
+    before = gallery.collection.settings().get("seconds", 0)  # kept with the rows
     for part in torch.arange(there, size).split(STEP):
         step_started = time.monotonic()
         there += gallery.write(index.embeddings[part], records.select(part))
         before += time.monotonic() - step_started
-        gallery.engine.set(seconds=before)
+        gallery.collection.set(seconds=before)
         if time.monotonic() - started > limit:
             break
-    gallery.close()
     return there, before, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def measure(uri, path, size, repeats, keep):
     """Searches of both in turn: {figure: (Milvus, index file)}, times in milliseconds, memory and disk in bytes."""
     clock, sizes = [time.perf_counter()], [resident()]
-    gallery = MilvusGallery.open(uri, f"scale_{size}")
+    gallery = open_gallery(uri, f"scale_{size}")
     gallery.nearest(torch.ones(1, DIM), 1)  # the engine reads its rows at the first search
     clock, sizes = [*clock, time.perf_counter()], [*sizes, resident()]
     index = GalleryIndex.load(path)
@@ -86,7 +85,7 @@ def measure(uri, path, size, repeats, keep):
     result = {"open, s": (clock[1] - clock[0], clock[2] - clock[1]),
               "memory, MB": (sizes[1] - sizes[0], sizes[2] - sizes[1])}  # a server's memory is not in it
     if is_file(uri):
-        files = (Path(uri) / "collections" / gallery.engine.name).rglob("*")
+        files = (Path(uri) / "collections" / gallery.collection.name).rglob("*")
         result["disk, MB"] = sum(file.stat().st_size for file in files if file.is_file()), Path(path).stat().st_size
     noise = torch.randn(100, DIM, generator=torch.Generator().manual_seed(1))
     queries = F.normalize(index.embeddings[:: max(size // 100, 1)][:100].float() + 0.02 * noise, dim=1)
@@ -99,7 +98,7 @@ def measure(uri, path, size, repeats, keep):
     result["recall@10"] = hits / sum(map(len, expected)), 1.0
     result["lists in the same order"] = sum(a == b for a, b in zip(found, expected)) / len(expected), 1.0
     if not keep:
-        gallery.engine.call("drop_collection")
+        gallery.collection.call("drop_collection")
     return result
 
 

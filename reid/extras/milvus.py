@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from reid import ReidError, distributed
 from reid.data.datasets import Records
-from reid.extras.milvus_client import INDEXES, NUMBERS, QUANTIZED, SAFE, Collection, is_file
+from reid.extras.milvus_client import BATCH, DEPTH, INDEXES, NUMBERS, VECTORS, Collection, is_file
 from reid.images import PREPROCESSING
 from reid.retrieval.index import GalleryIndex
 from reid.retrieval.ranked import identity_name, ranked_lists
@@ -22,10 +22,8 @@ from reid.retrieval.search import ExactSearch
 
 FORMAT = "reid-gallery/2"
 FIELDS = ("path", "pid", "camid", "seq", "frame", "position")  # fetched with every hit
-DEPTH = 16_384  # rows that Milvus returns at most for one query
+HITS = 40_000  # hits in one reply, of about 200 bytes
 TIES = 8  # rows fetched beyond topk, to put equal scores at the end of a list in order
-REPLY = 8 << 20  # bytes of embeddings in one reply; gRPC ends at 64 MiB
-BATCH = 1024  # rows of one write: 4 MiB, acknowledged as a whole
 BLOCK = 4 * BATCH  # images that are looked up at once
 DOWNLOAD_LIMIT = 2_000_000  # rows, 4 GiB as float16
 
@@ -41,16 +39,16 @@ def open_gallery(uri, run, extractor=None, part=""):
     extractor: an Extractor, or the fingerprint of weights and preprocessing. part: "queries" for those that `eval.py` keeps.
     A gallery that is missing or was made by other weights raises ReidError with the command that makes it.
     """
-    command = f"python {'eval.py' if part else 'inference.py'} --save_index --gallery_uri {shlex.quote(str(uri))} " \
-              f"--exp_name {shlex.quote(run)}"
+    again = (f"make it: python {'eval.py' if part else 'inference.py'} --save_index --gallery_uri {shlex.quote(str(uri))} "
+             f"--exp_name {shlex.quote(run)}")
     if is_file(uri) and not Path(uri).exists():
-        raise ReidError(f"{uri}: no such gallery; make it: {command}")
+        raise ReidError(f"{uri}: no such gallery; {again}")
     gallery = MilvusGallery(uri, run, part)
     if not gallery.collection.call("has_collection"):
-        raise ReidError(f"{uri}: no gallery of the run {run} in it, or one of an older version; make it again: {command}")
+        raise ReidError(f"{uri}: no gallery of the run {run} in it (one of an older version has to be made again); {again}")
     gallery._restore()
     if extractor is not None and not gallery._made_by(getattr(extractor, "fingerprint", extractor)):
-        raise ReidError(f"{uri}: the gallery of {run} was made by other weights or another preprocessing; make it again: {command}")
+        raise ReidError(f"{uri}: the gallery of {run} was made by other weights or another preprocessing; {again}")
     gallery.collection.call("load_collection")
     return gallery
 
@@ -58,8 +56,8 @@ def open_gallery(uri, run, extractor=None, part=""):
 def create_gallery(uri, run, fingerprint, mirror, dim, data_root, index_type="FLAT", part=""):
     """Open a gallery to write to it, or make an empty one.
 
-    A gallery that other weights of the run have made from the same `data_root` is dropped first: it cannot be searched any
-    more. Another `data_root`, and another `mirror` or `dim` with the same weights, raise ReidError.
+    A gallery of the same run and `data_root` that other weights have made is dropped first: it can never be searched again.
+    Another `data_root`, and another `mirror` or `dim` with the same weights, raise ReidError.
     """
     if index_type not in INDEXES:
         raise ReidError(f"--index_type {index_type}: choose one of {', '.join(INDEXES)}")
@@ -67,9 +65,9 @@ def create_gallery(uri, run, fingerprint, mirror, dim, data_root, index_type="FL
     collection = gallery.collection
     if collection.call("has_collection"):
         gallery._restore()
-        gallery._require_root(data_root)
+        gallery._require(data_root=str(data_root))
         if gallery._made_by(fingerprint):
-            gallery._require(mirror, dim)
+            gallery._require(mirror=mirror, dim=dim)
             collection.call("load_collection")
             if index_type != gallery.index_type:
                 collection.change_index(index_type)
@@ -97,7 +95,7 @@ def build_gallery(uri, run, extractor, records, index_type="FLAT", strict=False,
 
 
 def load_index(uri, run, fingerprint):
-    """Download a gallery and its queries into one GalleryIndex, as `eval.py` needs them: it ranks the whole gallery."""
+    """Download a gallery and its queries as one GalleryIndex: `eval.py` compares every query with every image."""
     queries = open_gallery(uri, run, fingerprint, "queries").download()  # first: if they are missing, eval.py makes both
     index = open_gallery(uri, run, fingerprint).download()
     index.queries = queries
@@ -105,7 +103,7 @@ def load_index(uri, run, fingerprint):
 
 
 def save_index(index, uri, run):
-    """Write a GalleryIndex with its queries and its threshold; rows that are there already are not written again."""
+    """Write a GalleryIndex with its queries and its threshold; rows that are in the gallery are not written again."""
     for part, rows in (("", index), ("queries", index.queries)):
         if rows is not None:
             gallery = create_gallery(uri, run, rows.fingerprint, rows.mirror, rows.embeddings.shape[1], rows.data_root, part=part)
@@ -114,11 +112,11 @@ def save_index(index, uri, run):
 
 
 class MilvusGallery:
-    """Embeddings of images, and the records of the images, in one Milvus collection; made by the functions above.
+    """Embeddings and records of images in one Milvus collection; the functions above open it.
 
     The number of a row is its primary key, 63 bits of a hash of the image's path: an image written twice leaves one row. (Send
-    it to a browser as text, where numbers above 2^53 are rounded.) paths, pids, camids, seqs, frames and embeddings (float32)
-    take row numbers as the tensors of a GalleryIndex do; hits of the last search are in memory, other rows are fetched.
+    it to a browser as text, which rounds numbers above 2^53.) paths, pids, camids, seqs, frames and embeddings (float32) take
+    row numbers as the tensors of a GalleryIndex do; hits of the last search are in memory, other rows are fetched.
     cameras: sorted list of the camera ids, -1 (unknown) included. bad: [(file, reason)] of images left out by `add`.
     """
 
@@ -126,41 +124,36 @@ class MilvusGallery:
 
     def __init__(self, uri, run, part=""):
         self.uri, self.run, self.part, self.bad, self._hits = str(uri), run, part, [], {}
-        name = re.sub("[^A-Za-z0-9]", "_", run)[:100]  # Milvus allows no other letters; the hash keeps a-b and a_b apart
+        name = re.sub("[^A-Za-z0-9]", "_", run)[:100]  # all that Milvus allows; the number keeps a-b and a_b apart
         self.collection = Collection(self.uri, f"reid_{name}_{number(json.dumps([run, part]).encode()):016x}")
         for field in FIELDS[:5]:
             setattr(self, f"{field}s", _Column(self, field))
         self.embeddings = _Column(self, "vector")
 
     def _restore(self):
-        settings, self.dim = self.collection.settings()
+        settings = self.collection.settings()
         if [settings.get(name) for name in ("format", "run", "part")] != [FORMAT, self.run, self.part]:
-            raise ReidError(f"{self.uri}: the collection {self.collection.name} holds {settings.get('run', 'something else')}, "
-                            f"not the run {self.run} in the format {FORMAT}; choose another --exp_name or --gallery_uri")
-        for name in ("fingerprint", "preprocessing", "mirror", "data_root", "index_type", "threshold", "false_match_rate",
-                     "cameras"):
+            raise ReidError(f"{self.uri}: the collection {self.collection.name} does not hold the run {self.run} in the format "
+                            f"{FORMAT}; choose another --exp_name or --gallery_uri")
+        for name in ("fingerprint", "preprocessing", "mirror", "dim", "data_root", "index_type", "threshold",
+                     "false_match_rate", "cameras"):
             setattr(self, name, settings[name])
 
     def _made_by(self, fingerprint):
         return (self.fingerprint, self.preprocessing) == (fingerprint, PREPROCESSING)
 
-    def _require(self, mirror, dim):
-        if dim != self.dim:
-            raise ReidError(f"{self.uri}: the gallery of {self.run} holds embeddings of {self.dim} numbers, not of {dim}")
-        if mirror != self.mirror:
-            raise ReidError(f"{self.uri}: the gallery of {self.run} was made {'with' if self.mirror else 'without'} mirrored "
-                            f"images; give {'--mirror' if self.mirror else '--no-mirror'}, or another --exp_name")
-
-    def _require_root(self, data_root):
-        if Path(data_root).resolve() != Path(self.data_root).resolve():
-            raise ReidError(f"{self.uri}: the gallery of {self.run} holds the images below {self.data_root}, not those below "
-                            f"{data_root}; choose another --exp_name or --gallery_uri")
+    def _require(self, **settings):
+        for name, value in settings.items():
+            own = getattr(self, name)
+            if own != value and not (name == "data_root" and Path(own).resolve() == Path(value).resolve()):
+                raise ReidError(f"{self.uri}: the gallery of {self.run} was made with {name} {own}, not {value}; give what it "
+                                "was made with, or another --exp_name or --gallery_uri")
 
     def __len__(self):
         return int(self.collection.call("query", filter="", output_fields=["count(*)"])[0]["count(*)"])
 
     def __contains__(self, row):
-        return row in self._hits or row in self._fetch([row], ["key"])
+        return row in self._hits or row in self.collection.fetch([row], ["key"])
 
     def hit(self, row):
         """Return (path, name of the identity or "" if it is unlabelled, pid, camid) of a row."""
@@ -181,8 +174,8 @@ class MilvusGallery:
         embeddings: float32 [Q, D] of norm 1. camids: cameras to keep; frames: (first, last) frame to keep; the engine filters
         both. exclude: row to leave out for each query, int64 [Q] (-1: none), or a list of lists of rows. Equal scores are in
         the order in which the images came. FLAT is exact. HNSW and IVF_SQ8 look at 10 x topk rows at least and return float32
-        scores: IVF_SQ8's are computed here from fetched embeddings (4 KiB each). Where fewer than topk rows are left, and for
-        a query that is NaN, score is -inf and row -1. More than 16,384 rows for a query raise ReidError.
+        scores, which for IVF_SQ8 are computed here from fetched embeddings. Where fewer than topk rows are left, and for a
+        query that is NaN, score is -inf and row -1. More than 16,384 rows for a query raise ReidError.
         """
         conditions = [] if camids is None else [f"camid in {[int(camid) for camid in camids]}"]
         if frames is not None:
@@ -192,51 +185,43 @@ class MilvusGallery:
     def _nearest(self, embeddings, topk, condition, exclude=None):
         exclude = exclude.tolist() if isinstance(exclude, torch.Tensor) else exclude or [[]] * len(embeddings)
         exclude = [{rows} if isinstance(rows, int) else set(rows) for rows in exclude]
-        need = topk + max(map(len, exclude), default=0)
+        need, quantized = topk + max(map(len, exclude), default=0), self.index_type == "IVF_SQ8"
         if need > DEPTH:
             raise ReidError(f"topk {topk}: Milvus returns at most {DEPTH:,} rows for a query, {need:,} are needed")
-        fetch = min(10 * need if self.index_type in QUANTIZED else need + TIES, DEPTH)
-        bytes_of_hit = 4 * self.dim if self.index_type in QUANTIZED else 200
+        limit = min(10 * need if quantized else need + TIES, DEPTH)
         scores = torch.full((len(embeddings), topk), -torch.inf)
         rows = torch.full((len(embeddings), topk), -1)
         self._hits = {}  # replaced, not cleared: another thread may be reading the hits of its own search
-        for part in (~embeddings.isnan().any(1)).nonzero().flatten().split(max(1, REPLY // (fetch * bytes_of_hit))):
-            for i, hits in zip(part.tolist(), self._request(embeddings[part].float(), need, fetch, condition)):
+        for part in (~embeddings.isnan().any(1)).nonzero().flatten().split(max(1, (VECTORS if quantized else HITS) // limit)):
+            for i, hits in zip(part.tolist(), self._request(embeddings[part].float(), need, limit, condition)):
                 kept = [(score, row) for score, _, row in sorted(hits) if row not in exclude[i]][:topk]
                 for place, (score, row) in enumerate(kept):
                     scores[i, place], rows[i, place] = -score, row
         return scores, rows
 
-    def _request(self, embeddings, need, fetch, condition):
-        """[(-score, position, row)] for each query, unsorted; fetches more if the list ends within equal scores."""
-        quantized = self.index_type in QUANTIZED
-        found = self.collection.call(
-            "search", data=list(embeddings.numpy()), limit=fetch, filter=condition, anns_field="vector",
-            output_fields=[*FIELDS, *(["vector"] if quantized else [])],
-            search_params={"metric_type": "IP", "params": INDEXES[self.index_type][1](min(10 * need, DEPTH))})
+    def _request(self, embeddings, need, limit, condition):
+        """[(-score, position, row)] for each query, unsorted; asks for more if the list ends within equal scores."""
+        fields = [*FIELDS, "vector"] if self.index_type == "IVF_SQ8" else list(FIELDS)
+        parameters = INDEXES[self.index_type][1](min(10 * need, DEPTH))
+        found = self.collection.call("search", data=list(embeddings.numpy()), limit=limit, filter=condition, output_fields=fields,
+                                     anns_field="vector", search_params={"metric_type": "IP", "params": parameters})
         answers = []
         for query, hits in zip(embeddings, found):
-            self._hits |= {hit["key"]: {field: hit["entity"][field] for field in FIELDS} for hit in hits}
-            scores = [hit["distance"] for hit in hits]
-            if quantized and hits:
-                scores = (torch.tensor([hit["entity"]["vector"] for hit in hits]) @ query).tolist()
-            if self.index_type == "FLAT" and len(hits) == fetch < DEPTH and scores[-1] == scores[need - 1]:
-                answers += self._request(query[None], need, min(4 * fetch, DEPTH), condition)
-            else:
-                answers.append([(-score, hit["entity"]["position"], hit["key"]) for score, hit in zip(scores, hits)])
+            entities, scores = [{"key": hit["key"], **hit["entity"]} for hit in hits], [hit["distance"] for hit in hits]
+            if hits and "vector" in fields:  # the engine's scores are those of quantized embeddings
+                scores = (torch.tensor([entity.pop("vector") for entity in entities]) @ query).tolist()
+            if self.index_type == "FLAT" and len(hits) == limit < DEPTH and scores[-1] == scores[need - 1]:
+                answers += self._request(query[None], need, min(4 * limit, DEPTH), condition)
+                continue
+            self._hits |= {entity["key"]: entity for entity in entities}
+            answers.append([(-score, entity["position"], entity["key"]) for score, entity in zip(scores, entities)])
         return answers
 
-    def _fetch(self, rows, fields):
-        """{row: {field: value}} of those of `rows` (a list) that exist."""
-        size = REPLY // (4 * self.dim) if "vector" in fields else DEPTH
-        return {row["key"]: row for part in _parts(rows, size)
-                for row in self.collection.call("get", ids=part, output_fields=list(fields))}
-
     def _lookup(self, rows, field="path"):
-        """The fields of each of `rows`, from the last search or from the engine; of `field` "vector", the embedding alone."""
+        """The fields of each of `rows`, from the last search or from the engine; for "vector", the embedding."""
         found = {} if field == "vector" else self._hits
         if missing := [row for row in rows if row not in found]:
-            found |= self._fetch(missing, ["vector"] if field == "vector" else FIELDS)
+            found |= self.collection.fetch(missing, ["vector"] if field == "vector" else FIELDS)
         if gone := [row for row in rows if row not in found]:
             raise ReidError(f"{self.uri}: no row {gone[0]}; it was removed")
         return [found[row] for row in rows]
@@ -250,27 +235,15 @@ class MilvusGallery:
         """
         if not self._made_by(extractor.fingerprint):
             raise ReidError("images can only be added to a gallery by the weights that made it")
-        self._require(extractor.mirror, extractor.dim)
-        self._require_root(records.root)
+        self._require(mirror=extractor.mirror, dim=extractor.dim, data_root=str(records.root))
         self.bad.clear()
         start = distributed.share(self._first_position(records) if distributed.rank == 0 else None)
-        progress, started, written = progress and distributed.rank == 0, time.monotonic(), 0
-        mine = torch.arange(distributed.rank, len(records), distributed.world_size)
-        with (tqdm(total=len(mine), unit="row", disable=not progress) as bar,
-              ThreadPoolExecutor(1) as pool):  # the engine takes one batch while the next is embedded
-            pending = pool.submit(int)
-            for part in mine.split(BLOCK):
-                block = records.select(part)
-                new, contents = self._changed(block)
-                bar.update(len(block) - len(new))
-                for found, rows in _batches(extractor.stream(block.select(new).files(), strict, False, self.bad)):
-                    kept = new[found]
-                    written += pending.result()
-                    pending = pool.submit(self._upsert, block.select(kept), rows, part[kept] + start, contents[kept])
-                    bar.update(len(rows))
-            written += pending.result()
-        parts = distributed.gather_objects((written, self.bad))
-        written, self.bad = sum(count for count, _ in parts), [item for _, bad in parts for item in bad]
+        mine, started = torch.arange(distributed.rank, len(records), distributed.world_size), time.monotonic()
+        progress = progress and distributed.rank == 0
+        written = self._write(records, mine, start, progress, lambda block, _: _batches(
+            extractor.stream(block.files(), strict, False, self.bad)))
+        ranks = distributed.gather_objects((written, self.bad))
+        written, self.bad = sum(count for count, _ in ranks), [item for _, bad in ranks for item in bad]
         if distributed.rank == 0:
             self.collection.call("flush")
         if progress:
@@ -280,39 +253,53 @@ class MilvusGallery:
         return written
 
     def write(self, embeddings, records):
-        """Write embeddings (float [N, D], norm 1) of `records`; return how many rows were new or of other bytes."""
+        """Write embeddings (float [N, D], norm 1) of `records`; return how many rows are new or of files with other bytes."""
         if list(embeddings.shape) != [len(records), self.dim]:
             raise ReidError(f"{self.uri}: embeddings {list(embeddings.shape)} do not fit: {len(records)} images of "
                             f"{self.dim} numbers each are expected")
-        start, written = self._first_position(records), 0
-        for part in torch.arange(len(records)).split(BLOCK):
-            block = records.select(part)
-            new, contents = self._changed(block, embeddings[part])
-            written += self._upsert(block.select(new), embeddings[part[new]], part[new] + start, contents[new])
+        written = self._write(records, torch.arange(len(records)), self._first_position(records), False,
+                              lambda _, rows: [(torch.arange(len(rows)), embeddings[rows])])
         self.collection.call("flush")
         return written
 
     def _first_position(self, records):
-        """The position of the first of `records`, after those of earlier calls; the same list of paths gets the same again."""
-        settings, _ = self.collection.settings()
-        listing = f"{number(json.dumps(list(records.paths)).encode()):x}"
+        """Position of the first of `records`, after those of earlier calls; the same list of paths gets the same again."""
+        settings = self.collection.settings()
+        start, listing = settings["start"], f"{number(json.dumps(list(records.paths)).encode()):x}"
         if listing != settings["listing"]:
-            self.cameras = sorted({*settings["cameras"], *records.camids.unique().tolist()})
-            settings["start"] = settings["next"]
-            self.collection.set(start=settings["start"], next=settings["start"] + len(records), listing=listing,
-                                cameras=self.cameras)
-        return settings["start"]
+            start, self.cameras = settings["next"], sorted({*settings["cameras"], *records.camids.unique().tolist()})
+            self.collection.set(start=start, next=start + len(records), listing=listing, cameras=self.cameras)
+        return start
 
-    def _changed(self, block, embeddings=None):
-        """(positions in `block` that have to be written, a number made of every file's bytes or embedding), int64 each."""
-        contents = []
-        for i, file in enumerate(block.files()):
+    def _write(self, records, rows, start, progress, embed):
+        """Write `rows` of `records`, as far as they are not in the gallery; return their number.
+
+        embed(records, rows): yields (positions int64 [n], embeddings [n, D]) for records, which are `rows` of all.
+        """
+        written = 0
+        with (tqdm(total=len(rows), unit="row", disable=not progress) as bar,
+              ThreadPoolExecutor(1) as pool):  # the engine takes one batch while the next is embedded
+            pending = pool.submit(int)
+            for part in rows.split(BLOCK):
+                block = records.select(part)
+                changed, contents = self._changed(block)
+                bar.update(len(block) - len(changed))
+                block, part = block.select(changed), part[changed]
+                for found, embeddings in embed(block, part):
+                    written += pending.result()
+                    pending = pool.submit(self._upsert, block.select(found), embeddings, part[found] + start, contents[found])
+                    bar.update(len(found))
+            return written + pending.result()
+
+    def _changed(self, block):
+        """(positions in `block` that have to be written, numbers made of the bytes of their files), int64 each."""
+        keys, contents, changed = [number(os.fsencode(path)) for path in block.paths], [], []
+        for file in block.files():
             try:
                 contents.append(number(file.read_bytes()))
             except OSError:
-                contents.append(0 if embeddings is None else number(embeddings[i].half().numpy().tobytes()))
-        keys = [number(os.fsencode(path)) for path in block.paths]
-        there, new = self._fetch(keys, ["path", "content"]), []
+                contents.append(0)
+        there = self.collection.fetch(keys, ["path", "content"])
         for i, (key, path) in enumerate(zip(keys, block.paths)):
             row = there.setdefault(key, {"path": path, "content": None})
             if any("\ud800" <= letter <= "\udfff" for letter in path):
@@ -320,25 +307,22 @@ class MilvusGallery:
             elif path != row["path"]:
                 self.bad.append((block.root / path, "its path has the same 63-bit key as another; rename it"))
             elif contents[i] != row["content"]:
-                new.append(i)
-        return torch.tensor(new, dtype=torch.int64), torch.tensor(contents, dtype=torch.int64)
+                changed.append(i)
+        changed = torch.tensor(changed, dtype=torch.int64)
+        return changed, torch.tensor(contents, dtype=torch.int64)[changed]
 
     def _upsert(self, records, embeddings, positions, contents):
-        """Write rows in batches that the engine acknowledges; return their number."""
         columns = torch.stack([records.pids, records.camids, records.seqs, records.frames, positions, contents], 1).tolist()
         vectors = embeddings.half().float().numpy()  # rounded as in the .pt index: both hold the same numbers and rank alike
-        rows = [{"key": number(os.fsencode(path)), "path": path, "vector": vector, **dict(zip(NUMBERS, numbers))}
-                for path, vector, numbers in zip(records.paths, vectors, columns)]
-        for batch in _parts(rows, BATCH):
-            if (count := self.collection.call("upsert", data=batch)["upsert_count"]) != len(batch):
-                raise ReidError(f"{self.uri}: {count} of {len(batch)} rows were acknowledged; {SAFE}")
-        return len(rows)
+        return self.collection.write([
+            {"key": number(os.fsencode(path)), "path": path, "vector": vector, **dict(zip(NUMBERS, numbers))}
+            for path, vector, numbers in zip(records.paths, vectors, columns)])
 
     def remove(self, paths):
         """Delete the images of these paths (relative to data_root); return how many there were."""
-        rows = list(self._fetch([number(os.fsencode(path)) for path in paths], ["key"]))
-        for part in _parts(rows, DEPTH):
-            self.collection.call("delete", ids=part)
+        rows = list(self.collection.fetch([number(os.fsencode(path)) for path in paths], ["key"]))
+        for first in range(0, len(rows), DEPTH):
+            self.collection.call("delete", ids=rows[first : first + DEPTH])
         return len(rows)
 
     def download(self, limit=DOWNLOAD_LIMIT):
@@ -354,16 +338,13 @@ class MilvusGallery:
         return index
 
     def _read(self, condition=""):
-        """(rows as dicts of FIELDS and key, embeddings float16 [N, D]) of all rows, in the order in which the images came."""
-        iterator = self.collection.call("query_iterator", batch_size=min(REPLY // (4 * self.dim), DEPTH), filter=condition,
-                                        output_fields=["key", "vector", *FIELDS])
-        rows, parts = [], [torch.empty(0, self.dim, dtype=torch.float16)]
-        while block := self.collection.guard("query_iterator", iterator.next):
-            parts.append(torch.tensor([row.pop("vector") for row in block]).half())
+        """(list of {field: value}, embeddings float16 [N, D]) of the rows, in the order in which the images came."""
+        rows, embeddings = [], [torch.empty(0, self.dim, dtype=torch.float16)]
+        for block in self.collection.read([*FIELDS, "vector"], condition):
+            embeddings.append(torch.tensor([row.pop("vector") for row in block]).half())
             rows += block
-        iterator.close()
         order = sorted(range(len(rows)), key=lambda i: (rows[i]["position"], rows[i]["path"]))
-        return [rows[i] for i in order], torch.cat(parts)[order]
+        return [rows[i] for i in order], torch.cat(embeddings)[order]
 
     def recall(self, k=10, sample=100, limit=200_000):
         """Return (recall@k of `nearest` against exact scores, rows compared). `sample` images of the gallery are the queries;
@@ -372,9 +353,9 @@ class MilvusGallery:
         rows, embeddings = self._read(condition)
         if not rows:
             raise ReidError(f"{self.uri}: the gallery of {self.run} is empty")
-        k, queries = min(k, len(rows)), embeddings[:: max(1, len(rows) // sample)][:sample].float()
-        keys = torch.tensor([row["key"] for row in rows])[ExactSearch(embeddings).search(queries, k)[1]]
-        found = self._nearest(queries, k, condition)[1]
+        queries = embeddings[:: max(1, len(rows) // sample)][:sample].float()
+        exact = ExactSearch(embeddings).search(queries, min(k, len(rows)))[1]
+        keys, found = torch.tensor([row["key"] for row in rows])[exact], self._nearest(queries, exact.shape[1], condition)[1]
         return float((found[:, :, None] == keys[:, None]).any(1).float().mean()), len(rows)
 
 
@@ -389,18 +370,14 @@ class _Column:
         values = [row[self.field] for row in self.gallery._lookup(rows.flatten().tolist(), self.field)]
         if self.field == "path":
             return values if rows.ndim else values[0]
-        vectors = self.field == "vector"
-        return torch.tensor(values, dtype=torch.float32 if vectors else torch.int64).reshape(
-            *rows.shape, *([self.gallery.dim] if vectors else []))
+        if self.field == "vector":
+            return torch.tensor(values, dtype=torch.float32).reshape(*rows.shape, self.gallery.dim)
+        return torch.tensor(values, dtype=torch.int64).reshape(rows.shape)
 
 
 def number(data):
     """Hash bytes to 63 bits: Milvus' integers are signed."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") >> 1
-
-
-def _parts(items, size):
-    return (items[first : first + size] for first in range(0, len(items), size))
 
 
 def _batches(stream):

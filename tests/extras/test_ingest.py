@@ -1,4 +1,4 @@
-"""Writing a gallery into Milvus: nothing twice, and nothing lost when a process or the server dies in the middle."""
+"""Writing a gallery into Milvus: no image twice, and no row lost when a process or the server dies."""
 
 import hashlib
 import itertools
@@ -15,21 +15,20 @@ import torch.nn.functional as F
 
 from reid import ReidError
 from reid.data.datasets import Records
-from reid.extras import ingest, milvus_client
-from reid.retrieval.gallery import build_gallery, open_gallery
+from reid.extras import milvus, milvus_client
+from reid.extras.milvus import MilvusGallery, build_gallery, create_gallery, open_gallery
+from reid.retrieval.index import GalleryIndex
 
-REASON = "pymilvus and milvus-lite are not installed (extra milvus)"
+REASON = "pymilvus and milvus-lite are not installed: pip install -e '.[milvus]'"
 pytest.importorskip("pymilvus", reason=REASON)
 pytest.importorskip("milvus_lite", reason=REASON)
 from grpc import StatusCode  # noqa: E402
-
-from reid.extras.milvus import MilvusGallery  # noqa: E402
 
 RUN, PRINT, DIM = "masked-hog-908", "0" * 32, 64
 
 
 class FakeExtractor:
-    """A file's embedding is drawn from its bytes; `wait` seconds a batch."""
+    """Draw the embedding of a file from its bytes; a batch takes `wait` seconds."""
 
     mirror, dim = True, DIM
 
@@ -50,7 +49,7 @@ def embedding(data):
 
 
 def folder(where, size):
-    """Records of `size` files below `where`, each with bytes of its own."""
+    """Records of `size` different files below `where`."""
     (where / "g").mkdir(parents=True)
     for i in range(size):
         (where / f"g/{i:04d}.jpg").write_bytes(b"image %d" % i)
@@ -92,89 +91,110 @@ def server(tmp_path):
     server.kill()
 
 
+def build(uri, extractor, records):
+    return build_gallery(uri, RUN, extractor, records, progress=False)
+
+
 @pytest.mark.parametrize("name", ["index.pt", "milvus.db"])
-def test_one_interface(name, tmp_path):
+def test_same_interface_as_the_index(name, tmp_path):
     records, extractor, uri = folder(tmp_path / "data", 50), FakeExtractor(), str(tmp_path / name)
-    build_gallery(uri, RUN, extractor, records, save=True, progress=False).close()
-    gallery = open_gallery(uri, RUN, extractor)
+    if name == "index.pt":
+        GalleryIndex.build(extractor, records, progress=False).save(uri)
+        gallery = GalleryIndex.load(uri, extractor)
+    else:
+        build(uri, extractor, records)
+        gallery = open_gallery(uri, RUN, extractor)
     records.files()[7].write_bytes(b"another image")
     assert gallery.add(extractor, records, progress=False) == 1 and extractor.embedded == 51
-    scores, rows = gallery.nearest(embedding(b"another image")[None], 2, camids=[1])
-    assert gallery.paths[int(rows[0, 0])] == "g/0007.jpg" and scores[0, 0] > 0.999
-    assert gallery.nearest(embedding(b"another image")[None], 1, exclude=rows[:, 0])[1][0, 0] != rows[0, 0]
-    assert gallery.remove(["g/0007.jpg", "g/none.jpg"]) == 1 and gallery.count == len(gallery) == 49
+    [ranked] = gallery.search(embedding(b"another image")[None], 2, camids=[1])
+    assert ranked[0].path == str(tmp_path / "data/g/0007.jpg") and ranked[0].score > 0.999
+    [other] = gallery.search(embedding(b"another image")[None], 1, exclude=ranked.rows[:1])
+    assert other[0].row != ranked[0].row
+    assert gallery.remove(["g/0007.jpg", "g/none.jpg"]) == 1 and len(gallery) == 49
     with pytest.raises(ReidError, match="weights"):
         gallery.add(FakeExtractor("1" * 32), records)
     assert gallery.fingerprint == PRINT and gallery.mirror
-    gallery.close()
 
 
-def test_ingest_writes_what_is_new_or_changed(tmp_path, capsys):
+def test_new_and_changed_images_are_written(tmp_path, capsys):
     records, uri, extractor = folder(tmp_path / "data", 50), str(tmp_path / "milvus.db"), FakeExtractor()
     for change, embedded in ((b"image 7", 50), (b"image 7", 0), (b"another image", 1)):
         records.files()[7].write_bytes(change)
         extractor.embedded = 0
-        gallery = build_gallery(uri, RUN, extractor, records, save=True)
+        gallery = build_gallery(uri, RUN, extractor, records)
         assert extractor.embedded == embedded and f"{embedded} rows written" in capsys.readouterr().out
     assert list(gallery.download().paths) == records.paths
     odd = Records(records.root, ["g/\udce9.jpg"], *(torch.tensor([1]) for _ in range(4)))
     assert gallery.write(torch.ones(1, DIM), odd) == 0 and "UTF-8" in gallery.bad[0][1]
-    with pytest.raises(ReidError, match="--save_index and --gallery_uri"):
-        build_gallery(str(tmp_path / "index.pt"), RUN, extractor, records, save=True, index_type="HNSW")
-
-
-def test_ranks_write_their_parts(tmp_path, monkeypatch):
-    records, extractor = folder(tmp_path / "data", 50), FakeExtractor()
-    gallery = MilvusGallery.create(str(tmp_path / "milvus.db"), RUN, PRINT, True, DIM, records.root)
-    monkeypatch.setattr(ingest.distributed, "share", lambda obj: 0)
-    monkeypatch.setattr(ingest, "gather", lambda obj, ranks: [obj])
-    assert [ingest.add(gallery, extractor, records, progress=False, rank=rank, world_size=3) for rank in range(3)] == [17, 17, 16]
-    assert extractor.embedded == 50 and list(gallery.download().paths) == records.paths
-    with pytest.raises(ReidError, match="one process at a time"):
-        MilvusGallery.build(gallery.uri, RUN, extractor, records, world_size=2)
 
 
 CHILD = """
 import sys
 sys.path[:0] = sys.argv[1:3]
 from pathlib import Path
-from reid.extras import ingest
-from test_ingest import FakeExtractor, MilvusGallery, Records, torch
-ingest.WRITE, ingest.BLOCK = 16, 64
+from reid import distributed
+from reid.extras import milvus
+from test_ingest import FakeExtractor, MilvusGallery, Records, build, torch
+milvus.BATCH, milvus.BLOCK = 16, 64
 where, uri, size = Path(sys.argv[3]), sys.argv[4], int(sys.argv[5])
 n = torch.arange(size)
 records = Records(where, [f"g/{i:04d}.jpg" for i in range(size)], n % 9, n % 6, n * 0, n)
-upsert = ingest.upsert
-ingest.upsert = lambda *args: print(upsert(*args), flush=True) or 0
-MilvusGallery.build(uri, "masked-hog-908", FakeExtractor(wait=0.02), records, progress=False)
+upsert = MilvusGallery._upsert
+MilvusGallery._upsert = lambda *args: (count := upsert(*args), print(count, flush=True))[0]
+distributed.start("cpu")
+extractor = FakeExtractor(wait=0.02)
+gallery = build(uri, extractor, records)
+print("embedded", extractor.embedded, "rows", len(gallery), flush=True)
+distributed.stop()
 """
+
+
+def child(root, *args):
+    return ["-c", CHILD, str(root), str(root / "tests" / "extras"), *map(str, args)]
+
+
+def test_ranks_write_their_parts(tmp_path, root, server):
+    records = folder(tmp_path / "data", 250)
+    (tmp_path / "child.py").write_text(CHILD)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3", tmp_path / "child.py",
+               *child(root, records.root, server.uri, 250)[2:]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert sorted(line for line in done.stdout.splitlines() if "rows" in line) == [
+        "embedded 83 rows 250", "embedded 83 rows 250", "embedded 84 rows 250"]
+    assert list(open_gallery(server.uri, RUN, PRINT).download().paths) == records.paths
+
+
+def test_ranks_cannot_write_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(milvus.distributed, "world_size", 2)
+    with pytest.raises(ReidError, match="only one process can write a file"):
+        build(str(tmp_path / "milvus.db"), FakeExtractor(), folder(tmp_path / "data", 2))
 
 
 def test_killed_client_goes_on(tmp_path, root):
     size, uri = 240, str(tmp_path / "milvus.db")
     records = folder(tmp_path / "data", size)
-    command = [sys.executable, "-c", CHILD, str(root), str(root / "tests" / "extras"), str(records.root), uri, str(size)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
-        acknowledged = sum(int(child.stdout.readline()) for _ in range(5))
-        child.kill()
+    with subprocess.Popen([sys.executable, *child(root, records.root, uri, size)], stdout=subprocess.PIPE, text=True) as process:
+        acknowledged = sum(int(process.stdout.readline()) for _ in range(5))
+        process.kill()
     extractor = FakeExtractor()
-    gallery = build_gallery(uri, RUN, extractor, records, save=True, progress=False)
-    assert acknowledged == 80 and extractor.embedded <= size - acknowledged  # what was acknowledged is still there
+    gallery = build(uri, extractor, records)
+    assert acknowledged == 80 and extractor.embedded <= size - acknowledged  # what was acknowledged is kept
     assert len(gallery) == size and list(gallery.download().paths) == records.paths
 
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
     """Records of 320 files that are written in batches of 16."""
-    monkeypatch.setattr(ingest, "WRITE", 16)
+    monkeypatch.setattr(milvus, "BATCH", 16)
     return folder(tmp_path / "data", 320)
 
 
 @pytest.fixture
 def at_batch(monkeypatch):
-    """Function (number, action): do something when so many batches have been acknowledged."""
+    """Function (number, action): call `action` when that many batches have been acknowledged."""
     def plan(number, action):
-        upsert, calls = ingest.upsert, itertools.count(1)
+        upsert, calls = MilvusGallery._upsert, itertools.count(1)
 
         def counted(*args):
             written = upsert(*args)
@@ -182,7 +202,7 @@ def at_batch(monkeypatch):
                 action()
             return written
 
-        monkeypatch.setattr(ingest, "upsert", counted)
+        monkeypatch.setattr(MilvusGallery, "_upsert", counted)
 
     return plan
 
@@ -190,7 +210,7 @@ def at_batch(monkeypatch):
 def test_server_killed_and_started_again(files, server, at_batch):
     starter = threading.Timer(0.5, server.start)
     at_batch(7, lambda: (server.kill(), starter.start()))
-    gallery = build_gallery(server.uri, RUN, FakeExtractor(), files, save=True, progress=False)
+    gallery = build(server.uri, FakeExtractor(), files)
     assert starter.finished.is_set() and len(gallery) == 320 and list(gallery.download().paths) == files.paths
     starter.join()
 
@@ -198,18 +218,18 @@ def test_server_killed_and_started_again(files, server, at_batch):
 def test_dead_server_is_one_error_that_says_what_is_safe(files, server, at_batch, monkeypatch):
     monkeypatch.setenv("MILVUS_TOKEN", "root:s3cret")
     at_batch(7, lambda: (server.kill(), monkeypatch.setattr(milvus_client, "TIMEOUT", 2)))
-    with pytest.raises(ReidError, match="run again goes on") as caught:
-        build_gallery(server.uri, RUN, FakeExtractor(), files, save=True, progress=False)
+    with pytest.raises(ReidError, match="the same command goes on") as caught:
+        build(server.uri, FakeExtractor(), files)
     assert "\n" not in str(caught.value) and "s3cret" not in str(caught.value)
     server.start()
     monkeypatch.setattr(milvus_client, "TIMEOUT", 60)
     extractor = FakeExtractor()
-    gallery = build_gallery(server.uri, RUN, extractor, files, save=True, progress=False)
+    gallery = build(server.uri, extractor, files)
     assert extractor.embedded == 320 - 7 * 16 and list(gallery.download().paths) == files.paths
 
 
 class Failing(Exception):
-    """A client whose every call fails as gRPC's do."""
+    """A client every call of which fails like those of gRPC."""
 
     def __init__(self, code):
         self.code, self.details = (lambda: code), (lambda: "the details\nand more")
@@ -221,18 +241,18 @@ class Failing(Exception):
 
 
 def test_calls_are_repeated_after_an_outage_only(tmp_path):
-    gallery = build_gallery(str(tmp_path / "milvus.db"), RUN, FakeExtractor(), folder(tmp_path / "data", 5), save=True)
+    gallery = build(str(tmp_path / "milvus.db"), FakeExtractor(), folder(tmp_path / "data", 5))
     for code in (StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED):
-        gallery.engine._client = Failing(code)
+        gallery.collection.client = Failing(code)
         assert len(gallery) == 5
-    gallery.engine._client = Failing(StatusCode.INTERNAL)
+    gallery.collection.client = Failing(StatusCode.INTERNAL)
     with pytest.raises(ReidError, match=r"query failed \(the details\); the rows are as they were"):
         len(gallery)
 
 
 def test_readers_while_ingesting(files, server):
     expected = torch.stack([embedding(b"image %d" % i) for i in range(320)])
-    MilvusGallery.create(server.uri, RUN, PRINT, True, DIM, files.root).close()
+    create_gallery(server.uri, RUN, PRINT, True, DIM, files.root)
     done, sizes, errors = threading.Event(), [], []
 
     def read():
@@ -249,7 +269,7 @@ def test_readers_while_ingesting(files, server):
     readers = [threading.Thread(target=read) for _ in range(2)]
     for reader in readers:
         reader.start()
-    gallery = build_gallery(server.uri, RUN, FakeExtractor(wait=0.05), files, save=True, progress=False)
+    gallery = build(server.uri, FakeExtractor(wait=0.05), files)
     done.set()
     for reader in readers:
         reader.join()

@@ -1,4 +1,4 @@
-"""The gallery in Milvus beside the .pt index: the same answers, or a refusal in one line."""
+"""A gallery in Milvus: the answers of the .pt index, or one line that says what is wrong."""
 
 import re
 import shlex
@@ -14,19 +14,18 @@ import inference
 from reid import ReidError
 from reid.data.datasets import Records
 from reid.retrieval import metrics
-from reid.retrieval.gallery import load_index, open_gallery, save_index
 from reid.retrieval.index import GalleryIndex
 
-REASON = "pymilvus and milvus-lite are not installed (extra milvus)"
+REASON = "pymilvus and milvus-lite are not installed: pip install -e '.[milvus]'"
 pytest.importorskip("pymilvus", reason=REASON)
 pytest.importorskip("milvus_lite", reason=REASON)
 from test_ingest import DIM, PRINT, RUN, server  # noqa: E402, F401
 
-from reid.extras.milvus import MilvusGallery  # noqa: E402
+from reid.extras.milvus import create_gallery, load_index, open_gallery, save_index  # noqa: E402
 
 
-def synthetic(size, people=20, seed=0, prefix="g", root="nowhere"):
-    """GalleryIndex of random people seen by six cameras; every tenth embedding is that of the image before (ties)."""
+def random_index(size, people=20, seed=0, prefix="g", root="nowhere"):
+    """GalleryIndex of random people in six cameras; every tenth embedding equals the one before it (a tie)."""
     generator = torch.Generator().manual_seed(seed)
     pids = torch.randint(-1, people, (size,), generator=generator)
     camids = torch.randint(1, 7, (size,), generator=generator)
@@ -38,55 +37,71 @@ def synthetic(size, people=20, seed=0, prefix="g", root="nowhere"):
     return GalleryIndex(rows.half(), records, PRINT, True)
 
 
-def paths_of(gallery, rows):
-    return [[gallery.paths[row] if row >= 0 else None for row in line] for line in rows.tolist()]
-
-
-def make(uri, index, index_type="FLAT"):
-    gallery = MilvusGallery.create(uri, RUN, PRINT, True, DIM, index.data_root, index_type)
+def make(uri, index, index_type="FLAT", run=RUN, fingerprint=PRINT):
+    gallery = create_gallery(uri, run, fingerprint, True, DIM, index.data_root, index_type)
     gallery.write(index.embeddings, index.records())
     return gallery
 
 
+def hits(ranked):
+    """What a RankedList says of its images, without the numbers of the rows."""
+    return [(hit.path, hit.name, hit.pid, hit.camid, hit.match) for hit in ranked]
+
+
 @pytest.mark.parametrize("where", ["file", "server"])
-def test_same_answers_as_the_index(where, tmp_path, request):
+def test_same_ranked_lists_as_the_index(where, tmp_path, request):
     uri = str(tmp_path / "milvus.db") if where == "file" else request.getfixturevalue("server").uri
-    index, queries = synthetic(1000), synthetic(40, seed=1, prefix="q").embeddings.float()
+    index, queries = random_index(1000), random_index(40, seed=1, prefix="q").embeddings.float()
     gallery = make(uri, index)
-    queries[:5] = index.embeddings[9:50:10].float()  # each is there twice: ties on top, and at the end of top 1
-    assert len(gallery) == gallery.count == 1000
+    gallery.threshold = index.threshold = 0.3
+    queries[:5] = index.embeddings[9:50:10].float()  # two images have each: ties at the top, and at the end of a top 1
+    queries[7] = torch.nan
+
+    def compare(topk, exclude=None, same=None, **filters):
+        found = gallery.search(queries, topk, exclude=exclude, **filters)
+        expected = index.search(queries, topk, exclude=same, **filters)
+        assert list(map(hits, found)) == list(map(hits, expected))
+        for one, other in zip(found, expected):
+            torch.testing.assert_close(one.scores, other.scores, atol=1e-5, rtol=0)
+        return found, expected
+
     for topk in (1, 10):
-        for only in ({}, {"camids": [1, 4]}, {"camids": [99]}, {"frames": (1000, 2000)}, {"camids": [2], "frames": (0, 9000)}):
-            scores, rows = gallery.nearest(queries, topk, **only)
-            expected, places = index.nearest(queries, topk, **only)
-            torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
-            assert paths_of(gallery, rows) == paths_of(index, places)
-    _, rows = gallery.nearest(queries, 3)
-    _, places = index.nearest(queries, 3)
-    for excluded in (rows[:, 0], rows[:, :2].tolist()):
-        found = gallery.nearest(queries, 5, exclude=excluded)[1]
-        same = places[:, 0] if isinstance(excluded, torch.Tensor) else places[:, :2].tolist()
-        assert paths_of(gallery, found) == paths_of(index, index.nearest(queries, 5, exclude=same)[1])
-    first, place = int(rows[0, 0]), int(places[0, 0])
-    assert (gallery.pids[first], gallery.camids[first], gallery.frames[first]) == (
-        int(index.pids[place]), int(index.camids[place]), int(index.frames[place]))
-    torch.testing.assert_close(gallery.embeddings[rows[0]], index.embeddings[places[0]].float())
-    assert gallery.cameras == [1, 2, 3, 4, 5, 6] and first in gallery and -1 not in gallery
-    torch.testing.assert_close(gallery.embeddings[first], index.embeddings[place].float())
-    gallery.close()
+        for filters in ({"camids": [1, 4]}, {"camids": [99]}, {"frames": (1000, 2000)}, {"camids": [2], "frames": (0, 9000)}):
+            compare(topk, **filters)
+        found, expected = compare(topk)
+    compare(5, [ranked.rows.tolist()[:2] for ranked in found], [ranked.rows.tolist()[:2] for ranked in expected])
+    compare(5, gallery.nearest(queries, 1)[1][:, 0], index.nearest(queries, 1)[1][:, 0])
+    assert len(gallery) == 1000 and gallery.cameras == [1, 2, 3, 4, 5, 6]
+    rows, places = found[0].rows, expected[0].rows
+    for name in ("pids", "camids", "seqs", "frames"):
+        assert torch.equal(getattr(gallery, name)[rows], getattr(index, name)[places])
+    assert torch.equal(gallery.embeddings[rows], index.embeddings[places].float())
+    row, place = int(rows[0]), int(places[0])
+    assert torch.equal(gallery.embeddings[row], index.embeddings[place].float())
+    assert gallery.paths[row] == index.paths[place] and row in gallery and -1 not in gallery
+    with pytest.raises(ReidError, match="no row 5"):
+        gallery.hit(5)
 
 
-def test_equal_scores_beyond_the_margin_stand_in_order(tmp_path):
-    index = synthetic(100)
+def test_a_search_is_one_request(tmp_path, monkeypatch):
+    gallery = make(str(tmp_path / "milvus.db"), random_index(100))
+    calls, call = [], gallery.collection.call
+    monkeypatch.setattr(gallery.collection, "call", lambda method, **options: calls.append(method) or call(method, **options))
+    ranked = gallery.search(random_index(3, seed=1).embeddings.float(), 10)
+    assert sum(len(hits(one)) for one in ranked) == 30 and calls == ["search"]
+
+
+def test_more_equal_scores_than_are_fetched_stay_in_order(tmp_path):
+    index = random_index(100)
     index.embeddings[21:90] = index.embeddings[21]
     gallery = make(str(tmp_path / "milvus.db"), index)
-    _, rows = gallery.nearest(index.embeddings[21:22].float(), 5)
-    assert paths_of(gallery, rows) == [list(index.paths)[21:26]]
+    [ranked] = gallery.search(index.embeddings[21:22].float(), 5)
+    assert [gallery.paths[row] for row in ranked.rows] == list(index.paths)[21:26]
 
 
 def test_evaluation_is_the_same(tmp_path):
-    index = synthetic(800, seed=3)
-    index.queries = synthetic(60, seed=4, prefix="q")
+    index = random_index(800, seed=3)
+    index.queries = random_index(60, seed=4, prefix="q")
     index.threshold, index.false_match_rate = 0.625, 1e-3
     uri = str(tmp_path / "milvus.db")
     save_index(index, uri, RUN)
@@ -101,23 +116,24 @@ def test_evaluation_is_the_same(tmp_path):
         open_gallery(uri, RUN, PRINT).download(limit=10)
 
 
-def test_approximate_indexes_are_scored_again(tmp_path):
-    index, uri = synthetic(600), str(tmp_path / "milvus.db")
-    make(uri, index).close()
-    for index_type in ("HNSW", "IVF_FLAT", "IVF_SQ8"):  # each over the rows that are there
-        gallery = MilvusGallery.create(uri, RUN, PRINT, True, DIM, index.data_root, index_type)
+def test_approximate_indexes_have_exact_scores(tmp_path):
+    index, uri = random_index(600), str(tmp_path / "milvus.db")
+    make(uri, index)
+    for index_type in ("HNSW", "IVF_SQ8"):  # each over the rows that are in the gallery
+        gallery = create_gallery(uri, RUN, PRINT, True, DIM, index.data_root, index_type)
         assert gallery.index_type == index_type and len(gallery) == 600
-        scores, rows = gallery.nearest(index.embeddings[:10].float(), 10)
-        exact = torch.stack([gallery.embeddings[line] @ query for line, query in zip(rows, index.embeddings[:10].float())])
-        torch.testing.assert_close(scores, exact, atol=1e-5, rtol=0)
+        queries = index.embeddings[:10].float()
+        for query, ranked in zip(queries, gallery.search(queries, 10)):
+            torch.testing.assert_close(ranked.scores, gallery.embeddings[ranked.rows] @ query, atol=1e-5, rtol=0)
         recall, compared = gallery.recall(sample=20)
-        assert recall > 0.9 and compared == 600
-    assert gallery.recall(sample=20, rows=200)[1] == 200
+        assert 0.9 < recall <= 1 and compared == 600
+    assert gallery.recall(sample=20, limit=200)[1] == 200
 
 
 @pytest.mark.parametrize("uri, message", [
     ("http://127.0.0.1:1", "no Milvus engine"), ("ftp://host:1", "give index/<run>.pt"), ("http://", "give index/<run>.pt"),
-    ("http://root:s3cret@127.0.0.1:1", "MILVUS_TOKEN"), ("missing.db", "no such gallery; make it: python inference.py"),
+    ("http://root:s3cret@127.0.0.1:1", "MILVUS_TOKEN"), ("http://root:s3cret/x@h", "MILVUS_TOKEN"),
+    ("http://h/?token=s3cret", "MILVUS_TOKEN"), ("missing.db", "no such gallery; make it: python inference.py"),
 ])
 def test_wrong_uri(uri, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -127,14 +143,14 @@ def test_wrong_uri(uri, message, tmp_path, monkeypatch):
     assert "s3cret" not in str(caught.value) and "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 
 
-def test_missing_package_names_the_requirements(monkeypatch):
+def test_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pymilvus", None)
-    with pytest.raises(ReidError, match=r"\.\[milvus\]"):
+    with pytest.raises(ReidError, match=r"pip install -e '\.\[milvus\]'"):
         open_gallery("http://127.0.0.1:1", RUN, PRINT)
 
 
 def test_refused_galleries(tmp_path):
-    uri, index = str(tmp_path / "milvus.db"), synthetic(30)
+    uri, index = str(tmp_path / "milvus.db"), random_index(30)
     gallery = make(uri, index)
     with pytest.raises(ReidError, match="30 images of 64 numbers"):
         gallery.write(torch.ones(30, 32), index.records())
@@ -148,23 +164,45 @@ def test_refused_galleries(tmp_path):
         open_gallery(uri, "other", PRINT)
     with pytest.raises(ReidError, match=r"python eval\.py --save_index"):
         load_index(uri, RUN, PRINT)  # it has no queries
-    for mirror, dim, data_root, message in ((True, 32, "nowhere", "64 numbers"), (False, DIM, "nowhere", "--mirror"),
+    for mirror, dim, data_root, message in ((True, 32, "nowhere", "dim 64, not 32"), (False, DIM, "nowhere", "mirror True"),
                                             (True, DIM, "elsewhere", "elsewhere")):
         with pytest.raises(ReidError, match=message):
-            MilvusGallery.create(uri, RUN, PRINT, mirror, dim, data_root)
+            create_gallery(uri, RUN, PRINT, mirror, dim, data_root)
     with pytest.raises(ReidError, match="choose one of FLAT"):
-        MilvusGallery.create(uri, RUN, PRINT, True, DIM, "nowhere", "FLATTER")
-    assert len(gallery) == 30
-    gallery.engine.set(fingerprint="1" * 32)
-    assert len(make(uri, synthetic(20))) == 20  # a stale one is made anew
+        create_gallery(uri, RUN, PRINT, True, DIM, "nowhere", "FLATTER")
     (tmp_path / "plain.db").write_text("not a folder")
     with pytest.raises(ReidError, match="is a file"):
         open_gallery(str(tmp_path / "plain.db"), RUN, PRINT)
 
 
+def test_other_weights_replace_a_gallery_of_their_run_and_data_only(tmp_path):
+    uri, index = str(tmp_path / "milvus.db"), random_index(30)
+    make(uri, index)
+    with pytest.raises(ReidError, match="elsewhere"):
+        make(uri, random_index(10, root="elsewhere"), fingerprint="1" * 32)
+    assert len(open_gallery(uri, RUN, PRINT)) == 30
+    assert len(make(uri, random_index(20), fingerprint="1" * 32)) == 20
+
+
+def test_runs_never_share_a_collection(tmp_path):
+    uri, names = str(tmp_path / "milvus.db"), ("a-b", "a_b", "a.b", "a-b_queries", "é" * 300, "ö" * 300)
+    for i, run in enumerate(names):
+        index = random_index(10 + i, seed=i)
+        index.fingerprint, index.queries = str(i) * 32, random_index(3, seed=100 + i, prefix="q")
+        save_index(index, uri, run)
+    for i, run in enumerate(names):
+        assert len(open_gallery(uri, run, str(i) * 32)) == 10 + i
+        assert torch.equal(open_gallery(uri, run, part="queries").download().embeddings,
+                           random_index(3, seed=100 + i, prefix="q").embeddings)
+    open_gallery(uri, "a-b").collection.set(run="another")  # a collection of this name is someone else's
+    for function in (open_gallery, lambda uri, run: make(uri, random_index(5), run=run)):
+        with pytest.raises(ReidError, match="does not hold the run a-b"):
+            function(uri, "a-b")
+
+
 def test_a_file_belongs_to_one_process(tmp_path):
     uri = str(tmp_path / "milvus.db")
-    make(uri, synthetic(10))
+    make(uri, random_index(10))
     code = (f"from reid import ReidError\nfrom reid.extras.milvus_client import connect\n"
             f"try: connect({uri!r})\nexcept ReidError as error: print(error)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
