@@ -1,5 +1,6 @@
 """Talk to a Milvus engine: one collection with its settings, calls that outlast a restart, and one line for an error."""
 
+import hashlib
 import json
 import logging
 import os
@@ -32,51 +33,48 @@ def is_file(uri):
 
 def connect(uri):
     """Return a MilvusClient; raise ReidError without pymilvus, for a wrong address, or if no engine answers."""
-    if not is_file(uri):
+    if is_file(uri):
+        if Path(uri).is_file():
+            raise ReidError(f"{uri}: is a file, but milvus-lite keeps a folder; choose another name")
+        Path(uri).parent.mkdir(parents=True, exist_ok=True)
+    else:
         parts = urlsplit(uri)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ReidError(f"--gallery_uri {without_secrets(uri)}: give index/<run>.pt, a name.db, or http://host:19530")
         if "@" in uri or parts.query:
             raise ReidError(f"--gallery_uri {without_secrets(uri)}: no password in an address; put user:password in {TOKEN}")
-    elif Path(uri).is_file():
-        raise ReidError(f"{uri}: is a file, but milvus-lite keeps a folder; choose another name")
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         from pymilvus import MilvusClient
-
-        if is_file(uri):
-            import milvus_lite  # noqa: F401
     except ImportError as error:
         raise ReidError(f"{uri}: needs {error.name}; pip install -e '.[milvus]'") from error
     for name in ("pymilvus", "milvus_lite", "grpc"):  # they also log, over pages, each error that they raise
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
-    if is_file(uri):
-        Path(uri).parent.mkdir(parents=True, exist_ok=True)
     try:  # a connection of its own: a shared one, and gRPC's pool, would keep that to a server which has died
         return MilvusClient(str(uri), token=os.environ.get(TOKEN, ""), timeout=TIMEOUT, dedicated=True,
                             grpc_options={"grpc.use_local_subchannel_pool": 1})
     except Exception as error:  # MilvusException, and anything from the embedded engine
         advice = ("does another process use it? Only one can open a file; start `milvus-lite server` for more"
                   if is_file(uri) else f"check the address, whether the server runs, and {TOKEN} if it wants one")
-        raise ReidError(f"{uri}: no Milvus engine ({reason(error)}); {advice}") from None
+        raise ReidError(f"{uri}: no Milvus engine ({_reason(error)}); {advice}") from None
 
 
 class Collection:
-    """One collection of an engine. Its settings are plain values, kept as collection properties named `reid.<name>`."""
+    """One collection of an engine. Its settings are a dict of plain values, kept as the collection's property `reid`."""
 
     def __init__(self, uri, name):
         self.uri, self.name, self.client = uri, name, connect(uri)
 
     def call(self, method, **arguments):
-        """Call a method of MilvusClient on the collection. While the server is away the call is repeated, which is safe for all
-        that are used here; pymilvus itself gives up when a connection is refused."""
-        wait, end = 0.1, None
+        """Call a method of MilvusClient. While the server is away the call is repeated over new connections, which is safe for
+        all that are used here; pymilvus itself gives up when a connection is refused."""
+        end, wait = None, 0.1
         while True:
             try:
                 return getattr(self.client, method)(collection_name=self.name, timeout=TIMEOUT, **arguments)
             except Exception as error:
                 end = end or time.monotonic() + TIMEOUT
-                if not _is_outage(error) or time.monotonic() + wait > end:
+                if not _is_outage(error) or time.monotonic() > end:
                     raise self.failure(method, error) from None
             time.sleep(wait)
             wait = min(2 * wait, 5)
@@ -87,7 +85,7 @@ class Collection:
     def failure(self, method, error):
         """Return the ReidError for what pymilvus raised."""
         safe = SAFE if method in ("upsert", "flush", "delete") else "the rows are as they were"
-        return ReidError(f"{self.uri}: {method} failed ({reason(error)}); {safe}")
+        return ReidError(f"{self.uri}: {method} failed ({_reason(error)}); {safe}")
 
     def create(self, dim, index_type, **settings):
         """Create the collection, empty and ready to be searched."""
@@ -99,16 +97,18 @@ class Collection:
         for name in NUMBERS:
             schema.add_field(name, DataType.INT64)
         schema.add_field("vector", DataType.FLOAT_VECTOR, dim=dim)
-        self.call("create_collection", schema=schema, index_params=self._index(index_type), consistency_level="Strong",
-                  properties=_encoded(index_type=index_type, dim=dim, **settings))  # Strong: acknowledged rows are found
+        settings = {"reid": json.dumps({**settings, "dim": dim, "index_type": index_type})}
+        self.call("create_collection", schema=schema, index_params=self._index(index_type), properties=settings,
+                  consistency_level="Strong")  # a search finds every row that was acknowledged before it
 
     def change_index(self, index_type):
-        """Build another index over the rows of the collection."""
+        """Build another index over the rows of the collection; return its type."""
         self.call("release_collection")
         self.call("drop_index", index_name="vector")
         self.call("create_index", index_params=self._index(index_type))
         self.call("load_collection")
         self.set(index_type=index_type)
+        return index_type
 
     def _index(self, index_type):
         params = self.client.prepare_index_params()
@@ -118,12 +118,11 @@ class Collection:
 
     def settings(self):
         """Return all settings; a collection of another program has none."""
-        properties = self.call("describe_collection")["properties"]
-        return {name.removeprefix("reid."): json.loads(value) for name, value in properties.items() if name.startswith("reid.")}
+        return json.loads(self.call("describe_collection")["properties"].get("reid", "{}"))
 
     def set(self, **settings):
-        """Change settings."""
-        self.call("alter_collection_properties", properties=_encoded(**settings))
+        """Change some settings."""
+        self.call("alter_collection_properties", properties={"reid": json.dumps(self.settings() | settings)})
 
     def fetch(self, keys, fields):
         """Return {key: {field: value}} of the rows that exist among `keys`, a list."""
@@ -133,14 +132,12 @@ class Collection:
     def read(self, fields, condition=""):
         """Yield every row that meets `condition`, as lists of {field: value} in no particular order."""
         iterator = self.call("query_iterator", batch_size=VECTORS, filter=condition, output_fields=["key", *fields])
-        while True:
-            try:
-                block = iterator.next()
-            except Exception as error:
-                raise self.failure("query_iterator", error) from None
-            if not block:
-                return iterator.close()
-            yield block
+        try:
+            while block := iterator.next():
+                yield block
+        except Exception as error:
+            raise self.failure("query_iterator", error) from None
+        iterator.close()
 
     def write(self, rows):
         """Write rows, dicts of all fields, in batches that the engine acknowledges; return their number."""
@@ -150,13 +147,19 @@ class Collection:
         return len(rows)
 
 
+def key_of(path):
+    """Primary key of a path: 63 bits, since Milvus' integers are signed."""
+    return number(os.fsencode(path))
+
+
+def number(data):
+    """Hash bytes to 63 bits."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") >> 1
+
+
 def parts(items, size):
     """Cut a list into lists of `size`."""
     return (items[first : first + size] for first in range(0, len(items), size))
-
-
-def _encoded(**settings):
-    return {f"reid.{name}": json.dumps(value) for name, value in settings.items()}
 
 
 def _is_outage(error):
@@ -164,11 +167,11 @@ def _is_outage(error):
 
     code = getattr(error, "code", None)  # 2 and 101 are Milvus' own: no connection, collection not loaded
     code = code() if callable(code) else code
-    return (code in (2, 101, StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED)
-            or (isinstance(error, ValueError) and "closed" in str(error)))
+    closed = isinstance(error, ValueError) and "closed" in str(error)  # the connection, after an attempt to renew it
+    return closed or code in (2, 101, StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED)
 
 
-def reason(error):
+def _reason(error):
     """Return the first line of an error of gRPC, pymilvus or Python, without the token."""
     text = error.details() if hasattr(error, "details") else getattr(error, "message", "")
     text, token = str(text or error) or type(error).__name__, os.environ.get(TOKEN, "")
