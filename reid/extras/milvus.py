@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from reid import ReidError, distributed
 from reid.data.datasets import Records
-from reid.extras.milvus_client import BATCH, DEPTH, INDEXES, NUMBERS, VECTORS, Collection, is_file, key_of, number
+from reid.extras.milvus_client import BATCH, DEPTH, INDEXES, NUMBERS, VECTORS, Collection, batches, is_file, key_of, number
 from reid.images import PREPROCESSING
 from reid.retrieval.index import GalleryIndex
 from reid.retrieval.ranked import ranked_lists
@@ -44,7 +44,7 @@ def open_gallery(uri, run, extractor=None, part=""):
         raise ReidError(f"{uri}: no gallery of the run {run} in it, or one of an older version; make it again: {command}")
     gallery._restore()
     if extractor is not None and not gallery._made_by(getattr(extractor, "fingerprint", extractor)):
-        raise ReidError(f"{uri}: the gallery of {run} was made by other weights or another preprocessing; make it again: {command}")
+        raise ReidError(f"{uri}: the gallery of {run} was made by other weights or preprocessing; make it again: {command}")
     gallery.collection.call("load_collection")
     return gallery
 
@@ -65,7 +65,8 @@ def create_gallery(uri, run, fingerprint, mirror, dim, data_root, index_type="FL
             gallery._require(mirror=mirror, dim=dim)
             gallery.collection.call("load_collection")
             if index_type != gallery.index_type:
-                gallery.index_type = gallery.collection.change_index(index_type)
+                gallery.collection.change_index(index_type)
+                gallery.index_type = index_type
             return gallery
         gallery.collection.call("drop_collection")
     gallery.collection.create(dim, index_type, format=FORMAT, run=run, part=part, fingerprint=fingerprint, mirror=mirror,
@@ -126,8 +127,8 @@ class MilvusGallery:
     def _restore(self):
         settings = self.collection.settings()
         if [settings.get(name) for name in ("format", "run", "part")] != [FORMAT, self.run, self.part]:
-            raise ReidError(f"{self.uri}: the collection {self.collection.name} does not hold the run {self.run} in this version's "
-                            "format; choose another --exp_name or --gallery_uri")
+            raise ReidError(f"{self.uri}: the collection {self.collection.name} does not hold the run {self.run} in the format of "
+                            "this version; choose another --exp_name or --gallery_uri")
         vars(self).update(settings)
 
     def _made_by(self, fingerprint):
@@ -210,7 +211,7 @@ class MilvusGallery:
         start = distributed.share(self._first_position(records) if distributed.rank == 0 else None)
         mine = torch.arange(distributed.rank, len(records), distributed.world_size)
 
-        written = self._write(records, mine, start, lambda block, _: _batches(
+        written = self._write(records, mine, start, lambda block, _: batches(
             extractor.stream(block.files(), strict, False, self.bad)), progress)
         ranks = distributed.gather_objects((written, self.bad))
         written, self.bad = sum(count for count, _ in ranks), [item for _, bad in ranks for item in bad]
@@ -337,15 +338,3 @@ class _Column:
             return values if rows.ndim else values[0]
         shape = (*rows.shape, self.gallery.dim) if vectors else rows.shape
         return torch.tensor(values, dtype=torch.float32 if vectors else torch.int64).reshape(shape)
-
-
-def _batches(stream):
-    """Join what Extractor.stream yields to batches of BATCH rows or a little more."""
-    pieces = []
-    for piece in stream:
-        pieces.append(piece)
-        if sum(len(positions) for positions, _ in pieces) >= BATCH:
-            yield map(torch.cat, zip(*pieces))
-            pieces = []
-    if pieces:
-        yield map(torch.cat, zip(*pieces))

@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import torch
+
 from reid import ReidError
 from reid.cli import first_line, without_secrets
 
@@ -102,13 +104,12 @@ class Collection:
                   consistency_level="Strong")  # a search finds every row that was acknowledged before it
 
     def change_index(self, index_type):
-        """Build another index over the rows of the collection; return its type."""
+        """Build another index over the rows of the collection."""
         self.call("release_collection")
         self.call("drop_index", index_name="vector")
         self.call("create_index", index_params=self._index(index_type))
         self.call("load_collection")
         self.set(index_type=index_type)
-        return index_type
 
     def _index(self, index_type):
         params = self.client.prepare_index_params()
@@ -155,6 +156,18 @@ def key_of(path):
 def number(data):
     """Hash bytes to 63 bits."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") >> 1
+
+
+def batches(stream):
+    """Join what Extractor.stream yields to batches of BATCH rows or a little more."""
+    pieces = []
+    for piece in stream:
+        pieces.append(piece)
+        if sum(len(positions) for positions, _ in pieces) >= BATCH:
+            yield map(torch.cat, zip(*pieces))
+            pieces = []
+    if pieces:
+        yield map(torch.cat, zip(*pieces))
 
 
 def parts(items, size):

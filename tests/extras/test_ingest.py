@@ -133,9 +133,9 @@ import sys
 sys.path[:0] = sys.argv[1:3]
 from pathlib import Path
 from reid import distributed
-from reid.extras import milvus
+from reid.extras import milvus, milvus_client
 from test_ingest import FakeExtractor, MilvusGallery, Records, build, torch
-milvus.BATCH, milvus.BLOCK = 16, 64
+milvus_client.BATCH, milvus.BLOCK = 16, 64
 where, uri, size = Path(sys.argv[3]), sys.argv[4], int(sys.argv[5])
 n = torch.arange(size)
 records = Records(where, [f"g/{i:04d}.jpg" for i in range(size)], n % 9, n % 6, n * 0, n)
@@ -186,7 +186,7 @@ def test_killed_client_goes_on(tmp_path, root):
 @pytest.fixture
 def files(tmp_path, monkeypatch):
     """Records of 320 files that are written in batches of 16."""
-    monkeypatch.setattr(milvus, "BATCH", 16)
+    monkeypatch.setattr(milvus_client, "BATCH", 16)
     return folder(tmp_path / "data", 320)
 
 
