@@ -68,7 +68,7 @@ def test_inference_imports_only_what_is_locked(root, tmp_path):
     code = """if True:
         import importlib.metadata as metadata, sys
         from pathlib import Path
-        keep, names = set(sys.argv[1].split(",")), metadata.packages_distributions()
+        keep, names = {"human-reid", *sys.argv[1].split(",")}, metadata.packages_distributions()
         for module, owners in names.items():
             if not keep & {owner.lower().replace("_", "-") for owner in owners}:
                 sys.modules.setdefault(module, None)
