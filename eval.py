@@ -110,10 +110,19 @@ def main(args):
     return 3 if left_out else 0
 
 
+def make_extractor(checkpoint, args):
+    network = None
+    if args.engine != "torch":
+        from reid.extras.openvino import engine_of
+
+        network = engine_of(args)
+    return Extractor.from_args(checkpoint, args, network)
+
+
 def build_index(args, checkpoint, rank, world_size):
     """Embed gallery and queries of the dataset."""
     images, queries = read_split(args.data_root, "gallery"), read_split(args.data_root, "query")
-    extractor = Extractor.from_args(checkpoint, args)
+    extractor = make_extractor(checkpoint, args)
     if rank == 0:
         print(extractor.describe(), flush=True)
     options = {"strict": args.strict, "rank": rank, "world_size": world_size, "progress": rank == 0}
@@ -202,7 +211,7 @@ def learn_spacetime(args, checkpoint):
         return load_spacetime(path, args.data_root)
     train = read_split(args.data_root, "train")
     print(f"camera and time: learning from {len(train.pids.unique()):,} training identities", flush=True)
-    embeddings, kept, _ = Extractor.from_args(checkpoint, args).embed_records(train.files())
+    embeddings, kept, _ = make_extractor(checkpoint, args).embed_records(train.files())
     train = train.select(kept)
     columns = train.pids, train.camids, train.seqs, train.frames
     evidence = replace(spacetime.fit(*columns), weight=spacetime.fit_weight(embeddings, *columns))

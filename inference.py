@@ -56,6 +56,8 @@ def get_args_parser():
     add("--allowed_hosts", nargs="+", default=[], metavar="NAME", help="names of this machine that browsers may open the search "
         "page by, beside its IP addresses and localhost")
     add("--export", choices=["onnx"], help="write models/<run>/best.onnx instead, checked against PyTorch")
+    add("--onnx_input", choices=["uint8", "float"], default="uint8", help="of the export: bytes, or for trackers float RGB, "
+        "normalised, to models/<run>/best.float.onnx")
     extract.add_arguments(parser)
     add("--strict", action="store_true", help="stop at the first image that cannot be read, instead of leaving it out")
     return parser
@@ -75,7 +77,12 @@ def main(args):
         listener = serve.listen(args.host, args.port)  # a taken port is said before the gallery is embedded
     query_files = [] if args.serve else find_queries(args)
     distributed.start(args.device)  # torchrun: every rank embeds and writes its part of a Milvus gallery
-    extractor = extract.Extractor.from_args(checkpoint, args)
+    network = None
+    if args.engine != "torch":
+        from reid.extras.openvino import engine_of
+
+        network = engine_of(args)
+    extractor = extract.Extractor.from_args(checkpoint, args, network)
     index = gallery_of(args, extractor)
     ours = isinstance(index, GalleryIndex) and not args.serve  # then every rank also searches its stretch of the rows
     ranks = {"rank": distributed.rank, "world_size": distributed.world_size} if ours else {}
@@ -120,8 +127,8 @@ def export(args, checkpoint):
     """Write best.onnx beside the checkpoint, after comparing its output with PyTorch's on the query images."""
     from reid.extras.onnx import export_onnx
 
-    output = checkpoint.with_suffix(".onnx")
-    lowest = export_onnx(checkpoint, output, find_queries(args)[:64], args.mirror is not False)
+    output = checkpoint.with_suffix(".onnx" if args.onnx_input == "uint8" else ".float.onnx")
+    lowest = export_onnx(checkpoint, output, find_queries(args)[:64], args.mirror is not False, args.onnx_input)
     print(f"{output}: written; lowest cosine to PyTorch {lowest:.6f}")
 
 

@@ -40,6 +40,7 @@ def get_args_parser():
     # network
     add("--backbone", choices=list(EMBEDDING_SIZES), default="densenet121")
     add("--weights", default="imagenet", help="imagenet (downloaded by torchvision), none (from scratch), or a file")
+    add("--weights_partial", action="store_true", help="load what fits of --weights, even if tensors of the backbone are missing")
     add("--height", type=int, default=256)
     add("--width", type=int, default=128)
     # batches and augmentation
@@ -95,7 +96,7 @@ def main(args):
 
     model = build_model(default_config(classes, args.backbone, args.height, args.width))
     if not run_.state:
-        load_weights(model, args.weights, verbose=print if rank == 0 else lambda line: None)
+        load_weights(model, args.weights, args.weights_partial, verbose=print if rank == 0 else lambda line: None)
     engine = Engine(model, args, steps, device)
     if rank == 0:
         print(f"{run_.name}: {len(cache):,} images of {len(classes)} identities, {steps} steps an epoch, "

@@ -27,7 +27,8 @@ from reid import ReidError, images
 from reid.checkpoint import save_checkpoint
 from reid.cli import run
 from reid.data.datasets import read_folder, read_split
-from reid.model import build_model, default_config
+from reid.extras.openvino import OpenVinoNetwork
+from reid.model import DTYPES, build_model, default_config, plain_network
 from reid.retrieval import metrics
 from reid.retrieval.extract import Extractor
 from reid.retrieval.index import GalleryIndex
@@ -130,7 +131,7 @@ def on_cpu(checkpoint, files, rounds):
     normal = peer.pixels(pixels)
     engines = {"fp32": Extractor(checkpoint, "cpu", "fp32", mirror=False), fast.precision: fast}
     try:
-        engines["openvino"] = Extractor(checkpoint, "cpu", engine="openvino", mirror=False)
+        engines["openvino"] = Extractor(checkpoint, "cpu", network=OpenVinoNetwork, mirror=False)
     except ReidError as error:
         print(f"left out: {error}")
     for engine, extractor in engines.items():
@@ -171,15 +172,12 @@ def on_gpu(checkpoint, files, rounds):
     extractor = Extractor(checkpoint, "cuda", mirror=False)
     peer = Peer(extractor)
     print(extractor.describe(), flush=True)
-    small = torch.stack([images.decode(file) for file in files[:64]]).cuda()
-    pixels = images.resize(small, extractor.size).repeat(8, 1, 1, 1)
+    pixels = images.resize([images.decode(file) for file in files[:64]], extractor.size).cuda().repeat(8, 1, 1, 1)
     normal = peer.pixels(pixels.cpu()).cuda()
-    from reid.retrieval.extract import DTYPES, plain_network
-
     compiled = torch.compile(plain_network(extractor._model, DTYPES[extractor.precision]))
-    ways = {"folded": None, "torch.compile": compiled}
+    ways = {"eager": None, "torch.compile": compiled}
     for precision in ("fp16", "fp32"):
-        ways[f"folded, {precision}"] = Extractor(checkpoint, "cuda", precision, mirror=False)._features
+        ways[f"eager, {precision}"] = Extractor(checkpoint, "cuda", precision, mirror=False)._features
     for name, network in ways.items():
         yield compare(f"network, {name}, batch 512", 512, lambda network=network: extractor._embed(pixels, network).cpu(),
                       lambda: peer.embed(normal), "eager TF32 NCHW torchvision", rounds)
@@ -193,7 +191,7 @@ def on_gpu(checkpoint, files, rounds):
 
 def accuracy(checkpoint, data_root, engine, precision):
     """mAP and Rank-1 of a grouped dataset by one mode, without mirrored images, from float32 and from float16 embeddings."""
-    extractor = Extractor(checkpoint, "auto" if engine == "torch" else "cpu", precision, engine, mirror=False)
+    extractor = Extractor(checkpoint, "auto", precision, OpenVinoNetwork if engine == "openvino" else None, mirror=False)
     started = time.perf_counter()
     query, gallery = (GalleryIndex.build(extractor, read_split(data_root, split), dtype=torch.float32)
                       for split in ("query", "gallery"))

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from reid import ReidError
+from reid.cli import first_line
 from reid.files import checksum, load, save
 from reid.images import PREPROCESSING
 from reid.model import build_model, check_config
@@ -19,12 +20,16 @@ DEVICE_NAME = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE) 
 
 
 def checkpoint_payload(model, metrics, args, training=None):
-    """The dict of a checkpoint, copied to the CPU so that training may go on while it is written.
+    """Return the dict of a checkpoint, copied to the CPU so that training can continue while it is written.
 
-    metrics, args: plain values. Without `training` the weights are stored as float16 (best.pth: what inference needs and
-    the classifier); with it (a dict of optimizer, schedule and RNG states) in full precision for exact resume (last.pth).
+    metrics, args: plain values. Without `training` the weights are stored as float16 where their values fit (best.pth: what
+    inference needs, and the classifier); with it (a dict of optimizer, schedule and RNG states) in full precision for exact
+    resume (last.pth). Raises ReidError for weights that are not finite.
     """
-    state = _copy(model.state_dict(), torch.float16 if training is None else torch.float32)
+    state = _copy(model.state_dict())
+    _check_finite(state, "the weights of this run", "nothing was saved; lower --lr")
+    if training is None:
+        state = {key: _half(value) for key, value in state.items()}
     payload = {"config": dict(model.config), "state_dict": state, "metrics": metrics, "args": dict(args)}
     return payload | {"versions": versions()} | ({"training": _copy(training)} if training is not None else {})
 
@@ -34,15 +39,28 @@ def save_checkpoint(path, model, metrics, args, training=None):
     save(path, checkpoint_payload(model, metrics, args, training), FORMAT, VERSION)
 
 
-def _copy(node, dtype=None):
-    """The tree with its tensors on the CPU, cloned (a view would drag its whole storage along), floats as `dtype`."""
+def _copy(node):
+    """Return the tree with its tensors on the CPU, cloned (a view would keep its whole storage)."""
     if isinstance(node, torch.Tensor):
-        return node.detach().to("cpu", dtype if dtype and node.is_floating_point() else node.dtype, copy=True)
+        return node.detach().to("cpu", copy=True)
     if isinstance(node, dict):
-        return {key: _copy(value, dtype) for key, value in node.items()}
+        return {key: _copy(value) for key, value in node.items()}
     if isinstance(node, (list, tuple)):
-        return type(node)(_copy(value, dtype) for value in node)
+        return type(node)(_copy(value) for value in node)
     return node
+
+
+def _half(value):
+    """Return floats as float16 if all of them are in its range, else as float32."""
+    if not value.is_floating_point():
+        return value
+    half = value.to(torch.float16)
+    return half if half.isfinite().all() else value.float()
+
+
+def _check_finite(state, owner, advice):
+    if not all(value.isfinite().all() for value in state.values()):
+        raise ReidError(f"{owner}: NaN or infinite values; {advice}")
 
 
 def versions():
@@ -90,8 +108,7 @@ def restore_model(record, path="checkpoint"):
     except (RuntimeError, AttributeError, TypeError, IndexError) as error:
         reason = str(error).splitlines()[-1].strip()[:120]
         raise ReidError(f"{path}: weights do not fit its own configuration ({reason})") from error
-    if not all(torch.isfinite(value).all() for value in model.state_dict().values()):
-        raise ReidError(f"{path}: weights hold NaN or infinite values; use an earlier checkpoint")
+    _check_finite(model.state_dict(), path, "use an earlier checkpoint")
     return model
 
 
@@ -115,43 +132,43 @@ def load_spacetime(path, data_root):
 
 
 def fingerprint(record):
-    """16 hex digits that change with the weights that embed, the input size or the preprocessing: an index keeps them."""
+    """Return 16 hex digits, kept by an index, that change with the embedding weights, the input size or the preprocessing."""
     config = {key: value for key, value in record["config"].items() if key != "classes"}
-    weights = {key: value.to(torch.float16) if value.is_floating_point() else value
-               for key, value in record["state_dict"].items()
+    weights = {key: _half(value) for key, value in record["state_dict"].items()
                if not key.startswith("classifier.") and not key.endswith("num_batches_tracked")}
     digest = checksum([PREPROCESSING, sorted(config.items()), sorted(weights.items())])
     return hashlib.sha256(digest.encode()).hexdigest()[:16]
 
 
-def load_weights(model, weights, verbose=print):
-    """Start `model` from `weights`: "none", "imagenet" (torchvision's download), or a path.
+def load_weights(model, weights, partial=False, verbose=print):
+    """Initialise `model` from `weights`: "none", "imagenet" (torchvision's download), or a path.
 
-    A path may hold a checkpoint of ours, torchvision's own file, or a state dict in the manner of torchreid or layumi
-    (prefixes such as `module.` and `model.features.` are dropped). Prints what matched and what did not; raises ReidError
-    where nothing of the backbone does.
+    A path may hold a checkpoint of this project, torchvision's own file, or a state dict in the manner of torchreid or layumi
+    (prefixes such as `module.` and `model.features.` are dropped). Prints what matched and what did not. Raises ReidError
+    where a tensor of the backbone is missing or has another shape, unless `partial`; then where none fits.
     """
     if weights == "none":
         return
     source = _imagenet(model.config["backbone"]) if weights == "imagenet" else _read_state(weights)
-    target = model.state_dict()
-    names = {_bare(key): key for key in target}
+    target = {key: value for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")}
+    names = {_bare(key): key for key in model.state_dict()}
     taken, dropped = {}, []
     for key, value in source.items():
         name = names.get(_bare(key))
-        if name is not None and isinstance(value, torch.Tensor) and value.shape == target[name].shape:
+        if name is not None and isinstance(value, torch.Tensor) and value.shape == model.state_dict()[name].shape:
             taken[name] = value
         else:
             dropped.append(key)
-    backbone = sum(key.startswith("body.") for key in target)
-    matched = sum(key.startswith("body.") for key in taken)
-    if matched == 0:
-        raise ReidError(f"--weights {weights}: nothing in it fits {model.config['backbone']}; is it of another backbone?")
+    backbone = [key for key in target if key.startswith("body.")]
+    missing = [key for key in backbone if key not in taken]
+    summary = f"{len(backbone) - len(missing)} of {len(backbone)} backbone tensors matched"
+    if missing and (not partial or len(missing) == len(backbone)):
+        raise ReidError(f"--weights {weights}: {summary} for {model.config['backbone']}, {_few(missing)} did not; is it of another "
+                        f"backbone?{'' if partial else ' --weights_partial loads what fits'}")
+    _check_finite(taken, f"--weights {weights}", "use another file")
     model.load_state_dict(taken, strict=False)
-    if not all(torch.isfinite(value).all() for value in taken.values()):
-        raise ReidError(f"--weights {weights}: holds NaN or infinite values")
-    fresh = [key for key in target if key not in taken and not key.endswith("num_batches_tracked")]
-    verbose(f"weights {weights}: {matched} of {backbone} backbone tensors matched"
+    fresh = [key for key in target if key not in taken]
+    verbose(f"weights {weights}: {summary}"
             + (f"; not used: {_few(dropped)}" if dropped else "") + (f"; fresh: {_few(fresh)}" if fresh else ""))
 
 
@@ -160,8 +177,8 @@ def _few(names):
 
 
 def _bare(key):
-    """A tensor's name without the wrappers that different repositories put around the same network."""
-    key = re.sub(r"^(?:(?:module|model|backbone|base|body|features|classifier_backbone)\.)+", "", key)
+    """Return a tensor's name without the wrappers that different repositories put around the same network."""
+    key = re.sub(r"^(?:(?:_orig_mod|module|net|model|backbone|base|body|features|classifier_backbone)\.)+", "", key)
     key = re.sub(r"\.(norm|conv)\.(\d)\.", r".\1\2.", key)  # torchvision's oldest DenseNet files: norm.1 for norm1
     return re.sub(r"^(?:bn|bottleneck|bnneck)\.", "neck.", key)
 
@@ -171,12 +188,11 @@ def _read_state(path):
         raise ReidError(f"--weights {path}: no such file; give imagenet, none or the path of a state dict")
     try:
         record = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise ReidError(f"--weights {path}: not a file of tensors that can be loaded safely ({reason})") from error
+    except Exception as error:  # torch raises half a dozen types
+        raise ReidError(f"--weights {path}: not a file of tensors that can be loaded safely ({first_line(error)})") from error
     if isinstance(record, dict) and record.get("format") == FORMAT:
         return load_checkpoint(path)["state_dict"]
-    for key in ("state_dict", "model"):
+    for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(record, dict) and isinstance(record.get(key), dict):
             record = record[key]
     if not isinstance(record, dict):

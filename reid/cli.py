@@ -5,6 +5,7 @@ import errno
 import os
 import re
 import sys
+import warnings
 
 from reid import ReidError
 
@@ -69,6 +70,8 @@ def run(parser, main):
             setattr(sys, name, open(os.devnull, "w"))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # for file names outside of the terminal's encoding
+    # For the whole process, since warnings cannot be scoped to the threads that decode; the package itself changes no filter.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         status = main(args) or 0
         sys.stdout.flush()

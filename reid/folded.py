@@ -1,205 +1,130 @@
-"""DenseNet for inference: every batch norm folded away, and no channel copied twice.
+"""DenseNet-121 for inference on a CPU: batch norms folded into convolutions, no channel copied twice.
 
-Three rewrites, each exact but for rounding:
-
-- A norm after a convolution goes into that convolution's weights and bias.
-- A norm and ReLU before a 1x1 convolution become one clamp, because relu(a x + b) = a (max(x, t) - t) with t = -b / a
-  (min where a < 0): the scale a goes into the weights, -a t into the bias.
-- A block's channels live in one matrix [pixels, channels]. Each layer reads the first of its columns and writes the next
-  32, so `torch.cat` is gone.
-
-The normalisation of pixels stays outside: folded into the first convolution it would need a padding of mean grey, and it
-costs one per cent.
+Three rewrites, each exact but for rounding. A norm after a convolution goes into its weights and bias. A norm and ReLU before
+a 1x1 convolution become one clamp, because relu(a x + b) = a (max(x, t) - t) with t = -b / a (min for a < 0): the scale a
+goes into the weights, -a t into the bias. The channels of a block are one matrix [pixels, channels], of which each layer
+reads the first columns and writes the next 32, so `torch.cat` is gone.
 """
-
-import platform
 
 import torch
 import torch.nn.functional as F
 
-PASS_BYTES = 4 << 20  # a block runs on as many images at a time as fill the second-level cache of two cores (CPU)
-CONSTANT = 8  # columns of ones beside the channels where the matrix product takes no float32 bias; 8 keeps rows aligned
+PASS_BYTES = 4 << 20  # a block runs on as many images at a time as fill the second-level cache of two cores
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # relative error of the features; rounding makes 1e-6 and 6e-3 of it
 
 
 class FoldedDenseNet:
-    """Pooled features of uint8 images with the weights of a ReidModel (backbone densenet121), on CPU or CUDA.
+    """Pooled features of uint8 images with the weights of a ReidModel on the CPU; weights and activations are `dtype`.
 
-    dtype: of weights and activations; products are summed in float32. On x86 oneDNN's packed weights and fused bias and
-    ReLU are used (`packed`), elsewhere plain PyTorch.
+    Needs private operators of PyTorch (oneDNN's fused ones). Raises AttributeError or RuntimeError where they are missing, or
+    compute something else than the plain network for one small image.
     """
 
-    def __init__(self, model, dtype, packed=None):
-        self.model, self.dtype = model, dtype
-        self.device = model.mean.device
-        x86 = self.device.type == "cpu" and platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
-        self.packed = x86 if packed is None else packed
+    @torch.no_grad()
+    def __init__(self, model, dtype):
+        self.model, self.dtype, self.stages, body = model, dtype, [], model.body
         # PyTorch clamps bf16 by way of float32. Bit patterns compare like the numbers as long as the bounds are not
-        # negative, so on the CPU every stored channel is shifted until they are, and int16 is clamped: 2 to 3 times faster.
-        self.bits = torch.int16 if dtype == torch.bfloat16 and self.device.type == "cpu" else dtype
-        self.constant = 0 if self.packed else CONSTANT
-        body = model.body
-        self.stem = self._conv(*_fold_norm(body.conv0, body.norm0), stride=2, padding=3, relu=True)
-        self.blocks, arriving = [], None
-        for i in range(1, 5):
-            layers = list(getattr(body, f"denseblock{i}").values())
-            transition = getattr(body, f"transition{i}", None)
-            norms = [layer.norm1 for layer in layers] + [transition.norm if transition else body.norm5]
-            # What leaves the stem is not negative, so its channels need no shift.
-            shift = self._shift(norms, len(layers) * 32 + layers[0].norm1.num_features, 64 if i == 1 else 0)
-            if arriving:
-                gate, weight, bias, stride = arriving
-                self.blocks[-1].append((gate, self._pointwise(weight, bias + shift[: len(bias)], relu=False), stride))
-            self.blocks.append([[self._layer(layer, shift) for layer in layers]])
+        # negative, so every stored channel is shifted until they are, and int16 is clamped: 2 to 3 times faster.
+        self.bits = torch.int16 if dtype == torch.bfloat16 else dtype
+        self.stem = self._conv(*_fold(body.conv0, body.norm0), stride=2, padding=3, relu="relu")
+        blocks = [list(getattr(body, f"denseblock{i}").values()) for i in range(1, 5)]
+        transitions = [body.transition1, body.transition2, body.transition3, None]
+        lasts = [*(transition.norm for transition in transitions[:3]), body.norm5]
+        shifts = [self._shift([*(layer.norm1 for layer in layers), last]) for layers, last in zip(blocks, lasts)]
+        shifts[0][: len(body.norm0.weight)] = 0  # what leaves the stem is not negative
+        pixels = model.config["height"] * model.config["width"] // 16
+        for layers, transition, last, shift, following in zip(blocks, transitions, lasts, shifts, [*shifts[1:], None]):
+            size = max(1, PASS_BYTES // (pixels * last.num_features * dtype.itemsize))
+            folded = [self._layer(layer, shift) for layer in layers]
             if transition:
-                gate, weight, bias = self._gate(transition.norm, shift, _matrix(transition.conv))
-                arriving = gate, weight, bias, transition.stride
-        self.last = self._gate(body.norm5, shift, None)
+                weight = transition.conv.weight.double()
+                gate = self._gated(last, shift, weight, following[: len(weight)])
+                pixels //= transition.stride**2
+                self.stages.append((size, folded, *gate, transition.stride))
+        bounds, scale, t = self._gate(last, shift)
+        self.scale, self.offset = scale.float(), (-scale * t).float()
+        self.stages.append((size, folded, bounds, None, 1))
+        image = torch.randint(256, (1, 3, 64, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        expected = model.features(image)
+        if not (self(image) - expected).norm() <= TOLERANCE[dtype] * expected.norm():
+            raise RuntimeError("the folded network differs from the plain one")
 
     @torch.inference_mode()
-    def __call__(self, images):
+    def __call__(self, x):
         """uint8 [n, 3, H, W] -> pooled features before the neck, float32 [n, D], as `ReidModel.features` gives them."""
-        x = images
-        height, width = (images.shape[2] + 3) // 4, (images.shape[3] + 3) // 4
-        for layers, *transition in self.blocks:
-            size = PASS_BYTES // (layers[-1][0][0].nbytes * height * width) if self.device.type == "cpu" else len(x)
-            parts = [self._block(part, layers, *transition) for part in x.split(max(1, size))]
-            x = torch.cat(parts) if len(parts) > 1 else parts[0]
-            height, width = x.shape[2:] if transition else (1, 1)
+        for size, *stage in self.stages:
+            x = torch.cat([self._block(part, *stage) for part in x.split(size)])
         return x
 
-    def _start(self, images):
-        x = ((images.float() - self.model.mean) / self.model.std).to(self.dtype, memory_format=torch.channels_last)
-        x = self.stem(x)
-        if self.bits == self.dtype:
-            return F.max_pool2d(x, 3, stride=2, padding=1)
-        # Not negative, so bit patterns compare like numbers here too, and zeros pad.
-        x, odd = x.permute(0, 2, 3, 1).view(self.bits), (0, 0, 0, x.shape[3] % 2, 0, x.shape[2] % 2)
-        x = F.pad(x, odd) if any(odd) else x
-        for dim in (1, 2):
-            even, odd = x.unflatten(dim, (-1, 2)).unbind(dim + 1)
-            x = torch.maximum(even, odd)
-            later = x.narrow(dim, 1, x.shape[dim] - 1)
-            torch.maximum(later, odd.narrow(dim, 0, x.shape[dim] - 1), out=later)
-        return x.view(self.dtype).permute(0, 3, 1, 2)
-
-    def _block(self, x, layers, transition=None):
-        x = x if x.is_floating_point() else self._start(x)
-        n, c, h, w = x.shape
-        c += self.constant
-        total = c + 32 * len(layers)
-        buffer = torch.empty(n * h * w, total, dtype=self.dtype, device=x.device)
-        buffer[:, : self.constant] = 1
-        buffer = buffer.view(self.bits)
-        scratch = torch.empty_like(buffer).flatten()
-        buffer[:, self.constant : c] = _rows(x).view(self.bits)
-        for (low, high), pointwise, conv in layers:
-            gated = torch.clamp(buffer[:, :c], low, high, out=scratch[: len(buffer) * c].view(-1, c)).view(self.dtype)
-            new = conv(pointwise(gated).view(n, h, w, -1).permute(0, 3, 1, 2))
-            buffer[:, c : c + 32] = _rows(new).view(self.bits)
+    def _block(self, x, layers, bounds, pointwise, stride):
+        """uint8 [n, 3, H, W] or stored channels [n, h, w, c] -> the next block's channels, or features [n, D]."""
+        if x.dtype == torch.uint8:
+            x = x.float().sub_(self.model.mean).div_(self.model.std).to(self.dtype, memory_format=torch.channels_last)
+            x = F.max_pool2d(self.stem(x), 3, stride=2, padding=1).permute(0, 2, 3, 1)
+        n, h, w, c = x.shape
+        stored = torch.empty(n * h * w, c + 32 * len(layers), dtype=self.bits)
+        scratch = torch.empty_like(stored).flatten()
+        stored[:, :c] = x.reshape(-1, c).view(self.bits)
+        for layer_bounds, squeeze, conv in layers:
+            gated = torch.clamp(stored[:, :c], *layer_bounds, out=scratch[: len(stored) * c].view(-1, c)).view(self.dtype)
+            new = conv(squeeze(gated).view(n, h, w, -1).permute(0, 3, 1, 2))
+            stored[:, c : c + 32] = new.permute(0, 2, 3, 1).reshape(-1, 32).view(self.bits)
             c += 32
-        low, high = transition[0] if transition else self.last[0]
-        gated = torch.clamp(buffer, low, high, out=scratch.view(-1, total)).view(self.dtype).view(n, h, w, total)
-        if not transition:
-            return self._pool(gated[..., self.constant :])
-        _, pointwise, stride = transition
+        gated = torch.clamp(stored, *bounds, out=scratch.view(-1, c)).view(self.dtype).view(n, h, w, c)
+        if pointwise is None:
+            return gated.mean((1, 2), dtype=torch.float32) * self.scale + self.offset
         if stride == 2:  # pooling before the 1x1 convolution gives the same for a quarter of the work
             gated = F.avg_pool2d(gated.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
-        n, h, w, _ = gated.shape
-        return pointwise(gated.reshape(n * h * w, total)).view(n, h, w, -1).permute(0, 3, 1, 2)
+        return pointwise(gated.reshape(-1, c)).view(*gated.shape[:3], -1)
 
-    def _pool(self, gated):
-        _, scale, offset = self.last
-        if self.model.pool is None:
-            return gated.mean((1, 2), dtype=torch.float32) * scale + offset
-        return self.model.pool((gated.float() * scale + offset).permute(0, 3, 1, 2))
-
-    def _shift(self, norms, channels, natural):
-        """What is added to each stored channel so that no bound of the layers reading it is negative, float64 [channels]."""
-        shift = torch.zeros(channels, dtype=torch.float64)
-        if self.bits == self.dtype:
-            return shift
-        for norm in norms:
+    def _shift(self, norms):
+        """float64 [channels] to add to each stored channel, so that no bound of the layers that read it is negative."""
+        shift = torch.zeros(norms[-1].num_features, dtype=torch.float64)
+        for norm in norms if self.bits != self.dtype else []:
             scale, offset = _affine(norm)
-            bound = -offset / scale.where(scale.abs() > 1e-12, torch.inf)
-            # A ReLU that is open eight deviations below the mean never acts: shifting so far would only cost precision.
-            reach = norm.running_mean.double() - 8 * norm.running_var.double().sqrt()
-            need = torch.where(bound > reach, -bound, 0)
-            shift[: len(need)] = torch.maximum(shift[: len(need)], need)
-        shift[:natural] = 0
+            # A bound eight deviations below the mean is never met: to shift so far would only cost precision.
+            met = -offset / scale > norm.running_mean.double() - 8 * norm.running_var.double().sqrt()
+            shift[: len(met)] = shift[: len(met)].maximum(torch.where(met, offset / scale, 0))
         return (shift * (1 + 2**-7)).to(self.dtype).double()
 
-    def _gate(self, norm, shift, weight):
-        """norm and ReLU before the matrix `weight` -> bounds of the clamp, folded weight, bias (float64).
-
-        Without `weight` (the last norm): bounds, scale and offset, float32, which turn clamped values into normed ones.
-        """
+    def _gate(self, norm, shift):
+        """norm and ReLU of channels stored with `shift` -> (low, high), a, t: they are a * (clamp(x, low, high) - t)."""
         scale, offset = _affine(norm)
-        dead = scale.abs() <= 1e-12
-        at = shift[: len(scale)] - torch.where(dead, 0, offset / scale.where(~dead, 1))
-        largest = torch.finfo(self.dtype).max
-        free = dead | (at < (0 if self.bits != self.dtype else -largest))
-        bound = at.clamp(-largest, largest).to(self.dtype)
-        at = torch.where(free, at, bound.double())  # the bias makes up for the bound's own rounding
+        t = shift[: len(scale)] - offset / scale
+        bound = t.to(self.dtype)
+        unmet = (bound < 0) & (self.bits != self.dtype)  # the ReLU is open for every x where a > 0, closed where a < 0
+        t = torch.where(unmet, t, bound.double())  # the bias makes up for the rounding of a bound
         low, high = (-32768, 32767) if self.bits != self.dtype else (-torch.inf, torch.inf)
         bound = bound.view(self.bits)
-        bounds = bound.masked_fill(free | (scale < 0), low), bound.masked_fill(free | (scale > 0), high)
-        ones = torch.ones(self.constant, dtype=self.dtype).view(self.bits)
-        bounds = tuple(torch.cat([ones, value]).to(self.device) for value in bounds)
-        rest = torch.where(dead, offset.clamp(min=0), 0)
-        scale = torch.where(dead, 0, scale)
-        if weight is None:
-            return bounds, scale.float().to(self.device), (rest - scale * at).float().to(self.device)
-        folded = (weight * scale).to(self.dtype)
-        return bounds, folded, (weight * rest).sum(1) - (folded.double() * at).sum(1)
+        bounds = bound.masked_fill(unmet | (scale < 0), low), bound.masked_fill(unmet | (scale > 0), high)
+        return bounds, torch.where(unmet & (scale < 0), 0, scale), t
+
+    def _gated(self, norm, shift, weight, bias, relu="none"):
+        """norm, ReLU and a 1x1 convolution (float64 [o, c, 1, 1] and bias [o]) -> (low, high), callable [m, c] -> [m, o]."""
+        bounds, scale, t = self._gate(norm, shift)
+        weight = (weight.flatten(1) * scale).to(self.dtype)
+        bias, packed = (bias - (weight.double() * t).sum(1)).float(), torch.ops.mkldnn._reorder_linear_weight(weight)
+        return bounds, lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, relu, [], "")
 
     def _layer(self, layer, shift):
         channels = layer.norm1.num_features
-        weight, bias = _fold_norm(layer.conv1, layer.norm2)
-        bounds, weight, extra = self._gate(layer.norm1, shift, weight.flatten(1))
-        offset = shift[channels : channels + 32] if self.bits != self.dtype else None
-        conv = self._conv(layer.conv2.weight.detach(), offset, padding=1)
-        return bounds, self._pointwise(weight, bias + extra, relu=True), conv
+        conv = self._conv(layer.conv2.weight, shift[channels : channels + 32], padding=1)
+        return *self._gated(layer.norm1, shift, *_fold(layer.conv1, layer.norm2), relu="relu"), conv
 
-    def _pointwise(self, weight, bias, relu):
-        """[m, c] -> [m, o]: the 1x1 convolution of `weight` [o, c] and float64 `bias` [o], with ReLU if asked."""
-        if self.packed:
-            op, bias = torch.ops.mkldnn._linear_pointwise, bias.float()
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
-            return lambda x: op(x, packed, bias, "relu" if relu else "none", [], "")
-        high = bias.to(self.dtype)
-        columns = weight.new_zeros(len(bias), self.constant)
-        columns[:, 0], columns[:, 1] = high, (bias - high.double()).to(self.dtype)  # together as good as float32
-        weight = torch.cat([columns, weight], 1).to(self.device).T
-        zero = weight.new_zeros(weight.shape[1])
-        return (lambda x: torch._addmm_activation(zero, x, weight)) if relu else (lambda x: x @ weight)
-
-    def _conv(self, weight, bias, stride=1, padding=0, relu=False):
-        weight = weight.to(self.dtype).to(self.device, memory_format=torch.channels_last)
-        if self.packed:
-            op, bias = torch.ops.mkldnn._convolution_pointwise, None if bias is None else bias.float()
-            pads, strides, ones = [padding] * 2, [stride] * 2, [1, 1]
-            packed = torch.ops.mkldnn._reorder_convolution_weight(weight, pads, strides, ones, 1)
-            return lambda x: op(x, packed, bias, pads, strides, ones, 1, "relu" if relu else "none", [], "")
-        bias = None if bias is None else bias.to(self.dtype).to(self.device)
-        after = F.relu_ if relu else lambda x: x
-        return lambda x: after(F.conv2d(x, weight, bias, stride, padding))
+    def _conv(self, weight, bias, stride=1, padding=0, relu="none"):
+        sizes = [padding] * 2, [stride] * 2, [1, 1], 1
+        weight = weight.to(self.dtype).to(memory_format=torch.channels_last)
+        packed, bias = torch.ops.mkldnn._reorder_convolution_weight(weight, *sizes), bias.float()
+        return lambda x: torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *sizes, relu, [], "")
 
 
 def _affine(norm):
-    """A batch norm in evaluation as x * scale + offset, float64 [c]."""
-    scale = norm.weight.detach().double().cpu() / (norm.running_var.double().cpu() + norm.eps).sqrt()
-    return scale, norm.bias.detach().double().cpu() - norm.running_mean.double().cpu() * scale
+    """A batch norm in evaluation as a x + b, float64 [c] each; a dead channel's `a` is not quite zero, so that t exists."""
+    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    return scale.where(scale.abs() > 1e-12, 1e-12), norm.bias.double() - norm.running_mean.double() * scale
 
 
-def _fold_norm(conv, norm):
+def _fold(conv, norm):
+    """A convolution and the norm after it as one: float64 weight and bias."""
     scale, offset = _affine(norm)
-    return conv.weight.detach().double().cpu() * scale[:, None, None, None], offset
-
-
-def _matrix(conv):
-    return conv.weight.detach().double().cpu().flatten(1)
-
-
-def _rows(x):
-    """[n, c, h, w] in channels-last memory -> [n h w, c], a view."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    return conv.weight.double() * scale[:, None, None, None], offset

@@ -1,9 +1,9 @@
-"""From an image file to uint8 pixels: the one way in for training, evaluation, inference and export."""
+"""From an image file to uint8 pixels: the only way for training, evaluation, inference and export."""
 
 import io
 import os
+import re
 import stat
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -16,21 +16,20 @@ from reid import ReidError
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for RGB in 0..1
 MAX_PIXELS = 50_000_000  # larger images are refused before they are decoded (decompression bombs)
 MAX_BYTES = 256 << 20  # larger files are refused before they are read; no image of MAX_PIXELS needs more
-# Named, because Pillow otherwise looks for more at the first file that it does not know, while other threads go through its
-# list; and because some of its formats run other programs.
+MAX_SCANS = 100  # of a JPEG: a scan of a few bytes costs a pass over all pixels; progressive files of cameras have about 10
+MARKER = re.compile(rb"\xff([\xc0-\xcf\xd8-\xfe])")  # of a JPEG's segment; others (stuffing, restarts) are part of the data
+# A fixed list, because Pillow otherwise loads further plug-ins at the first unknown file, while other threads read its list;
+# and because some of its formats run other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 PREPROCESSING = "rgb-u8/bilinear-antialias/imagenet-mean-std/1"  # part of an index's fingerprint: change it with the code
 
-# Pillow warns of odd images; here and not around each decoding, where threads would undo each other's settings.
-warnings.filterwarnings("ignore", module=r"PIL\.")
-
 
 def decode(source):
-    """An image file as uint8 [3, h, w], RGB, upright.
+    """Decode an image file to uint8 [3, h, w], RGB, upright.
 
     source: path, bytes, or a PIL image. EXIF rotation is applied; grey, palette, CMYK, 16-bit and transparent images are
-    converted (transparency onto white), of an animation the first frame is taken. Raises ReidError (path and reason) for
-    what is not a whole image or has more than MAX_PIXELS.
+    converted (transparency onto white); of an animation the first frame is taken. Raises ReidError (path and reason) for
+    what is not a whole image, has more than MAX_PIXELS, or is a JPEG of more than MAX_SCANS scans.
     """
     name = source if isinstance(source, (str, Path)) else "image"
     try:
@@ -48,15 +47,25 @@ def decode(source):
 
 
 def _open(source):
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return Image.open(io.BytesIO(source), formats=FORMATS)
-    found = os.stat(source)
-    if not stat.S_ISREG(found.st_mode):  # a pipe would never end, a link to /dev/zero neither
-        raise OSError("is a folder" if stat.S_ISDIR(found.st_mode) else "not a regular file")
-    if found.st_size > MAX_BYTES:
-        raise OSError(f"{found.st_size:,} bytes, more than {MAX_BYTES:,}")
-    # One read: a handle kept open by a lazy decoder would add up over 100,000 files.
-    return Image.open(io.BytesIO(Path(source).read_bytes()), formats=FORMATS)
+    if not isinstance(source, (bytes, bytearray, memoryview)):
+        found = os.stat(source)
+        if not stat.S_ISREG(found.st_mode):  # a pipe would never end, nor a link to /dev/zero
+            raise OSError("is a folder" if stat.S_ISDIR(found.st_mode) else "not a regular file")
+        if found.st_size > MAX_BYTES:
+            raise OSError(f"{found.st_size:,} bytes, more than {MAX_BYTES:,}")
+        source = Path(source).read_bytes()  # one read: handles that lazy decoders keep open would add up over 100,000 files
+    if source[:2] == b"\xff\xd8" and _has_too_many_scans(source):
+        raise OSError(f"a JPEG of more than {MAX_SCANS} scans")
+    return Image.open(io.BytesIO(source), formats=FORMATS)
+
+
+def _has_too_many_scans(data):
+    """Whether a JPEG has more than MAX_SCANS scans, from its segments alone; every segment states its length."""
+    scans, found = 0, MARKER.search(data, 2)
+    while found and found[1] != b"\xd9" and scans <= MAX_SCANS:
+        scans += found[1] == b"\xda"
+        found = MARKER.search(data, found.end() + int.from_bytes(data[found.end() : found.end() + 2]))
+    return scans > MAX_SCANS
 
 
 def _to_rgb(image):
@@ -72,20 +81,21 @@ def _to_rgb(image):
 
 
 def resize(images, size):
-    """Images of any sizes as one uint8 batch [N, 3, H, W].
+    """Resize images of any sizes to one uint8 batch [N, 3, H, W].
 
     images: uint8 tensors [3, h, w] (list, or a batch); size: (H, W). Bilinear, with antialiasing where it shrinks. Images
-    of one size are resized together, and each comes out the same whatever stands beside it.
+    of one size are resized together, and the result for an image does not depend on the others.
     """
-    if len({image.shape for image in images}) == 1:
-        batch = images if isinstance(images, torch.Tensor) else torch.stack(list(images))
-        return _resize_batch(batch, tuple(size))
-    return torch.cat([_resize_batch(image[None], tuple(size)) for image in images])
+    size = tuple(size)
+    if len({image.shape for image in images}) != 1:
+        return torch.cat([_resize_batch(image[None], size) for image in images])
+    if not isinstance(images, torch.Tensor):
+        # Decoders write channels last; a batch with that memory layout is resized twice as fast.
+        images = torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+    return _resize_batch(images, size)
 
 
 def _resize_batch(batch, size):
     if batch.shape[-2:] == size:
         return batch.contiguous()
-    if batch.device.type == "cpu":  # has a fixed-point kernel for bytes, equal to Pillow's
-        return F.interpolate(batch, size, mode="bilinear", antialias=True)
-    return F.interpolate(batch.float(), size, mode="bilinear", antialias=True).round_().clamp_(0, 255).to(torch.uint8)
+    return F.interpolate(batch, size, mode="bilinear", antialias=True)  # for bytes a fixed-point kernel, equal to Pillow's

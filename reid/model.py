@@ -107,7 +107,6 @@ class ReidModel(nn.Module):
         self.config = config
         size = config["embedding_size"]
         self.body = {"densenet121": DenseNet121, "resnet50": resnet50}[config["backbone"]]()
-        self.pool = None
         self.neck = nn.BatchNorm1d(size)
         self.neck.bias.requires_grad_(False)
         self.classifier = nn.Linear(size, len(config["classes"]), bias=False)
@@ -150,6 +149,16 @@ def build_model(config):
     """A ReidModel in float32, channels last, with fresh weights. Raises ReidError for a config it does not know."""
     check_config(config)
     return ReidModel(config).to(memory_format=torch.channels_last)
+
+
+def plain_network(model, dtype):
+    """A callable uint8 [n, 3, H, W] -> pooled features float32 [n, D] of a ReidModel, with convolutions in `dtype`."""
+    @torch.no_grad()
+    def features(images):
+        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+            return model.features(images)
+
+    return features
 
 
 def pick_device(name="auto"):

@@ -1,4 +1,4 @@
-"""Checkpoints of ours, and weights from elsewhere."""
+"""Checkpoints of this project, and weights from elsewhere."""
 
 import pytest
 import torch
@@ -39,6 +39,29 @@ def test_round_trip_in_half_precision(model, path):
     for key, value in model.state_dict().items():
         assert torch.allclose(value, restored.state_dict()[key], atol=1e-3)
     assert path.stat().st_size < 16 * 2**20
+
+
+def test_values_beyond_half_precision_are_kept_in_full(model, tmp_path):
+    wide = build_model(CONFIG)
+    wide.load_state_dict(model.state_dict())
+    wide.body.norm5.running_var[0] = 1e6
+    save_checkpoint(tmp_path / "best.pth", wide, {}, {})
+    record = load_checkpoint(tmp_path / "best.pth")
+    kinds = {key: value.dtype for key, value in record["state_dict"].items() if value.is_floating_point()}
+    assert kinds.pop("body.norm5.running_var") == torch.float32 and set(kinds.values()) == {torch.float16}
+    assert torch.equal(restore_model(record).body.norm5.running_var, wide.body.norm5.running_var)
+    save_checkpoint(tmp_path / "last.pth", wide, {}, {}, training={})
+    assert fingerprint(load_checkpoint(tmp_path / "last.pth")) == fingerprint(record)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("training", [None, {"epoch": 3}])
+def test_weights_that_are_not_finite_are_not_saved(path, value, training):
+    before, broken = path.read_bytes(), build_model(CONFIG)
+    broken.body.conv0.weight.data[0, 0, 0, 0] = value
+    with pytest.raises(ReidError, match="NaN or infinite values; nothing was saved"):
+        save_checkpoint(path, broken, {}, {}, training)
+    assert path.read_bytes() == before
 
 
 def test_full_precision_for_resume(model, path):
@@ -107,13 +130,16 @@ def renamed(model, rename, wrap=lambda state: state):
     lambda m: renamed(m, lambda k: "module." + k.replace("body.", "features."), lambda s: {"state_dict": s, "epoch": 3}),
     lambda m: renamed(m, lambda k: k.replace("body.", "model.features.")),  # layumi
     lambda m: renamed(m, lambda k: k.replace("body.", "features.").replace(".norm1.", ".norm.1.").replace(".conv2.", ".conv.2.")),
+    lambda m: renamed(m, lambda k: "_orig_mod." + k, lambda s: {"model_state_dict": s, "epoch": 3}),  # after torch.compile
+    lambda m: renamed(m, lambda k: "module._orig_mod." + k),
+    lambda m: renamed(m, lambda k: k.replace("body.", "net.features.")),
 ])
 def test_weights_from_elsewhere(model, tmp_path, capsys, style):
     torch.save(style(model), tmp_path / "other.pth")
     target = fresh()
     load_weights(target, str(tmp_path / "other.pth"))
     assert torch.equal(target.body.denseblock4.denselayer16.conv2.weight, model.body.denseblock4.denselayer16.conv2.weight)
-    backbone = sum(key.startswith("body.") for key in model.state_dict())
+    backbone = sum(key.startswith("body.") and not key.endswith("num_batches_tracked") for key in model.state_dict())
     assert f"{backbone} of {backbone} backbone tensors matched" in capsys.readouterr().out
 
 
@@ -125,7 +151,7 @@ def test_weights_of_a_torchvision_model_give_its_features(tmp_path):
     theirs.features.transition3.pool = torch.nn.Identity()  # last stride 1
     target = build_model(default_config([1, 2], height=64, width=32)).eval()
     lines = []
-    load_weights(target, str(tmp_path / "tv.pth"), lines.append)
+    load_weights(target, str(tmp_path / "tv.pth"), verbose=lines.append)
     assert "not used: classifier.weight" in lines[0]
     x = torch.randint(256, (2, 3, 64, 32)).float()
     with torch.inference_mode():
@@ -136,13 +162,37 @@ def test_weights_of_a_torchvision_model_give_its_features(tmp_path):
 def test_classifier_of_other_identities_is_left_out(model, path):
     target = build_model(default_config([1, 2, 3, 4], height=64, width=32))
     lines = []
-    load_weights(target, str(path), lines.append)
+    load_weights(target, str(path), verbose=lines.append)
     assert "not used: classifier.weight" in lines[0] and "fresh: classifier.weight" in lines[0]
+
+
+def test_weights_of_a_larger_densenet_are_refused(tmp_path):
+    """DenseNet-169 has every tensor of the first two blocks of DenseNet-121, and most of the third."""
+    from torchvision.models import densenet169
+
+    torch.save(densenet169(num_classes=5).state_dict(), tmp_path / "tv.pth")
+    target = fresh()
+    before = target.body.conv0.weight.clone()
+    with pytest.raises(ReidError, match=r"of 604 backbone tensors matched for densenet121, .*--weights_partial"):
+        load_weights(target, str(tmp_path / "tv.pth"))
+    assert torch.equal(target.body.conv0.weight, before)
+    lines = []
+    load_weights(target, str(tmp_path / "tv.pth"), partial=True, verbose=lines.append)
+    assert not torch.equal(target.body.conv0.weight, before) and "fresh: body.transition3" in lines[0]
+
+
+def test_weights_without_a_tensor_are_refused(model, tmp_path):
+    state = model.state_dict()
+    del state["body.norm5.bias"]
+    torch.save({key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}, tmp_path / "most.pth")
+    with pytest.raises(ReidError, match=r"603 of 604 .*, body\.norm5\.bias did not"):
+        load_weights(fresh(), str(tmp_path / "most.pth"))
 
 
 def test_weights_that_do_not_fit(tmp_path):
     torch.save({"layer1.weight": torch.zeros(3)}, tmp_path / "other.pth")
     (tmp_path / "text.pth").write_text("hello")
-    for name, message in (("other.pth", "nothing in it fits"), ("text.pth", "loaded safely"), ("missing.pth", "no such file")):
+    for name, message in (("other.pth", "0 of 604 backbone tensors matched"), ("text.pth", "loaded safely"),
+                          ("missing.pth", "no such file")):
         with pytest.raises(ReidError, match=message):
             load_weights(fresh(), str(tmp_path / name))

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from reid import ReidError
-from reid.images import MAX_PIXELS, decode, resize
+from reid.images import MAX_PIXELS, MAX_SCANS, decode, resize
 
 
 def picture(mode="RGB", size=(20, 30)):
@@ -79,7 +79,7 @@ def test_bytes_and_pil_images():
 
 
 def bomb(width, height):
-    """A PNG that says it is huge, with next to no data."""
+    """A PNG that claims to be huge, with next to no data."""
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -106,6 +106,44 @@ def test_bad_files_raise_one_line_with_the_path(tmp_path):
     with pytest.raises(ReidError, match="more than 50,000,000 pixels"):
         decode(tmp_path / "bomb.png")
     assert 50_000 * 50_000 > MAX_PIXELS
+
+
+def segment(marker, data):
+    return bytes([0xFF, marker]) + struct.pack(">H", len(data) + 2) + data
+
+
+def scan_bomb(scans, between=b"", side=7000):
+    """A progressive JPEG with scans of three bytes: each is a pass over all blocks, which costs milliseconds.
+
+    between: what stands before each scan.
+    """
+    first = segment(0xDA, bytes([1, 1, 0x00, 0, 0, 0])) + bytes(8)  # the constant part of each block
+    refinement = segment(0xDA, bytes([1, 1, 0x00, 1, 63, 0])) + b"\x7f\x00\x00"
+    tables = segment(0xC4, bytes([0x00, 1, *[0] * 15, 0])) + segment(0xC4, bytes([0x10, 0, 2, *[0] * 14, 0x00, 0xE0]))
+    frame = segment(0xC2, struct.pack(">BHHB", 8, side, side, 1) + bytes([1, 0x11, 0]))
+    return (b"\xff\xd8" + segment(0xDB, bytes([0, *[1] * 64])) + frame + tables + first + (between + refinement) * (scans - 1)
+            + b"\xff\xd9")
+
+
+@pytest.mark.parametrize("between", [b"", segment(0xFE, b"\xff\xd9"), b"\xff\xff", b"\xff\x00\xff\xd0"])
+def test_a_jpeg_of_too_many_scans_is_refused_before_it_is_decoded(tmp_path, between):
+    """Also where an end of the image is hidden in a comment, or padding and restart markers lie between the scans."""
+    path = tmp_path / "bomb.jpg"
+    path.write_bytes(scan_bomb(MAX_SCANS + 1, between))
+    for source in (path, path.read_bytes()):
+        with pytest.raises(ReidError, match="more than 100 scans"):
+            decode(source)
+    assert decode(scan_bomb(MAX_SCANS, between, side=16)).shape == (3, 16, 16)
+
+
+def test_only_scans_count(tmp_path):
+    """Bytes that look like the start of a scan: in a comment, and behind the end of the image, where cameras keep videos."""
+    picture().save(tmp_path / "a.jpg", progressive=True, comment=b"\xff\xda" * 200)
+    with open(tmp_path / "a.jpg", "ab") as file:
+        file.write(b"\xff\xda" * 200)
+    assert decode(tmp_path / "a.jpg").shape == (3, 30, 20)
+    with pytest.raises(ReidError):
+        decode(b"\xff\xd8" + b"\xff\xda" * 200)
 
 
 def test_resize_is_pillows_and_does_not_depend_on_neighbours():

@@ -25,11 +25,9 @@ HEAVY = ("torchvision", "mlflow", "tensorboard", "matplotlib", "fastapi", "uvico
 LONGEST = 350  # lines of a file
 
 KNOWN = {
-    "circle of reid.retrieval.extract, reid.retrieval.gpu_decode",
     "import eval changes warnings.filters",
     "import eval loads reid.extras",
     "import eval loads reid.extras.milvus_client",
-    "import inference changes warnings.filters",
     "import inference loads reid.extras",
     "import inference loads reid.extras.milvus_client",
     "import inference loads reid.extras.pictures",
@@ -37,7 +35,6 @@ KNOWN = {
     "inference imports reid.extras.milvus_client at its top",
     "inference imports reid.extras.pictures at its top",
     "reid.checkpoint imports reid.retrieval.spacetime",
-    "reid.retrieval.extract imports reid.extras.openvino",
     "reid.retrieval.gallery imports reid.extras.milvus",
     "reid.retrieval.gallery imports reid.extras.milvus_client",
 }

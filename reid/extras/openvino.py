@@ -1,10 +1,10 @@
-"""The optional engine of the CPU: the network as an OpenVINO graph, which answers a single image faster than PyTorch.
+"""The optional engine for CPUs: the network as an OpenVINO graph, which embeds a single image faster than PyTorch.
 
-The graph is built from the model layer by layer, in less time than a converted file takes to load. What it was compiled to
-is kept beside the checkpoint once it has been compared with PyTorch, so that later starts do neither.
-OpenVINO's telemetry, which would report every import of the package to its makers, is kept out.
+The graph is built from the model layer by layer, in less time than a converted file takes to load. The compiled graph is kept
+beside the checkpoint once it has been compared with PyTorch, so that later starts need neither step.
 """
 
+import importlib.util
 import io
 import sys
 import threading
@@ -16,34 +16,58 @@ import torch.nn.functional as F
 
 from reid import ReidError
 from reid.files import load, save
+from reid.model import pick_device
 
 PARITY = 0.999  # lowest cosine to PyTorch's float32 features
 
 
-class OpenVinoNetwork:
-    """Pooled features of uint8 images, like FoldedDenseNet. precision: fp32 or bf16.
+def engine_of(args):
+    """The `network` of an Extractor for a script's --engine and --device: None leaves the network to PyTorch.
 
-    To be called from `workers` threads: a batch has a worker's share of the cores, an image (and its mirror) all of them.
-    kept: file for what is compiled for single images; it is used if it is of the same `fingerprint` of the weights, the same
-    processor and version. Raises ReidError without the package, for another backbone, or where the outcome differs from
-    PyTorch's.
+    `auto` takes OpenVINO on a CPU if the package is installed and gives the same features for this network.
+    """
+    if args.engine == "openvino":
+        return OpenVinoNetwork
+    if args.engine != "auto" or pick_device(args.device).type != "cpu" or not importlib.util.find_spec("openvino"):
+        return None
+
+    def if_possible(*network):
+        try:
+            return OpenVinoNetwork(*network)
+        except (ReidError, RuntimeError):
+            return None
+
+    return if_possible
+
+
+class OpenVinoNetwork:
+    """Pooled features of uint8 images, like `reid.model.plain_network`. precision: fp32 or bf16.
+
+    To be called from `workers` threads: a batch gets a worker's share of the cores, an image (and its mirror image) all of
+    them. path: the checkpoint, beside which the graph that was compiled for single images is kept; it is used if it is of the
+    same `fingerprint` of the weights, processor and version. Raises ReidError without the package, for another backbone or
+    device, or where the features differ from PyTorch's.
     """
 
-    def __init__(self, model, precision, workers, kept, fingerprint):
-        sys.modules.setdefault("openvino_telemetry", None)  # the package asks for it on import, and does without
+    engine = "openvino"
+
+    def __init__(self, model, precision, workers, path, fingerprint):
+        sys.modules.setdefault("openvino_telemetry", None)  # Block OpenVINO's telemetry, which reports each import.
         try:
             import openvino
         except ImportError as error:
             raise ReidError("--engine openvino needs its package: pip install -e '.[openvino]'") from error
-        if model.config["backbone"] != "densenet121" or model.config.get("ibn"):
-            raise ReidError(f"--engine openvino: not made for {model.config['backbone']} with these parts; use --engine torch")
+        if model.config["backbone"] != "densenet121" or model.mean.device.type != "cpu":
+            raise ReidError(f"--engine openvino: not made for {model.config['backbone']} on {model.mean.device}; "
+                            "use --engine torch")
+        kept = path.with_suffix(f".{precision}.openvino")
         self._core, self._model = openvino.Core(), model
         self._precision = {"fp32": "f32", "bf16": "bf16"}[precision]
         self._workers, self._threads = workers, torch.get_num_threads()
         self._compiled, self._lock, self._own = {}, threading.Lock(), threading.local()
         processor = self._core.get_property("CPU", "FULL_DEVICE_NAME")
         key = f"{fingerprint} {precision} {self._threads} {processor} {openvino.__version__}"
-        with suppress(ReidError, RuntimeError, OSError):  # none there, damaged, or of an OpenVINO that reads it no more
+        with suppress(ReidError, RuntimeError, OSError):  # missing, damaged, or of an OpenVINO with another format
             record = load(kept, "reid-openvino", 1)
             if record.get("key") == key:
                 blob = io.BytesIO(record["blob"].numpy())
@@ -115,8 +139,4 @@ def build_graph(model):
             x = conv(norm_relu(x, layer.norm), layer.conv)
             x = ops.avg_pool(x, [2, 2], [0, 0], [0, 0], [2, 2], True) if layer.stride == 2 else x
     x = norm_relu(x, model.body.norm5)
-    if model.pool is None:
-        return openvino.Model([ops.reduce_mean(x, [2, 3])], [pixels], "features")
-    power = array(model.pool.p.view(1))
-    x = ops.reduce_mean(ops.power(ops.maximum(x, array(torch.tensor(1e-6))), power), [2, 3])
-    return openvino.Model([ops.power(x, 1 / power)], [pixels], "features")
+    return openvino.Model([ops.reduce_mean(x, [2, 3])], [pixels], "features")

@@ -1,9 +1,10 @@
-"""From images to embeddings: one Extractor owns decoding, the inference network and its device."""
+"""From images to embeddings: the Extractor owns decoding, the inference network and its device."""
 
 import argparse
 import os
 import threading
-from collections import deque
+import warnings
+from collections import ChainMap, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,67 +14,104 @@ import torch.nn.functional as F
 from PIL import Image
 
 from reid import ReidError, distributed, images
-from reid.checkpoint import fingerprint, load_checkpoint, restore_model
+from reid.checkpoint import checkpoint_path, fingerprint, load_checkpoint, restore_model
+from reid.cli import first_line
 from reid.data.datasets import read_folder
 from reid.folded import FoldedDenseNet
-from reid.model import DTYPES, pick_device, pick_precision
+from reid.model import DTYPES, pick_device, pick_precision, plain_network
 
-VIEWS = {"cpu": 16, "cuda": 512}  # views (images, or images and their mirrors) that go through the network together
+VIEWS = {"cpu": 16, "cuda": 512}  # views (images, or images and their mirror images) that go through the network together
 COMPILE_FROM = 300_000  # images from which `compile="auto"` pays for a minute of compiling on a GPU
+SMALL = 1 << 20  # bytes of pixels up to which a decoded image may wait to be resized together with others of its size
 
 
 class Extractor:
     """Embeds person crops with the network of a checkpoint.
 
-    checkpoint: path of a .pth file. device: auto, cpu, cuda, cuda:1 ... precision: auto (what the device computes fast),
-    fp32, bf16 or fp16. engine: torch, or openvino (CPU only, an extra package). compile: auto, on or off (CUDA only).
-    mirror: the embedding is the normalised sum of the neck's outputs of an image and of its mirror image: twice the work,
-    better ranking. batch_size: images that go through the network together (each of a CPU's workers has its own).
-    Raises ReidError for what this machine cannot do.
+    checkpoint: name of a run (`masked-hog-908` is models/masked-hog-908/best.pth) or path of a .pth file. device: auto, cpu,
+    cuda, cuda:1 ... precision: auto (the fastest that the device supports), fp32, bf16 or fp16. network: another engine for
+    the CPU, such as the one of reid.extras.openvino: a callable (model, precision, workers, path, fingerprint) that returns
+    the features as a callable like `plain_network`'s, or None to leave them to PyTorch. mirror: the embedding is the
+    normalised sum of the neck's outputs for an image and its mirror image: twice the work, better ranking. batch_size: images
+    that go through the network together (in each worker of a CPU). compile: auto, on or off (CUDA only). Raises ReidError for
+    what this machine does not support.
     """
 
-    def __init__(self, checkpoint, device="auto", precision="auto", engine="torch", compile="auto", mirror=True,
-                 batch_size=None):
-        record = load_checkpoint(checkpoint)
+    def __init__(self, checkpoint, device="auto", precision="auto", network=None, mirror=True, batch_size=None, compile="auto"):
+        path = Path(checkpoint)
+        if not (path.is_file() or path.suffix == ".pth" or len(path.parts) > 1):
+            path = checkpoint_path(str(checkpoint))
+        record = load_checkpoint(path)
         self.config = {key: value for key, value in record["config"].items() if key != "classes"}
         self.fingerprint = fingerprint(record)
         self.size = (self.config["height"], self.config["width"])
         self.dim = self.config["embedding_size"]
-        self.device = pick_device("cpu" if engine == "openvino" and device == "auto" else device)
+        self.device = pick_device("cpu" if network and device == "auto" else device)
         self.precision = pick_precision(self.device, precision)
-        self.engine, self.compile, self.mirror = engine, compile, mirror
+        self.compile, self.mirror = compile, mirror
         self.batch_size = batch_size or VIEWS.get(self.device.type, 512) // (2 if mirror else 1)
-        self._checkpoint = Path(checkpoint)
-        self._model = restore_model(record, checkpoint).eval().requires_grad_(False).to(self.device)
-        self._features = self._network()
-        self._compiled = self._workers = None
+        self._model = restore_model(record, path).eval().requires_grad_(False).to(self.device)
+        self._features = self._network(network, path)
+        self.engine = getattr(self._features, "engine", "torch")
+        self._compiled = self._pool = None
         self._room = 1 << 30  # images that have been found to fit into the GPU's memory together
 
+    def _network(self, network, path):
+        """uint8 [n, 3, H, W] -> pooled features float32 [n, D], as fast as engine, precision and backbone allow."""
+        if network:
+            features = network(self._model, self.precision, _workers(), path, self.fingerprint)
+            if features:
+                return features
+        dtype = DTYPES[self.precision]
+        if self.device.type == "cpu" and self.config["backbone"] == "densenet121":
+            try:
+                return FoldedDenseNet(self._model, dtype)
+            except (AttributeError, RuntimeError, TypeError, NotImplementedError):
+                pass  # a PyTorch or a processor without the operators that it is made of
+        return plain_network(self._model, dtype)
+
     @classmethod
-    def from_args(cls, checkpoint, args):
-        """The Extractor that the options of `add_arguments` ask for, on this rank's GPU under torchrun."""
-        return cls(checkpoint, distributed.device or args.device, args.precision, args.engine, args.compile, args.mirror is not False,
-                   args.batch_size)
+    def from_args(cls, checkpoint, args, network=None):
+        """The Extractor for the options of `add_arguments`, on this rank's GPU under torchrun."""
+        return cls(checkpoint, distributed.device or args.device, args.precision, network, args.mirror is not False,
+                   args.batch_size, args.compile)
 
     def describe(self):
-        """One line for people: what embeds, where, in which precision."""
-        where = f"cpu ({torch.get_num_threads()} threads)"
-        if self.device.type == "cuda":
-            from reid.retrieval.gpu_decode import decoder
-
-            where = f"{torch.cuda.get_device_name(self.device)} ({decoder(self.device)})"
+        """One line: network, input size, device, precision, engine."""
+        cuda = self.device.type == "cuda"
+        where = torch.cuda.get_device_name(self.device) if cuda else f"cpu ({torch.get_num_threads()} threads)"
         size = "x".join(map(str, self.size))
         return f"{self.config['backbone']} {size} on {where}, {self.precision}, {self.engine}{', mirrored' * self.mirror}"
 
-    def embed(self, images, progress=False, dtype=torch.float32):
-        """`dtype` [N, dim] on the CPU, rows of norm 1, in the order given; the first bad image raises ReidError.
+    def embed(self, images, boxes=None, channels="rgb", progress=False):
+        """Embed crops, or the boxes of a frame: float32 [N, dim] on the CPU, rows of norm 1, in the order given.
 
-        images: a folder, or a list of paths, encoded bytes, PIL images, uint8 arrays [h, w, 3] and uint8 tensors
-        [3, h, w] (RGB), or a uint8 batch [N, 3, h, w].
+        images: a list of crops, one crop, a folder, or with `boxes` one frame. A crop or frame is a path, encoded bytes, a
+        PIL image, an array [h, w, 3] or [h, w] (grey), or a tensor [3, h, w]. Values are 0..255, or floats 0..1: floats of
+        which none is above 1. boxes: [N, 4] as x1, y1, x2, y2 in pixels (array, tensor or list), cut to the frame; fractions
+        are dropped, as by `int`. channels: order in arrays and tensors, "rgb" or "bgr" (OpenCV).
+
+        An empty array, and a box that is empty or holds NaN, gets a row of NaN, and one warning states how many. The first
+        image that cannot be read raises ReidError.
         """
-        if isinstance(images, (str, Path)):
-            images = read_folder(images).files() if os.path.isdir(images) else [images]
-        return self.embed_records([images] if isinstance(images, Image.Image) else images, True, progress)[0].to(dtype)
+        if channels not in ("rgb", "bgr"):
+            raise ReidError(f"channels {channels!r}: use rgb or bgr")
+        if boxes is not None:
+            crops = cut(images, boxes, channels)
+        elif isinstance(images, (str, Path)) and os.path.isdir(images):
+            crops = read_folder(images).files()
+        else:
+            single = isinstance(images, (str, Path, bytes, Image.Image)) or getattr(images, "ndim", 0) in (2, 3)
+            crops = [images] if single else images
+        whole = [i for i, crop in enumerate(crops) if 0 not in getattr(crop, "shape", ())]
+        files = [crops[i] for i in whole]
+        if channels == "bgr" and boxes is None:
+            files = [to_pixels(file).flip(0) if isinstance(file, (np.ndarray, torch.Tensor)) else file for file in files]
+        rows = self.embed_records(files, strict=True, progress=progress)[0]
+        if len(whole) == len(crops):
+            return rows
+        warnings.warn(f"{len(crops) - len(whole)} of {len(crops)} crops are empty; their embeddings are NaN", stacklevel=2)
+        return torch.full((len(crops), self.dim), torch.nan).index_copy(0, torch.tensor(whole, dtype=torch.int64), rows)
 
     def embed_records(self, files, strict=False, progress=True):
         """Embed a gallery: images that cannot be read are left out and reported (`strict` raises at the first).
@@ -91,7 +129,7 @@ class Extractor:
     def stream(self, files, strict=False, progress=False, bad=None):
         """Yield (positions int64 [n], embeddings float32 [n, dim] on the CPU) in order, a batch at a time.
 
-        `files` is any sequence of what `embed` takes. Bad images are appended to `bad` as (file, reason); `strict` (or no
+        files: any sequence of crops that `embed` takes. Bad images are appended to `bad` as (file, reason); `strict` (or no
         such list) raises at the first.
         """
         from tqdm import tqdm
@@ -109,45 +147,49 @@ class Extractor:
     def _on_cpu(self, files):
         """Each worker takes its own images from file to embedding on a core of its own.
 
-        No two cores wait for each other inside the network, which costs much where something else is running too.
+        So no core waits for another inside the network, which costs much where other processes run too.
         """
         def work(part):
-            pixels, failures = decode_part(files, part)
-            return part, failures, self._embed(images.resize(pixels, self.size)) if len(pixels) else None
+            batch, failures = load_batch(files, part, self.size)
+            return part, failures, None if batch is None else self._embed(batch)
 
         workers = _workers()
         size = min(self.batch_size, -(-len(files) // workers) or 1)
-        # OpenVINO has threads of its own, which those of PyTorch would get in the way of outside the workers.
+        # Another engine has its own threads, with which PyTorch's would compete outside of the workers.
         if workers == 1 or (len(files) < 2 and self.engine == "torch"):
             return map(work, _parts(len(files), self.batch_size))
-        return in_order(self._pool(workers), work, _parts(len(files), size), 2 * workers)
+        return in_order(self._threads(workers), work, _parts(len(files), size), 2 * workers)
 
-    def _pool(self, workers):
-        if self._workers is None:
+    def _threads(self, workers):
+        """A pool of `workers` threads that share PyTorch's threads evenly."""
+        if self._pool is None:
             threads, started = torch.get_num_threads(), threading.Barrier(workers)
 
             def start(_):
-                torch.get_num_threads()  # makes PyTorch set this thread up, which would undo the next line later
+                torch.get_num_threads()  # initialises PyTorch in this thread, which would undo the next line later
                 torch.set_num_threads(threads // workers)
                 started.wait()
 
-            self._workers = ThreadPoolExecutor(workers, thread_name_prefix="embed")
-            list(self._workers.map(start, range(workers)))
+            self._pool = ThreadPoolExecutor(workers, thread_name_prefix="embed")
+            list(self._pool.map(start, range(workers)))
             torch.set_num_threads(threads)  # the number for new threads is one for the whole process
-        return self._workers
+        return self._pool
 
     def _on_gpu(self, files):
-        """A thread reads, decodes and copies the next batches on a stream of its own while this one computes."""
-        from reid.retrieval.gpu_decode import load_part
-
+        """CPU threads decode and resize the next batches, which are copied on a stream of their own while this one computes."""
         compiled = self.compile == "on" or (self.compile == "auto" and len(files) >= COMPILE_FROM)
         if compiled and self._compiled is None:
             self._compiled = torch.compile(plain_network(self._model, DTYPES[self.precision]))
-        stream, waiting = torch.cuda.Stream(self.device), None
+        stream, waiting, workers = torch.cuda.Stream(self.device), None, _workers()
+        threads = self._threads(workers)
 
         def load(part):
+            share = -(-len(part) // workers)
+            chunks = [part[start : start + share] for start in range(0, len(part), share)]
+            batches, failures = zip(*threads.map(lambda chunk: load_batch(files, chunk, self.size), chunks))
+            batches, failures = [batch for batch in batches if batch is not None], dict(ChainMap(*failures))
             with torch.cuda.stream(stream):
-                batch, failures = load_part(files, part, self.size, self.device)
+                batch = torch.cat(batches).pin_memory().to(self.device, non_blocking=True) if batches else None
                 return part, batch, failures, stream.record_event()
 
         with ThreadPoolExecutor(1) as loader:
@@ -180,9 +222,8 @@ class Extractor:
                 if network is None:
                     raise
                 if self.compile == "on":
-                    reason = str(error).splitlines()[0][:120]
-                    raise ReidError(f"--compile on: torch.compile failed ({reason}); use --compile off") from error
-                network = self._compiled = None  # auto: no compiler here, most often
+                    raise ReidError(f"--compile on: torch.compile failed ({first_line(error)}); use --compile off") from error
+                network = self._compiled = None  # auto: most often there is no compiler
             torch.cuda.empty_cache()  # out here the failed attempt's tensors are gone
 
     @torch.no_grad()
@@ -192,74 +233,81 @@ class Extractor:
         neck = self._model.neck((network or self._features)(views).float())
         return F.normalize(neck[: len(batch)] + neck[len(batch) :] if self.mirror else neck)
 
-    def _network(self):
-        """uint8 [n, 3, H, W] -> pooled features [n, D], as fast as the engine, the precision and the backbone allow."""
-        if self.engine == "openvino":
-            from reid.extras.openvino import OpenVinoNetwork
-
-            kept = self._checkpoint.with_suffix(f".{self.precision}.openvino")
-            return OpenVinoNetwork(self._model, self.precision, _workers(), kept, self.fingerprint)
-        if self.engine != "torch":
-            raise ReidError(f"--engine {self.engine}: use torch or openvino")
-        if self.config["backbone"] == "densenet121" and not self.config.get("ibn"):  # instance norms cannot be folded
-            return FoldedDenseNet(self._model, DTYPES[self.precision])
-        return plain_network(self._model, DTYPES[self.precision])
-
 
 def add_arguments(parser):
-    """The options of a script that embeds, for `Extractor.from_args`. `mirror` is None where it is not given."""
-    add = parser.add_argument
+    """Add the options of a script that embeds, for `Extractor.from_args`. `mirror` is None where it is not given."""
+    add = parser.add_argument_group("machine").add_argument
     add("--mirror", action=argparse.BooleanOptionalAction, help="average each image with its mirror image (default: as the "
         "index; on for a new one)")
     add("--device", default="auto", help="auto, cuda, cuda:1, cpu")
-    add("--precision", choices=["auto", *DTYPES], default="auto", help="auto: the fastest that the device computes in")
-    add("--engine", choices=["torch", "openvino"], default="torch", help="openvino: faster on a CPU; an extra package")
+    add("--precision", choices=["auto", *DTYPES], default="auto", help="auto: the fastest that the device supports")
+    add("--engine", choices=["auto", "torch", "openvino"], default="auto", help="auto: OpenVINO on a CPU, if it is installed "
+        "(pip install -e '.[openvino]')")
     add("--compile", choices=["auto", "on", "off"], default="auto", help=f"torch.compile on a GPU; auto: from {COMPILE_FROM:,} "
         "images")
     add("--batch_size", type=int, help="images at once, on a CPU in each worker (default: 8 on a CPU, 256 on a GPU; twice "
         "that without mirror images)")
 
 
-def plain_network(model, dtype):
-    """The features of a ReidModel as they are, convolutions in `dtype`: for other backbones, and for torch.compile."""
-    def features(images):
-        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-            return model.features(images)
+def load_batch(files, part, size):
+    """Decode and resize the images `files[i]` for i in `part`: uint8 [n, 3, H, W] (None where none could be read).
 
-    return features
-
-
-def decode_part(files, part):
-    """Pixels of the images `files[i]` for i in `part` that could be read, and {i: ReidError} of those that could not.
-
-    Decoded files of one size come as a batch whose channels are last in memory, as decoders write them: that is resized
-    twice as fast.
+    Also returns {i: ReidError} of those that could not be read. Large images are resized one by one as soon as they are
+    decoded, so that no two wait in memory; small ones together.
     """
     pixels, failures = [], {}
     for i in part:
         try:
-            pixels.append(to_pixels(files[i]))
+            image = to_pixels(files[i])
         except ReidError as error:
             failures[i] = error
-    if len({image.shape for image in pixels}) == 1 and pixels[0].stride(0) == 1:
-        pixels = torch.stack([image.permute(1, 2, 0) for image in pixels]).permute(0, 3, 1, 2)
-    return pixels, failures
+            continue
+        pixels.append(image if image.numel() <= SMALL else images.resize([image], size)[0])
+    return images.resize(pixels, size) if pixels else None, failures
 
 
 def to_pixels(source):
-    """One image (path, bytes, PIL image, uint8 array [h, w, 3] or uint8 tensor [3, h, w]) as uint8 [3, h, w]."""
+    """Convert one image, as in `Extractor.embed`, to uint8 [3, h, w]; arrays and tensors keep their order of channels."""
     if not isinstance(source, (np.ndarray, torch.Tensor)):
         return images.decode(source)
-    pixels = torch.from_numpy(source).movedim(-1, 0) if isinstance(source, np.ndarray) and source.ndim == 3 else source
-    if not isinstance(pixels, torch.Tensor) or pixels.dtype != torch.uint8 or pixels.ndim != 3 or len(pixels) != 3 \
-            or pixels.numel() == 0:
-        raise ReidError(f"image of shape {tuple(source.shape)} and type {source.dtype}: give uint8, [h, w, 3] as an array "
-                        "or [3, h, w] as a tensor")
-    return pixels
+    shape, kind, pixels = tuple(source.shape), source.dtype, source
+    if isinstance(source, np.ndarray):
+        if kind != np.uint8:
+            source = source.astype(np.float32) if kind.kind in "uif" else np.empty(0, np.float32)
+        elif not source.flags.writeable or min(source.strides, default=0) < 0:  # PyTorch shares memory with neither
+            source = source.copy()
+        pixels = torch.from_numpy(source)
+        pixels = pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels
+    if pixels.ndim == 2 or (pixels.ndim == 3 and len(pixels) == 1):
+        pixels = pixels.expand(3, *pixels.shape[-2:])
+    if pixels.ndim != 3 or len(pixels) != 3 or pixels.numel() == 0:
+        raise ReidError(f"image of shape {shape} and type {kind}: give numbers, as an array [h, w, 3] or [h, w], or as a tensor "
+                        "[3, h, w]")
+    if pixels.dtype == torch.uint8:
+        return pixels.cpu()
+    pixels = pixels.float().cpu()
+    low, high = (value.item() for value in pixels.aminmax())
+    if not 0 <= low <= high <= 255:
+        raise ReidError(f"image of shape {shape} with values from {low:g} to {high:g}: give 0..255, or floats 0..1")
+    return (pixels * (255 if "float" in str(kind) and high <= 1 else 1)).round().to(torch.uint8)
+
+
+def cut(frame, boxes, channels="rgb"):
+    """Cut boxes [N, 4] (x1, y1, x2, y2) out of a frame: RGB, uint8 tensors [3, h, w], empty for an empty box or NaN."""
+    try:
+        boxes = np.array(boxes.detach().cpu().numpy() if isinstance(boxes, torch.Tensor) else boxes, dtype=np.float64)
+        boxes = boxes.reshape(-1, 4) if boxes.ndim == 2 and boxes.shape[1] == 4 else boxes.reshape(0, 4)
+    except (ValueError, TypeError) as error:
+        raise ReidError(f"boxes ({first_line(error)}): give [N, 4] as x1, y1, x2, y2") from error
+    pixels = to_pixels(frame)
+    order = [2, 1, 0] if channels == "bgr" and isinstance(frame, (np.ndarray, torch.Tensor)) else [0, 1, 2]
+    boxes[np.isnan(boxes).any(1)] = 0
+    boxes = boxes.clip(0, [pixels.shape[2], pixels.shape[1]] * 2).astype(int).tolist()
+    return [pixels[order, y1:y2, x1:x2] for x1, y1, x2, y2 in boxes]
 
 
 def in_order(pool, work, parts, ahead):
-    """`pool.map` that runs at most `ahead` parts in front of whoever takes the results, so that memory stays flat."""
+    """`pool.map` that runs at most `ahead` parts in front of the consumer, so that memory stays flat."""
     waiting = deque()
     try:
         for part in parts:
@@ -274,7 +322,7 @@ def in_order(pool, work, parts, ahead):
 
 
 def _workers():
-    """Threads that embed side by side on a CPU. Past 16 each has several cores: the interpreter is shared."""
+    """Threads that embed side by side on a CPU. Past 16 each has several cores, because they share one interpreter."""
     return min(torch.get_num_threads(), 16)
 
 

@@ -1,4 +1,4 @@
-"""ONNX export: the same embeddings as PyTorch on images, for any batch, and nothing written where they differ."""
+"""ONNX export: the same embeddings as PyTorch for images, in any batch, and no file where they differ."""
 
 import sys
 
@@ -11,7 +11,7 @@ from reid import ReidError
 from reid.checkpoint import save_checkpoint
 from reid.extras import onnx as export
 from reid.extras.onnx import export_onnx
-from reid.images import decode, resize
+from reid.images import MEAN, PREPROCESSING, STD, decode, resize
 from reid.model import build_model, default_config
 from reid.retrieval.extract import Extractor
 
@@ -56,6 +56,24 @@ def test_onnx_equals_the_extractor(checkpoint, files, tmp_path, mirror):
         np.testing.assert_allclose(found, extractor.embed(files[:count]), atol=1e-5)
     if mirror:  # and the mirror image gives the same embedding
         np.testing.assert_allclose(session.run(None, {"images": batch.flip(3).numpy()})[0], found, atol=1e-5)
+
+
+def test_float_input_for_trackers(checkpoint, files, tmp_path):
+    """Crops as trackers prepare them: RGB, resized, 0..1 minus ImageNet's mean over its deviation."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install -e '.[export]'")
+    pytest.importorskip("onnx", reason="pip install -e '.[export]'")
+    assert export_onnx(checkpoint, tmp_path / "best.onnx", files, mirror=False, pixels="float") >= 0.9999
+    session = onnxruntime.InferenceSession(tmp_path / "best.onnx")
+    [image] = session.get_inputs()
+    assert (image.name, image.type, image.shape[1:]) == ("images", "tensor(float)", [3, 64, 32])
+    metadata = session.get_modelmeta().custom_metadata_map
+    extractor = Extractor(checkpoint, "cpu", "fp32", mirror=False)
+    assert metadata["fingerprint"] == extractor.fingerprint and metadata["preprocessing"] == PREPROCESSING
+    assert metadata["mirror"] == "false" and metadata["input"].startswith("float32 RGB, (x / 255 - mean) / std with mean (0.485")
+    crops = resize([decode(file) for file in files], (64, 32)).permute(0, 2, 3, 1).numpy() / np.float32(255)
+    crops = ((crops - np.float32(MEAN)) / np.float32(STD)).transpose(0, 3, 1, 2)
+    [found] = session.run(None, {"images": crops})
+    np.testing.assert_allclose(found, extractor.embed(files), atol=1e-5)
 
 
 def test_an_export_that_differs_is_not_kept(checkpoint, files, tmp_path, monkeypatch):
