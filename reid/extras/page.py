@@ -45,7 +45,7 @@ try:
     from starlette.requests import ClientDisconnect
     from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError as missing:
-    raise ReidError(f"--serve needs {missing.name}: pip install fastapi uvicorn") from missing
+    raise ReidError(f"--serve needs {missing.name}: pip install -e '.[page]'") from missing
 
 UPLOAD_LIMIT = 10 << 20  # bytes of an image file
 WAITING = 256  # searches in the queue, and connections that are answered; more are refused with 503
