@@ -127,8 +127,8 @@ class MilvusGallery:
     def _restore(self):
         settings = self.collection.settings()
         if [settings.get(name) for name in ("format", "run", "part")] != [FORMAT, self.run, self.part]:
-            raise ReidError(f"{self.uri}: the collection {self.collection.name} does not hold the run {self.run} in the format of "
-                            "this version; choose another --exp_name or --gallery_uri")
+            raise ReidError(f"{self.uri}: the collection {self.collection.name} does not hold the run {self.run} in the format "
+                            "of this version; choose another --exp_name or --gallery_uri")
         vars(self).update(settings)
 
     def _made_by(self, fingerprint):
