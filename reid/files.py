@@ -4,7 +4,6 @@ import ctypes
 import errno
 import hashlib
 import os
-import shutil
 import time
 import uuid
 import warnings
@@ -38,8 +37,8 @@ def atomic_path(path):
         raise ReidError(f"{path}: is read-only; change its permissions or choose another name")
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(target.parent)
-    temporary = temporary_path(target.parent)
+    _remove_abandoned(target.parent)
+    temporary = target.with_name(f".reid-{uuid.uuid4().hex}.tmp")  # never part of a pattern: the name that the user chose
     with open(temporary, "xb") as file:
         try:
             _lock(file.fileno())
@@ -58,23 +57,14 @@ def atomic_path(path):
     fsync_folder(target.parent)
 
 
-def temporary_path(folder):
-    """A new name in `folder` that `remove_abandoned` recognises as ours."""
-    return Path(folder) / f".reid-{uuid.uuid4().hex}.tmp"
-
-
-def remove_abandoned(folder):
-    """Remove the temporary files and folders (see `temporary_path`) in `folder` that no living process has locked."""
-    for path in Path(folder).glob(".reid-*.tmp"):
+def _remove_abandoned(folder):
+    """Remove the temporary files of `atomic_path` in `folder` that no living process has locked."""
+    for path in folder.glob(".reid-*.tmp"):
         with suppress(OSError):  # another process may remove it, too
-            if time.time() - path.lstat().st_mtime < 5 or path.is_symlink():  # a new one may not be locked yet
-                continue
-            fd = os.open(path, os.O_RDONLY)
-            try:
-                if _lock(fd):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-            finally:
-                os.close(fd)
+            if time.time() - path.lstat().st_mtime > 5:  # a new one may not be locked yet
+                with open(path, "rb") as file:
+                    if _lock(file.fileno()):
+                        path.unlink()
 
 
 @contextmanager
@@ -89,11 +79,18 @@ def locked(path, message):
     if not fcntl:
         yield
         return
-    fd = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
-    try:
+    with _opened(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT) as fd:
         if _lock(fd) is False or not (path.exists() and os.path.samestat(os.fstat(fd), path.stat())):  # just moved away
             raise ReidError(f"{path}: {message}")
         yield
+
+
+@contextmanager
+def _opened(path, flags=os.O_RDONLY):
+    """Yield a file descriptor, of a folder as well."""
+    fd = os.open(path, flags, 0o666)
+    try:
+        yield fd
     finally:
         os.close(fd)
 
@@ -111,30 +108,21 @@ def _lock(fd):
 
 def fsync_folder(folder):
     """Wait until the names in `folder` are on disk."""
-    if os.name != "posix":
-        return
-    with _where_supported():
-        fd = os.open(folder, os.O_RDONLY)
-        try:
+    if os.name == "posix":
+        with _where_supported(), _opened(folder) as fd:
             os.fsync(fd)
-        finally:
-            os.close(fd)
 
 
 def fsync_tree(folder):
     """Wait until everything in the file system of `folder` is on disk: one call for a tree of 36,000 files."""
     if os.name != "posix":
         return
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        libc = ctypes.CDLL(None, use_errno=True)
+    libc = ctypes.CDLL(None, use_errno=True)
+    with _opened(folder) as fd, _where_supported():
         if not hasattr(libc, "syncfs"):
             os.sync()
         elif libc.syncfs(fd):  # Linux: waits for this file system only, and reports its errors
-            with _where_supported():
-                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
-    finally:
-        os.close(fd)
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
 
 
 @contextmanager
