@@ -169,9 +169,10 @@ def _cmc_chart(results):
     series = [(name, SERIES[i % len(SERIES)], "line", list(enumerate((100 * result.cmc[:20]).tolist(), 1)))
               for i, (name, result) in enumerate(results.items())]
     low = min(90, math.floor(min(points[0][1] for *_, points in series) / 10) * 10)
+    step = 2 if low == 90 else 10 if low >= 40 else 20
     return {"caption": "CMC: queries with a match within the first k ranks.", "series": series,
             "x": ("rank k", 0.5, 20.5, [(k, k) for k in (1, 5, 10, 15, 20)]),
-            "y": ("queries (%)", low, 100, [(y, y) for y in range(low, 101, 2 if low == 90 else 10)])}
+            "y": ("queries (%)", low, 100, [(y, y) for y in range(100, low - 1, -step)])}
 
 
 def _roc_chart(roc):
