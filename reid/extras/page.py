@@ -160,11 +160,11 @@ def create_app(extractor, index, allowed_hosts=(), index_file=None, topk_limit=2
     allowed_hosts: names, beside IP addresses and localhost, that requests may address the server by. index_file: the file
     that `index` maps into memory: nothing is answered after it has changed. topk_limit: highest number of results.
     """
-    searcher = Searcher(extractor, index)
+    searcher, loaded = Searcher(extractor, index), _stamp(index_file)
     decoders = ThreadPoolExecutor(2, "decode")  # two: an image of 50 megapixels takes 300 MB
     page, policy = _page({"images": len(index), "cameras": searcher.cameras, "model": extractor.describe(),
                           "threshold": index.threshold, "topk_limit": topk_limit, "upload_limit": UPLOAD_LIMIT,
-                          "version": os.urandom(4).hex()})  # keeps browsers from showing cached images of another index
+                          "version": os.urandom(4).hex()})  # browsers must not show cached images of another index
 
     @asynccontextmanager
     async def lifespan(app):
@@ -176,7 +176,6 @@ def create_app(extractor, index, allowed_hosts=(), index_file=None, topk_limit=2
         return await asyncio.get_running_loop().run_in_executor(pool, function, *args)
 
     app = FastAPI(title="reid", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    loaded = _stamp(index_file)
     app.state.changed = lambda: _stamp(index_file) != loaded
     _harden(app, policy, {"localhost", *(name.lower() for name in allowed_hosts)})
     topk_query, camera_query = Query(min(20, topk_limit), ge=1, le=topk_limit), Query([])
@@ -240,10 +239,10 @@ def _refusal(request, names):
     """Return why a request must not be answered, or None. DNS rebinding needs a name, so all IP addresses are allowed."""
     try:
         host = urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
-        known = host in names or bool(ipaddress.ip_address(host))
+        allowed = host in names or ipaddress.ip_address(host)
     except ValueError:
-        known = False
-    if not known:
+        allowed = False
+    if not allowed:
         return "this server has another name; --allowed_hosts adds one"
     link = request.headers.get("sec-fetch-mode") == "navigate" and request.method == "GET" and request.url.path == "/"
     if request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none") and not link:
@@ -317,12 +316,13 @@ def listen(host, port):
 
 
 def make_server(app):
-    """Return a uvicorn.Server with the limits above, which stops when the index file changes."""
+    """Return a uvicorn.Server with these limits, which stops when the index file changes."""
     async def stop_if_changed():
         server.should_exit |= app.state.changed()
 
     server = uvicorn.Server(uvicorn.Config(
         app, http=Protocol, ws="none", lifespan="on", log_level="error", access_log=False, server_header=False,
+        backlog=64,  # asyncio accepts so many connections before `Protocol` can close one
         limit_concurrency=WAITING, timeout_graceful_shutdown=5, callback_notify=stop_if_changed, timeout_notify=1))
     logging.getLogger("uvicorn.error").addFilter(_keep_record)
     return server
@@ -330,7 +330,7 @@ def make_server(app):
 
 def _keep_record(record):
     """Leave the tracebacks of requests that are cancelled when the server stops out of the log."""
-    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
+    return not record.exc_info or not isinstance(record.exc_info[1], asyncio.CancelledError)
 
 
 def serve(app, listener):
@@ -339,10 +339,10 @@ def serve(app, listener):
     Raises ReidError if the index file changes meanwhile.
     """
     address, port = listener.getsockname()[:2]
-    address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
+    address = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(address, f"[{address}]" if ":" in address else address)
     with suppress(ValueError):  # outside of the main thread
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # TERM, too, then ends below
-    print(f"search page: http://{f'[{address}]' if ':' in address else address}:{port} (Ctrl-C stops it)", flush=True)
+    print(f"search page: http://{address}:{port} (Ctrl-C stops it)", flush=True)
     with suppress(KeyboardInterrupt):  # uvicorn has shut down and passes the signal on
         make_server(app).run(sockets=[listener])
     if app.state.changed():

@@ -524,7 +524,7 @@ def test_64_clients(site, gallery, index):
     assert max(site.extractor.batches) > 5  # they were embedded together
 
 
-def test_one_too_many_is_sent_away(index, crop, monkeypatch):
+def test_one_search_too_many_is_refused(index, crop, monkeypatch):
     with Site(index) as running, ThreadPoolExecutor(2) as pool:
         monkeypatch.setattr(page, "WAITING", 1)
         running.extractor.gate.clear()

@@ -149,7 +149,7 @@ def test_extremes_leave_out_what_does_not_count(run):
     assert nocam.right_row[0] == 2
 
 
-def test_confusions_count_first_places(run):
+def test_confusions_count_first_ranks(run):
     data = arguments_of(*run)
     result, found = metrics.evaluate(*data.values()), analysis.extremes(*data.values())
     pairs, wrong, distractors = analysis.confusions(found, result, data["q_pids"], data["g_pids"])
@@ -278,7 +278,7 @@ def test_comparison_pairs_by_path(run, tmp_path):
     assert "mAP: no clear difference" in table
 
 
-def test_comparison_tells_the_better_run(tmp_path):
+def test_comparison_names_the_better_run(tmp_path):
     data = labelled()
     noise = torch.nn.functional.normalize(data[1] + torch.randn(120, 64, generator=torch.Generator().manual_seed(1)), dim=1)
 
