@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from reid import ReidError, __version__
+from reid.cli import without_secrets
 from reid.extras import analysis, pictures
 from reid.files import atomic_path
 from reid.retrieval import metrics
@@ -53,7 +54,8 @@ def write_report(path, title, queries, gallery, data, results, intervals, roc, a
                               trim_blocks=True, lstrip_blocks=True)
     html = environment.get_template("report.html").render(
         title=title, style=Markup(style), digest=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
-        mark=Markup(MARK), badges=BADGES, gallery=gallery, result=result, results=results, roc=roc, arguments=arguments,
+        mark=Markup(MARK), badges=BADGES, gallery=gallery, result=result, results=results, roc=roc,
+        arguments={name: without_secrets(str(value)) for name, value in arguments.items()},
         figures=_figures(results, intervals),
         charts=[_cmc_chart(results), _roc_chart(roc), _score_chart(roc, arguments["fmr"])],
         cameras=metrics.camera_table(*data.values(), protocol=protocol), tiles=tiles, found=found,
@@ -201,8 +203,8 @@ def _score_chart(roc, rate):
         series.append((name, pictures.COLOURS[kind], "area", [(low, 0), *steps, (high, 0)]))
     top = max(y for *_, points in series for _, y in points)
     series.append((f"threshold {threshold:.3f}", pictures.INK, "rule", [(min(max(threshold, low), high), 0)]))
-    tenths = range(math.ceil(10 * low), math.floor(10 * high) + 1)
+    tenths = range(-10, 11, 1 if high - low < 0.9 else 2)
     return {"caption": f"Cosines of both kinds of pairs. The threshold {threshold:.4f} accepts {rate:g} of the pairs of two "
                        f"people and {100 * roc.tpr[rate]:.1f} % of the pairs of one.", "series": series,
-            "x": ("cosine", low, high, [(tenth / 10, f"{tenth / 10:g}") for tenth in tenths]),
+            "x": ("cosine", low, high, [(t / 10, f"{t / 10:g}") for t in tenths if low <= t / 10 <= high]),
             "y": ("share of the pairs", 0, 1.05 * top, [])}

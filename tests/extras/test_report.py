@@ -224,6 +224,11 @@ def test_tracklets_are_shown_by_their_first_image(run, tmp_path):
     assert "q/1b.jpg" in write(tmp_path / "report.html", run, multi_query=True)
 
 
+def test_passwords_and_tokens_are_masked(run, tmp_path):
+    text = write(tmp_path / "report.html", run, gallery_uri="http://me:s3cret@host:19530/?token=t0ken")
+    assert "http://***@host:19530/?***" in text and "s3cret" not in text and "t0ken" not in text
+
+
 def test_replaces_a_report_and_nothing_else(run, tmp_path):
     path = tmp_path / "report.html"
     write(path, run, title="first")
