@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import data_prep
 import eval as evaluate
@@ -110,7 +111,11 @@ def shell(people, tmp_path_factory):
     (folder / "my/crops").mkdir(parents=True)
     for image in itertools.islice((people / "gallery").glob("00*/*.jpg"), 6):
         shutil.copy(image, folder / "my/crops")
-    shutil.copy(image, folder / "my/query.jpg")
+    for name in ("my/query.jpg", "query.jpg", "crop.jpg"):
+        shutil.copy(image, folder / name)
+    frame = Image.new("RGB", (640, 360))
+    frame.paste(Image.open(image).resize((80, 210)), (10, 20))
+    frame.save(folder / "frame.jpg")
     (folder / "my/people").symlink_to(people / "train")
     with zipfile.ZipFile(folder / "Market-1501-v15.09.15.zip", "w") as archive:
         for split, name in MARKET_FOLDERS.items():
