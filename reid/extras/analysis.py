@@ -43,16 +43,6 @@ class Confusion(NamedTuple):
     image: int
 
 
-class Suspect(NamedTuple):
-    """A query and a gallery image whose labels and appearance disagree; best: row of the query's best match, or -1."""
-
-    query: int
-    image: int
-    score: float
-    best: int
-    best_score: float
-
-
 def extremes(*data, protocol="market") -> Extremes:
     """Find the most similar pairs in one pass over all pairs. data: as in `reid.retrieval.metrics.evaluate`."""
     task = make_task(*data, protocol=protocol)
@@ -125,27 +115,23 @@ def level(roc: RocResult, share: float) -> float:
     return float(roc.edges[int((above > share).sum())])
 
 
-def similar_strangers(found: Extremes, result: EvalResult, roc: RocResult, count: int) -> tuple[list[Suspect], int, float]:
+def similar_strangers(found: Extremes, result: EvalResult, roc: RocResult) -> tuple[Tensor, float]:
     """Find queries for which an image of another identity is more similar than it should be.
 
     Its cosine exceeds the threshold at false-match rate 1e-4, and the query's best match by the margin between the
-    thresholds at 1e-4 and 1e-2. Returns the `count` most suspicious, the number of all, and the margin.
+    thresholds at 1e-4 and 1e-2. Returns the rows of the queries, int64, most suspicious first, and the margin.
     """
     margin = roc.threshold[1e-4] - roc.threshold[1e-2]
     excess = found.wrong - found.right
     rows = ((result.reason == 0) & (found.wrong > roc.threshold[1e-4]) & (excess > margin)).nonzero()[:, 0]
-    rows = rows[excess[rows].argsort(descending=True, stable=True)]
-    listed = [Suspect(q, int(found.wrong_row[q]), float(found.wrong[q]), int(found.right_row[q]), float(found.right[q]))
-              for q in rows[:count].tolist()]
-    return listed, len(rows), margin
+    return rows[excess[rows].argsort(descending=True, stable=True)], margin
 
 
-def dissimilar_matches(found: Extremes, roc: RocResult, count: int) -> tuple[list[Suspect], int, float]:
+def dissimilar_matches(found: Extremes, roc: RocResult) -> tuple[Tensor, float]:
     """Find gallery images that match two or more queries by label and none of them by appearance (`level` at UNLIKE).
 
-    Returns the `count` most suspicious, the number of all, and the level.
+    Returns their rows, int64, most suspicious first, and the level.
     """
     limit = level(roc, UNLIKE)
     rows = ((found.own_pairs > 1) & (found.own < limit)).nonzero()[:, 0]
-    rows = rows[found.own[rows].argsort(stable=True)]
-    return [Suspect(int(found.own_row[g]), g, float(found.own[g]), -1, 0.0) for g in rows[:count].tolist()], len(rows), limit
+    return rows[found.own[rows].argsort(stable=True)], limit

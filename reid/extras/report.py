@@ -61,7 +61,7 @@ def write_report(path, title, queries, gallery, data, results, intervals, roc, a
         cameras=metrics.camera_table(*data.values(), protocol=protocol), tiles=tiles, found=found,
         worst=[_worst_query(tiles, query, result, found) for query in analysis.worst_queries(result, QUERIES)],
         confused=analysis.confusions(found, result, data["q_pids"], data["g_pids"]),
-        similar=analysis.similar_strangers(found, result, roc, CARDS), dissimilar=analysis.dissimilar_matches(found, roc, CARDS),
+        similar=analysis.similar_strangers(found, result, roc), dissimilar=analysis.dissimilar_matches(found, roc),
         left_out=_left_out(tiles, result, queries.bad + gallery.bad), made_with=_made_with(queries, gallery) | versions,
         meaning=pictures.MEANING, shown=SHOWN, card_count=CARDS, unlike=analysis.UNLIKE)
     with atomic_path(path) as temporary:
