@@ -191,7 +191,7 @@ def small_files(lab):
     evidence = spacetime.fit(torch.tensor([1, 1, 2, 2]), torch.tensor([1, 2] * 2), torch.ones(4).long(), torch.arange(4) * 100)
 
     def open_spacetime(path):
-        loaded, one = checkpoint.load_spacetime(path, "people"), torch.ones(1, dtype=torch.int64)
+        loaded, one = spacetime.SpaceTime.load(path, "0" * 16, "people"), torch.ones(1, dtype=torch.int64)
         assert torch.isfinite(loaded.fuse(torch.ones(1, 1), loaded.prob(*[one] * 6))).all()
 
     whole = contents(lab.tiny, checkpoint)
@@ -201,7 +201,8 @@ def small_files(lab):
     def open_checkpoint(path):
         loaded = checkpoint.load_checkpoint(path)
         checkpoint.fingerprint(loaded)
-    return {"camera and time model": ({"data_root": "people", "evidence": evidence.state()}, "reid-spacetime", 1, open_spacetime),
+    return {"camera and time model": (vars(evidence) | {"fingerprint": "0" * 16, "dataset": spacetime.dataset_name("people")},
+                                      spacetime.FORMAT, spacetime.VERSION, open_spacetime),
             "index": (small, index_module.FORMAT, index_module.VERSION, open_index),
             "checkpoint": ({**model, "state_dict": state}, checkpoint.FORMAT, checkpoint.VERSION, open_checkpoint),
             "whole checkpoint": ({**model, "state_dict": whole["state_dict"]}, checkpoint.FORMAT, checkpoint.VERSION,

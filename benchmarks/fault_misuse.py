@@ -19,7 +19,7 @@ NUMBERS = {  # values that nobody means
         "--eval_freq": ["0", "-1"], "--num_data_loaders": ["0", "-1"], "--seed": ["-1", HUGE], "--flip": ["nan", "2"],
         "--erase": ["nan", "-1"], "--jitter": ["nan", "-1", "1e9"], "--ema": ["nan", "2", "-1"], "--smoothing": ["nan", "2"],
         "--margin": ["nan"], "--pair_weight": ["nan", "-1"], "--weight_decay": ["nan", "-1"], "--device": ["meta", "cuda:-1"]},
-    "eval": {"--batch_size": ["0", "-1", HUGE], "--fmr": ["0", "-1", "2", "nan"], "--device": ["", "cuda:-1", "cpu:7", "\n"]},
+    "eval": {"--batch_size": ["0", "-1", HUGE], "--far": ["0", "-1", "2", "nan"], "--device": ["", "cuda:-1", "cpu:7", "\n"]},
     "inference": {
         "--topk": ["0", "-1", "100000000000", HUGE], "--positions": ["0", "-1", "1000000000"], "--cameras": ["-1", HUGE],
         "--batch_size": ["0", "-1"], "--device": ["meta", "mps", "cuda:99"]},

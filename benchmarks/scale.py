@@ -48,7 +48,7 @@ def gallery_of(size, seed=0):
         embeddings[part] = F.normalize(centres[pids[part]] + 1.5 * noise, dim=1).half()
     camids, frames = torch.randint(1, CAMERAS + 1, (size,), generator=generator), torch.arange(size)
     records = Records(Path("nowhere"), [f"{i // 10_000:04d}/{i:09d}.jpg" for i in range(size)], pids, camids, frames * 0, frames)
-    return GalleryIndex(embeddings, records, "0" * 32, False, torch.full((2, size), -1))
+    return GalleryIndex(embeddings, records, "0" * 32, False, torch.full((3, size), -1))
 
 
 def make_index(path, size):

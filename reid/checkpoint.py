@@ -12,7 +12,6 @@ from reid.cli import first_line
 from reid.files import checksum, load, save
 from reid.images import PREPROCESSING
 from reid.model import build_model, check_config
-from reid.retrieval.spacetime import SpaceTime
 
 FORMAT, VERSION = "reid-checkpoint", 1
 PLAIN_NAME = re.compile(r"\w[\w .+=@,-]{0,99}(?<![ .])")
@@ -110,25 +109,6 @@ def restore_model(record, path="checkpoint"):
         raise ReidError(f"{path}: weights do not fit its own configuration ({reason})") from error
     _check_finite(model.state_dict(), path, "use an earlier checkpoint")
     return model
-
-
-def save_spacetime(path, evidence, data_root):
-    """Keep a reid.retrieval.spacetime.SpaceTime beside its checkpoint, with the dataset whose cameras and clocks it knows."""
-    save(path, {"data_root": Path(data_root).name, "evidence": evidence.state()}, "reid-spacetime", 1)
-
-
-def load_spacetime(path, data_root):
-    """The SpaceTime of `save_spacetime`; raises ReidError where there is none or it is of another dataset."""
-    if not Path(path).exists():
-        raise ReidError(f"{path}: not there; learn it with: python eval.py --spacetime --exp_name {Path(path).parent.name}")
-    record = load(path, "reid-spacetime", 1)
-    known = record.get("data_root")
-    if known != Path(data_root).name:
-        raise ReidError(f"{path}: knows the cameras of {str(known)!r:.80}, not of {data_root}; remove it to learn anew")
-    try:
-        return SpaceTime.from_state(record.get("evidence"))
-    except ReidError as error:
-        raise ReidError(f"{path}: {error}") from error
 
 
 def fingerprint(record):

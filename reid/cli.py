@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import warnings
+from pathlib import Path
 
 from reid import ReidError
 
@@ -35,6 +36,27 @@ def check_ranges(args, limits):
         for value in values if isinstance(values, list) else [] if values is None else [values]:
             if not low <= value <= high:
                 raise ReidError(f"--{name} {value}: must lie between {low:,} and {high:,}")
+
+
+def check_outputs(outputs, inputs=()):
+    """Raise ReidError where an output would replace an input or a file of another kind.
+
+    outputs: [(name of the option, path or None, allowed suffixes)]; a picture may become numbered sheets (out-001.png).
+    inputs: files that are read, and folders all of whose files are.
+    """
+    files = {os.path.realpath(path) for path in inputs if not os.path.isdir(path)}
+    folders = {Path(path).resolve() for path in inputs if os.path.isdir(path)}
+    for option, path, suffixes in outputs:
+        if path is None:
+            continue
+        path = Path(path)
+        if path.is_dir() or path.suffix.lower() not in suffixes:
+            raise ReidError(f"--{option} {path}: give a file that ends in {', '.join(suffixes)}")
+        sheet = re.compile(re.escape(path.stem) + r"(-\d{3,})?" + re.escape(path.suffix))
+        for old in path.parent.iterdir() if path.parent.is_dir() else ():
+            places = {*old.parent.resolve().joinpath(old.name).parents, *old.resolve().parents}
+            if sheet.fullmatch(old.name) and (os.path.realpath(old) in files or folders & places):
+                raise ReidError(f"--{option} {path}: {old} is one of the images that are read; choose another name")
 
 
 def printable(text):

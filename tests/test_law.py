@@ -24,20 +24,7 @@ HEAVY = ("torchvision", "mlflow", "tensorboard", "matplotlib", "fastapi", "uvico
          "pymilvus")
 LONGEST = 350  # lines of a file
 
-KNOWN = {
-    "import eval changes warnings.filters",
-    "import eval loads reid.extras",
-    "import eval loads reid.extras.milvus_client",
-    "import inference loads reid.extras",
-    "import inference loads reid.extras.milvus_client",
-    "import inference loads reid.extras.pictures",
-    "import train loads reid.retrieval.metrics",
-    "inference imports reid.extras.milvus_client at its top",
-    "inference imports reid.extras.pictures at its top",
-    "reid.checkpoint imports reid.retrieval.spacetime",
-    "reid.retrieval.gallery imports reid.extras.milvus",
-    "reid.retrieval.gallery imports reid.extras.milvus_client",
-}
+KNOWN = set()
 
 
 def sources():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from reid.retrieval.metrics import EvalResult, RocResult
-from reid.retrieval.ranking import blocks, make_task
+from reid.retrieval.protocol import blocks, make_task
 
 UNLIKE = 0.1  # two images of one person look different if this share of the pairs of different people has a higher cosine
 
@@ -118,7 +118,7 @@ def level(roc: RocResult, share: float) -> float:
 def similar_strangers(found: Extremes, result: EvalResult, roc: RocResult) -> tuple[Tensor, float]:
     """Find queries for which an image of another identity is more similar than it should be.
 
-    Its cosine exceeds the threshold at false-match rate 1e-4, and the query's best match by the margin between the
+    Its cosine exceeds the threshold at false accept rate 1e-4, and the query's best match by the margin between the
     thresholds at 1e-4 and 1e-2. Returns the rows of the queries, int64, most suspicious first, and the margin.
     """
     margin = roc.threshold[1e-4] - roc.threshold[1e-2]

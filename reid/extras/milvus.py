@@ -24,11 +24,6 @@ TIES = 8  # rows fetched beyond topk, to put equal scores at the end of a list i
 BLOCK = 4 * BATCH  # images that are looked up at once
 
 
-def is_uri(text):
-    """Whether `text` is the address of a Milvus engine (name.db, http://host:19530) and not the path of an index file."""
-    return is_file(text) or "://" in str(text)
-
-
 def open_gallery(uri, run, extractor=None, part=""):
     """Open a gallery to search in it.
 
@@ -70,7 +65,7 @@ def create_gallery(uri, run, fingerprint, mirror, dim, data_root, index_type="FL
             return gallery
         gallery.collection.call("drop_collection")
     gallery.collection.create(dim, index_type, format=FORMAT, run=run, part=part, fingerprint=fingerprint, mirror=mirror,
-                              preprocessing=PREPROCESSING, data_root=str(data_root), threshold=None, false_match_rate=None,
+                              preprocessing=PREPROCESSING, data_root=str(data_root), threshold=None, false_accept_rate=None,
                               cameras=[], start=0, next=0, listing="")
     gallery._restore()
     return gallery
@@ -102,7 +97,7 @@ def save_index(index, uri, run):
         if rows is not None:
             gallery = create_gallery(uri, run, rows.fingerprint, rows.mirror, rows.embeddings.shape[1], rows.data_root, part=part)
             gallery.write(rows.embeddings, rows.records())
-            gallery.collection.set(threshold=rows.threshold, false_match_rate=rows.false_match_rate)
+            gallery.collection.set(threshold=rows.threshold, false_accept_rate=rows.false_accept_rate)
 
 
 class MilvusGallery:
@@ -114,7 +109,8 @@ class MilvusGallery:
     cameras: sorted list of the camera ids, -1 (unknown) included. bad: [(file, reason)] of images left out by `add`.
     """
 
-    hit = GalleryIndex.hit  # which reads paths, pids, camids and data_root
+    names = {}
+    hit = GalleryIndex.hit  # which reads paths, pids, camids, names and data_root
 
     def __init__(self, uri, run, part=""):
         self.uri, self.run, self.part, self.bad, self._hits = str(uri), run, part, [], {}
@@ -296,14 +292,16 @@ class MilvusGallery:
             raise ReidError(f"{self.uri}: {count:,} rows, but at most {limit:,} are evaluated in memory; evaluate on a dataset "
                             "of its own, and search the large gallery")
         rows, embeddings = [], [torch.empty(0, self.dim, dtype=torch.float16)]
-        for block in self.collection.read([*FIELDS, "vector"], condition):
+        for block in self.collection.read([*FIELDS, "content", "vector"], condition):
             embeddings.append(torch.tensor([row.pop("vector") for row in block]).half())
             rows += block
         order = sorted(range(len(rows)), key=lambda i: (rows[i]["position"], rows[i]["path"]))
         columns = [torch.tensor([rows[i][name] for i in order], dtype=torch.int64) for name in FIELDS[1:5]]
         records = Records(Path(self.data_root), [rows[i]["path"] for i in order], *columns)
-        index = GalleryIndex(torch.cat(embeddings)[order], records, self.fingerprint, self.mirror)
-        index.threshold, index.false_match_rate = self.threshold, self.false_match_rate
+        contents = torch.tensor([rows[i]["content"] or -1 for i in order], dtype=torch.int64)
+        stats = torch.stack([torch.full_like(contents, -1)] * 2 + [contents])  # no sizes and times of the files
+        index = GalleryIndex(torch.cat(embeddings)[order], records, self.fingerprint, self.mirror, stats)
+        index.threshold, index.false_accept_rate = self.threshold, self.false_accept_rate
         return index
 
     def recall(self, k=10, sample=100, limit=200_000):

@@ -39,7 +39,7 @@ def write_report(path, title, queries, gallery, data, results, intervals, roc, a
     queries, gallery: GalleryIndex, for names and files. data: the arguments of `metrics.evaluate` in their order, by name
     (with --multi_query its queries are tracklets). results: {name of the scoring: EvalResult}; the first one ranks by
     cosine, and worst queries, confused people, label errors and score charts are its. intervals: {name: result of
-    `metrics.bootstrap`}. roc: RocResult with the rates 1e-4, 1e-2 and arguments["fmr"]. arguments: the command line's, by
+    `metrics.bootstrap`}. roc: RocResult with the rates 1e-4, 1e-2 and arguments["far"]. arguments: the command line's, by
     name. versions: {library: version}. Raises ReidError as `check_path` does.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -57,7 +57,7 @@ def write_report(path, title, queries, gallery, data, results, intervals, roc, a
         mark=Markup(MARK), badges=BADGES, gallery=gallery, result=result, results=results, roc=roc,
         arguments={name: without_secrets(str(value)) for name, value in arguments.items()},
         figures=_figures(results, intervals),
-        charts=[_cmc_chart(results), _roc_chart(roc), _score_chart(roc, arguments["fmr"])],
+        charts=[_cmc_chart(results), _roc_chart(roc), _score_chart(roc, arguments["far"])],
         cameras=metrics.camera_table(*data.values(), protocol=protocol), tiles=tiles, found=found,
         worst=[_worst_query(tiles, query, result, found) for query in analysis.worst_queries(result, QUERIES)],
         confused=analysis.confusions(found, result, data["q_pids"], data["g_pids"]),
@@ -187,7 +187,7 @@ def _roc_chart(roc):
     return {"caption": f"ROC over {roc.same_pairs:,} pairs of one person and {roc.different_pairs:,} pairs of two: the share "
                        "of each that scores above a threshold (TAR and FAR).",
             "series": [("", SERIES[0], "line", curve), ("", SERIES[0], "dots", dots)],
-            "x": ("false-match rate", low, 0, [(power, f"{10.0**power:g}") for power in range(low, 1)]),
+            "x": ("false accept rate", low, 0, [(power, f"{10.0**power:g}") for power in range(low, 1)]),
             "y": ("true-match rate (%)", 0, 100, [(y, y) for y in range(0, 101, 20)])}
 
 

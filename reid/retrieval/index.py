@@ -1,24 +1,29 @@
-"""The gallery index: one matrix of embeddings with what is known of each image, on disk, and its exact search."""
+"""The gallery index: one matrix of embeddings with the labels of each image, its file, and exact search."""
 
+import hashlib
 import itertools
 import os
+import warnings
 from pathlib import Path
 
 import torch
 
-from reid import ReidError
-from reid.data.datasets import Records
+from reid import ReidError, distributed
+from reid.data.datasets import UNKNOWN, UNKNOWN_PID, Records, folder_pid
 from reid.files import VERIFY_LIMIT, load, save
 from reid.images import PREPROCESSING
 from reid.retrieval.ranked import identity_name, ranked_lists
-from reid.retrieval.search import ExactSearch
+from reid.retrieval.search import ExactSearch, merge_shards
 
-FORMAT, VERSION = "reid-index", 1
-COLUMNS = ("pids", "camids", "seqs", "frames", "sizes", "mtimes")  # int64 [N] each
+FORMAT, VERSION = "reid-index", 2
+STATS = ("sizes", "mtimes", "contents")  # of the image files, see `file_stats`
+COLUMNS = ("pids", "camids", "seqs", "frames", *STATS)  # int64 [N] each
+PLAIN = {"data_root": str, "fingerprint": str, "preprocessing": str, "mirror": bool, "names": dict,
+         "threshold": (int, float, type(None)), "false_accept_rate": (int, float, type(None))}
 
 
 class Paths:
-    """N path names as one uint8 blob and N + 1 offsets: a million of them open at once and are decoded when asked for."""
+    """N path names as one uint8 blob and N + 1 offsets: a million of them load at once and are decoded on access."""
 
     def __init__(self, blob, offsets):
         self.blob, self.offsets = blob, offsets
@@ -44,25 +49,26 @@ class Paths:
 class GalleryIndex:
     """Embeddings [N, D] with pids, camids, seqs, frames (int64 [N]) and paths relative to `data_root`.
 
-    threshold: the cosine above which two images count as one person, at `false_match_rate` (None: not measured).
-    queries: a second GalleryIndex with the queries' part, or None. bad: [(file, reason)] of images left out by `build`.
-    device: where it is searched, that of the Extractor which built it or which it was loaded with.
+    Make one with `build` (from images), with `empty` and `add` (from embeddings), or with `load` (from a file).
+    threshold: cosine above which two images are a match, at `false_accept_rate` (None: not measured). names: {pid: name} of
+    identities added by name. queries: a second GalleryIndex with the queries of an evaluation, or None. bad: [(file,
+    reason)] of images that `build` left out. device: where it is searched, that of the Extractor.
     """
 
     def __init__(self, embeddings, records, fingerprint, mirror, stats=None):
         self.embeddings = embeddings
         self.paths = records.paths if isinstance(records.paths, Paths) else Paths.of(records.paths)
         self.pids, self.camids, self.seqs, self.frames = records.pids, records.camids, records.seqs, records.frames
-        self.sizes, self.mtimes = stats if stats is not None else file_stats(records.files())
-        self.data_root = str(records.root)
+        self.sizes, self.mtimes, self.contents = file_stats(records.files()) if stats is None else stats
+        self.data_root, self.names = str(records.root), {}
         self.fingerprint, self.preprocessing, self.mirror = fingerprint, PREPROCESSING, mirror
-        self.threshold = self.false_match_rate = self.queries = None
+        self.threshold = self.false_accept_rate = self.queries = None
         self.bad, self.device, self._search = [], "cpu", {}
 
     @classmethod
     def build(cls, extractor, records, strict=False, dtype=torch.float16, progress=True, rank=0, world_size=1):
-        """Embed `records` into an index. Images that cannot be read are left out and stand in `.bad` (`strict` raises)."""
-        own = torch.arange(rank, len(records), world_size)  # torchrun: each rank embeds its share
+        """Embed `records` into an index. Images that cannot be read are left out and listed in `.bad` (`strict` raises)."""
+        own = torch.arange(rank, len(records), world_size)  # under torchrun each rank embeds its share
         files = records.select(own).files()
         embeddings = torch.empty(len(files), extractor.dim, dtype=dtype)
         kept, bad, count = torch.empty(len(files), dtype=torch.int64), [], 0
@@ -71,84 +77,64 @@ class GalleryIndex:
             kept[count : count + len(rows)] = positions
             count += len(rows)
         embeddings, kept = embeddings[:count], own[kept[:count]]
+        stats = file_stats(records.select(kept).files())
         if world_size > 1:
-            embeddings, kept, bad = _gather(embeddings, kept, bad, rank, world_size)
-        index = cls(embeddings, records.select(kept), extractor.fingerprint, extractor.mirror)
+            embeddings, kept, stats, bad = _gather(embeddings, kept, stats, bad)
+        index = cls(embeddings, records.select(kept), extractor.fingerprint, extractor.mirror, stats)
         index.bad, index.device = bad, getattr(extractor, "device", "cpu")
         return index
 
+    @classmethod
+    def empty(cls, extractor, threshold=None):
+        """An index without images, for `add`. threshold: cosine above which a hit is a match."""
+        none = torch.empty(0, dtype=torch.int64)
+        index = cls(torch.empty(0, extractor.dim, dtype=torch.float16), Records(Path(), [], none, none, none, none),
+                    extractor.fingerprint, extractor.mirror)
+        index.data_root, index.threshold, index.device = "", threshold, getattr(extractor, "device", "cpu")
+        return index
+
+    def add(self, embeddings, names=None, pids=None, camids=None, paths=None):
+        """Append embeddings of the Extractor that the index was made for; return how many rows were added.
+
+        embeddings: float [n, D] of norm 1; rows of NaN (empty boxes) are skipped with a warning. names: n names of
+        identities; pids: n integers (default: a number derived from the name, or unlabelled); camids: n integers; paths: n
+        image files, relative to `data_root`. Raises ReidError where numbers or dimensions differ.
+        """
+        count, columns = len(embeddings), {"names": names, "pids": pids, "camids": camids, "paths": paths}
+        if embeddings.ndim != 2 or embeddings.shape[1] != self.embeddings.shape[1]:
+            raise ReidError(f"embeddings of shape {tuple(embeddings.shape)} do not fit an index of {self.embeddings.shape[1]} "
+                            "dimensions")
+        for name, values in columns.items():
+            if values is not None and len(values) != count:
+                raise ReidError(f"{count} embeddings but {len(values)} {name}: give one for each")
+        if pids is None:
+            pids = [UNKNOWN_PID] * count if names is None else [folder_pid(name) for name in names]
+        unknown = torch.full((count,), UNKNOWN)
+        keep = embeddings.isfinite().all(1)
+        if skipped := count - int(keep.sum()):
+            warnings.warn(f"{skipped} of {count} embeddings are not finite (empty boxes?) and were not added", stacklevel=2)
+        records = Records(Path(self.data_root), [str(path) for path in paths or [""] * count], torch.as_tensor(pids).long(),
+                          unknown if camids is None else torch.as_tensor(camids).long(), unknown, unknown).select(keep)
+        new = GalleryIndex(embeddings[keep].to(self.embeddings), records, self.fingerprint, self.mirror)
+        self.names |= {int(pid): str(name) for pid, name, kept in zip(pids, names or (), keep) if kept}
+        self.paths, self.embeddings = Paths.of([*self.paths, *new.paths]), torch.cat([self.embeddings, new.embeddings])
+        for name in COLUMNS:
+            setattr(self, name, torch.cat([getattr(self, name), getattr(new, name)]))
+        self._search = {}
+        return len(new)
+
     def __len__(self):
         return len(self.embeddings)
-
-    count = property(__len__)
 
     def records(self):
         """The images as reid.data.datasets.Records."""
         return Records(Path(self.data_root), list(self.paths), self.pids, self.camids, self.seqs, self.frames)
 
-    def close(self):
-        """Nothing to let go of; other stores have a connection here."""
-
-    def save(self, path):
-        """Write the index, whole or not at all."""
-        save(path, self._part(), FORMAT, VERSION)
-
-    def _part(self):
-        part = {"embeddings": self.embeddings, **{name: getattr(self, name) for name in COLUMNS},
-                "path_blob": self.paths.blob, "path_offsets": self.paths.offsets, "data_root": self.data_root,
-                "fingerprint": self.fingerprint, "preprocessing": self.preprocessing, "mirror": self.mirror,
-                "threshold": self.threshold, "false_match_rate": self.false_match_rate}
-        if self.queries is not None:
-            part["queries"] = self.queries._part()
-        return part
-
-    @classmethod
-    def load(cls, path, extractor_or_fingerprint=None):
-        """Open an index, memory-mapped. With an Extractor (or a fingerprint) one of other weights raises ReidError."""
-        if not Path(path).is_file():
-            raise ReidError(f"{path}: no such index; make it: python eval.py --save_index --exp_name {Path(path).stem}")
-        index = cls._restore(load(path, FORMAT, VERSION, mmap=True), path)
-        wanted = getattr(extractor_or_fingerprint, "fingerprint", extractor_or_fingerprint)
-        index.device = getattr(extractor_or_fingerprint, "device", "cpu")
-        if index.preprocessing != PREPROCESSING or (wanted is not None and index.fingerprint != wanted):
-            raise ReidError(f"{path}: made by other weights or another preprocessing; make it again: "
-                            f"python eval.py --save_index --exp_name {Path(path).stem}")
-        return index
-
-    @classmethod
-    def _restore(cls, part, path):
-        columns = {name: part.get(name) for name in (*COLUMNS, "path_offsets")}
-        embeddings, blob, count = part.get("embeddings"), part.get("path_blob"), 0
-        require(isinstance(embeddings, torch.Tensor) and embeddings.ndim == 2, path, "has no embeddings [N, D]")
-        require(embeddings.dtype in (torch.float16, torch.float32), path, f"embeddings are {embeddings.dtype}")
-        for name, column in columns.items():
-            count = len(embeddings) + (name == "path_offsets")
-            require(isinstance(column, torch.Tensor) and column.dtype == torch.int64 and column.shape == (count,), path,
-                    f"{name} is not int64 [{count}]")
-        require(isinstance(blob, torch.Tensor) and blob.dtype == torch.uint8 and blob.ndim == 1, path, "has no paths")
-        ends = columns["path_offsets"]
-        require(ends[0] >= 0 and ends[-1] <= len(blob) and bool((ends.diff() >= 0).all()), path, "its paths do not add up")
-        for name in ("data_root", "fingerprint", "preprocessing"):
-            require(isinstance(part.get(name), str), path, f"has no {name}")
-        require(isinstance(part.get("mirror"), bool), path, "does not say whether it was mirrored")
-        for name in ("threshold", "false_match_rate"):
-            require(part.get(name) is None or isinstance(part[name], (int, float)), path, f"{name} is no number")
-        # NaN anywhere makes a sum NaN; a matrix too large to verify is looked at where it is searched
-        small = embeddings.numel() * embeddings.element_size() <= VERIFY_LIMIT
-        require(not small or not embeddings.numel() or bool(torch.isfinite(embeddings.float().sum())), path,
-                "embeddings hold NaN or infinite values")
-        records = Records(Path(part["data_root"]), Paths(blob, ends), *(part[name] for name in COLUMNS[:4]))
-        index = cls(embeddings, records, part["fingerprint"], part["mirror"], (part["sizes"], part["mtimes"]))
-        index.preprocessing, index.threshold = part["preprocessing"], part.get("threshold")
-        index.false_match_rate = part.get("false_match_rate")
-        if isinstance(part.get("queries"), dict):
-            index.queries = cls._restore(part["queries"], path)
-        return index
-
     def hit(self, row):
         """(path, name of the identity or "" where it is unlabelled, pid, camid) of a row."""
         path, pid = self.paths[row], int(self.pids[row])
-        return str(Path(self.data_root) / path), identity_name(pid, path), pid, int(self.camids[row])
+        name = self.names.get(pid) or identity_name(pid, path)
+        return str(Path(self.data_root) / path) if path else "", name, pid, int(self.camids[row])
 
     def search(self, embeddings, topk=5, camids=None, frames=None, exclude=None, queries=None, rank=0, world_size=1):
         """The `topk` most similar images of each query: a list of RankedList, one for each of the Q embeddings.
@@ -167,7 +153,7 @@ class GalleryIndex:
         """
         if embeddings.ndim != 2 or embeddings.shape[1] != self.embeddings.shape[1]:
             raise ReidError(f"queries of shape {tuple(embeddings.shape)} in a gallery of {self.embeddings.shape[1]} dimensions")
-        no_crop = embeddings.isnan().any(1)  # as `Extractor.embed` marks an empty box: nothing is found for it
+        no_crop = embeddings.isnan().any(1)  # as `Extractor.embed` marks an empty box
         start, stop = len(self) * rank // world_size, len(self) * (rank + 1) // world_size
         keep = None if camids is None else torch.isin(self.camids[start:stop], torch.tensor(list(camids), dtype=torch.int64))
         if frames is not None:
@@ -183,11 +169,7 @@ class GalleryIndex:
         scores[no_crop], rows[no_crop] = -torch.inf, -1
         if world_size == 1:
             return scores, rows
-        import torch.distributed as dist
-
-        parts = [None] * world_size
-        dist.all_gather_object(parts, (scores, torch.where(rows < 0, rows, rows + start)))
-        return merge_shards(parts, topk)
+        return merge_shards(distributed.gather_objects((scores, torch.where(rows < 0, rows, rows + start))), topk)
 
     def _exact(self, embeddings):
         try:
@@ -195,83 +177,147 @@ class GalleryIndex:
         except torch.OutOfMemoryError:  # larger than the GPU: main memory has it anyway
             return ExactSearch(embeddings)
 
-    def add(self, extractor, records, strict=False, progress=True):
-        """Embed what is new among `records`, or changed (size or time of the file); returns how many images were embedded."""
-        if extractor.fingerprint != self.fingerprint or extractor.mirror != self.mirror:
-            raise ReidError("images can only be added to an index by the weights and the mirroring that made it")
-        if Path(records.root).resolve() != Path(self.data_root).resolve():
-            raise ReidError(f"{records.root}: the index is of {self.data_root}; only images below it can be added")
-        known = {path: stat for path, *stat in zip(self.paths, self.sizes.tolist(), self.mtimes.tolist())}
-        sizes, mtimes = file_stats(records.files())
-        fresh = [i for i, path in enumerate(records.paths) if known.get(path) != [sizes[i].item(), mtimes[i].item()]]
-        if not fresh:
-            return 0
-        new = GalleryIndex.build(extractor, records.select(torch.tensor(fresh)), strict, self.embeddings.dtype, progress)
-        self.remove([path for path in new.paths if path in known])
-        self.embeddings = torch.cat([self.embeddings, new.embeddings])
-        for name in COLUMNS:
-            setattr(self, name, torch.cat([getattr(self, name), getattr(new, name)]))
-        self.paths, self._search = Paths.of([*self.paths, *new.paths]), {}
-        self.bad += new.bad
-        return len(new)
+    def changed(self):
+        """Paths of the images whose content has changed since they were embedded; files that are gone do not count."""
+        found = []
+        for row, (path, size, mtime) in enumerate(zip(self.paths, self.sizes.tolist(), self.mtimes.tolist())):
+            try:
+                now = os.stat(os.path.join(self.data_root, path)) if size >= 0 else None
+            except OSError:
+                continue
+            if now and (now.st_size != size or (now.st_mtime_ns != mtime and self._content_differs(row, path))):
+                found.append(path)
+        return found
 
-    def remove(self, paths):
-        """Leave out the images of these paths (relative to data_root); returns how many there were."""
-        gone = set(paths)
-        keep = torch.tensor([path not in gone for path in self.paths], dtype=torch.bool)
-        removed = int((~keep).sum())
-        if removed:
-            self.paths = Paths.of([path for path in self.paths if path not in gone])
-            self.embeddings, self._search = self.embeddings[keep], {}
-            for name in COLUMNS:
-                setattr(self, name, getattr(self, name)[keep])
-        return removed
+    def _content_differs(self, row, path):
+        return file_stats([Path(self.data_root) / path])[2].item() not in (-1, self.contents[row].item())
 
-    def verify(self):
-        """Paths whose image is gone or has changed since it was embedded."""
-        sizes, mtimes = file_stats([Path(self.data_root) / path for path in self.paths])
-        changed = (sizes != self.sizes) | (mtimes != self.mtimes)
-        return [self.paths[row] for row in changed.nonzero().flatten().tolist()]
+    def save(self, path):
+        """Write the index, whole or not at all. An index of another folder, or any other file there, raises ReidError."""
+        check_replaceable(path, self.data_root)
+        save(path, self._part(), FORMAT, VERSION)
+
+    def _part(self):
+        columns = {name: getattr(self, name).clone(memory_format=torch.contiguous_format) for name in COLUMNS}
+        part = {"embeddings": self.embeddings, "path_blob": self.paths.blob, "path_offsets": self.paths.offsets, **columns,
+                **{name: getattr(self, name) for name in PLAIN}}
+        return part if self.queries is None else part | {"queries": self.queries._part()}
+
+    @classmethod
+    def load(cls, path, extractor_or_fingerprint=None):
+        """Open an index, memory-mapped. With an Extractor (or a fingerprint) one of other weights raises ReidError."""
+        again = f"make it again: python eval.py --save_index --exp_name {Path(path).stem}"
+        if not Path(path).is_file():
+            raise ReidError(f"{path}: no such index; {again.replace(' again', '')}")
+        index = cls._restore(load(path, FORMAT, VERSION, mmap=True), path)
+        wanted = getattr(extractor_or_fingerprint, "fingerprint", extractor_or_fingerprint)
+        index.device = getattr(extractor_or_fingerprint, "device", "cpu")
+        if index.preprocessing != PREPROCESSING or (wanted is not None and index.fingerprint != wanted):
+            raise ReidError(f"{path}: made by other weights or another preprocessing; {again}")
+        return index
+
+    @classmethod
+    def _restore(cls, part, path):
+        """The index of a dict that `_part` made; raises ReidError for one that contradicts itself."""
+        def require(condition, reason):
+            if not condition:
+                raise ReidError(f"{path}: {reason}; the index is damaged, remove it and make it again with eval.py --save_index")
+
+        embeddings, blob, ends = (part.get(name) for name in ("embeddings", "path_blob", "path_offsets"))
+        require(isinstance(embeddings, torch.Tensor) and embeddings.ndim == 2, "has no embeddings [N, D]")
+        require(embeddings.dtype in (torch.float16, torch.float32), f"embeddings are {embeddings.dtype}")
+        for name in (*COLUMNS, "path_offsets"):
+            column, count = part.get(name), len(embeddings) + (name == "path_offsets")
+            require(isinstance(column, torch.Tensor) and column.dtype == torch.int64 and column.shape == (count,),
+                    f"{name} is not int64 [{count}]")
+        require(isinstance(blob, torch.Tensor) and blob.dtype == torch.uint8 and blob.ndim == 1, "has no paths")
+        require(ends[0] >= 0 and ends[-1] <= len(blob) and bool((ends.diff() >= 0).all()), "its paths do not add up")
+        for name, kind in PLAIN.items():
+            require(isinstance(part.get(name), kind), f"its {name} is missing or of a wrong type")
+        require(all(isinstance(pid, int) and isinstance(name, str) for pid, name in part["names"].items()), "its names are wrong")
+        # NaN anywhere makes a sum NaN; a matrix too large to verify here is checked where it is searched
+        small = embeddings.numel() * embeddings.element_size() <= VERIFY_LIMIT
+        require(not small or not embeddings.numel() or bool(torch.isfinite(embeddings.float().sum())),
+                "embeddings hold NaN or infinite values")
+        records = Records(Path(part["data_root"]), Paths(blob, ends), *(part[name] for name in COLUMNS[:4]))
+        index = cls(embeddings, records, part["fingerprint"], part["mirror"], [part[name] for name in STATS])
+        for name in PLAIN:
+            setattr(index, name, part[name])
+        if isinstance(part.get("queries"), dict):
+            index.queries = cls._restore(part["queries"], path)
+        return index
 
 
-def merge_shards(parts, topk):
-    """One ranking of several shards' searches. parts: [(scores [Q, k], rows [Q, k]), ...], rows numbered over all shards in
-    order, -1 for none. Exact, equal scores by row."""
-    scores, rows = (torch.cat(columns, 1) for columns in zip(*parts))
-    by_row = rows.masked_fill(rows < 0, torch.iinfo(torch.int64).max).argsort(1)
-    scores, rows = scores.gather(1, by_row), rows.gather(1, by_row)
-    scores, order = scores.sort(dim=1, descending=True, stable=True)
-    return scores[:, :topk], rows.gather(1, order)[:, :topk]
+def is_milvus(uri):
+    """Whether a gallery's URI names a Milvus file (name.db) or server and not an index file."""
+    return str(uri).endswith(".db") or "://" in str(uri)
 
 
-def _gather(embeddings, kept, bad, rank, world_size):
-    """Every rank's part on every rank, in the order of the files: one copy of the whole and one part are in memory."""
-    import torch.distributed as dist
+def same_folder(one, other):
+    """Whether two data roots are one folder; "" is the root of an index that was made without images."""
+    return str(one) == str(other) or Path(one).resolve() == Path(other).resolve()
 
-    told = [None] * world_size
-    dist.all_gather_object(told, (kept, bad))
-    positions = torch.cat([kept for kept, _ in told]).sort()[0]
-    whole = embeddings.new_empty(len(positions), embeddings.shape[1])
-    for source, (kept, _) in enumerate(told):
-        part = embeddings if source == rank else embeddings.new_empty(len(kept), embeddings.shape[1])
-        part = part.to("cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.broadcast(part, source)
-        whole[torch.searchsorted(positions, kept)] = part.cpu()
-    return whole, positions, [item for _, bad in told for item in bad]
+
+def check_replaceable(path, data_root):
+    """Raise ReidError where `path` holds anything but an index (of any version) of the images below `data_root`."""
+    if not os.path.lexists(path):
+        return
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        ours = found["format"] == FORMAT
+    except Exception:  # not a file of tensors: torch raises half a dozen types
+        ours = False
+    if not ours:
+        raise ReidError(f"{path}: exists and is not an index that can be read; remove it, or choose another --gallery_uri")
+    if not same_folder(found.get("data_root"), data_root):
+        raise ReidError(f"{path}: the index of {found.get('data_root')} would be replaced by one of {data_root}; remove it, or "
+                        "choose another --gallery_uri")
+
+
+def check_made_of(gallery, uri, data_root, again):
+    """Raise ReidError where a gallery is of another folder than `data_root`, or of files whose content has changed since.
+
+    gallery: GalleryIndex or MilvusGallery; again: the advice for changed files.
+    """
+    if gallery.data_root and not same_folder(gallery.data_root, data_root):
+        raise ReidError(f"{uri}: made of {gallery.data_root}, not of {data_root}; give that folder, or {again}")
+    changed = gallery.changed() if isinstance(gallery, GalleryIndex) else []
+    if changed:
+        raise ReidError(f"{uri}: {len(changed):,} images have changed since, such as {changed[0]}; {again}")
 
 
 def file_stats(files):
-    """(sizes in bytes, modification times in ns), int64 [N]; -1 where a file is not there."""
+    """Size in bytes, modification time in ns and a 63-bit hash of the content of each file, int64 [3, N].
+
+    All three are -1 for a file that cannot be read.
+    """
     stats = []
     for file in files:
         try:
-            found = os.stat(file)
-            stats.append((found.st_size, found.st_mtime_ns))
+            with open(file, "rb") as opened:
+                found, content = os.fstat(opened.fileno()), opened.read()
+            stats.append((found.st_size, found.st_mtime_ns, content_number(content)))
         except OSError:
-            stats.append((-1, -1))
-    return torch.tensor(stats, dtype=torch.int64).reshape(-1, 2).T.contiguous()
+            stats.append((-1, -1, -1))
+    return torch.tensor(stats, dtype=torch.int64).reshape(-1, 3).T.contiguous()
 
 
-def require(condition, path, reason):
-    if not condition:
-        raise ReidError(f"{path}: {reason}; the index is damaged, make it again with python eval.py --save_index")
+def content_number(data):
+    """63 bits of a hash of bytes."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") >> 1
+
+
+def _gather(embeddings, kept, stats, bad):
+    """The parts of every rank on every rank, in the order of the files, with one copy of the whole and one part in memory."""
+    import torch.distributed as dist
+
+    parts = distributed.gather_objects((kept, stats, bad))
+    positions, order = torch.cat([kept for kept, _, _ in parts]).sort()
+    whole = embeddings.new_empty(len(positions), embeddings.shape[1])
+    for source, (kept, _, _) in enumerate(parts):
+        part = embeddings if source == distributed.rank else embeddings.new_empty(len(kept), embeddings.shape[1])
+        part = part.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.broadcast(part, source)
+        whole[torch.searchsorted(positions, kept)] = part.cpu()
+    stats = torch.cat([stats for _, stats, _ in parts], 1)[:, order]
+    return whole, positions, stats, [item for _, _, bad in parts for item in bad]

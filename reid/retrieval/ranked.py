@@ -1,4 +1,4 @@
-"""The result type of retrieval: search returns it, re-ranking and camera + time reorder it, extras draw it."""
+"""The result type of retrieval: search returns ranked lists, re-ranking and camera + time reorder them, extras draw them."""
 
 from dataclasses import dataclass, replace
 from pathlib import PurePath
@@ -7,10 +7,11 @@ from typing import NamedTuple
 import torch
 
 from reid.data.datasets import UNKNOWN, UNKNOWN_PID
+from reid.retrieval.rerank import rerank
 
 
 class Query(NamedTuple):
-    """An image that was searched for. file: whatever `images.decode` reads, or None; pid and camid as in `reid.data.datasets`."""
+    """A query image. file: what `images.decode` reads, or None; pid, camid, seq, frame as in `reid.data.datasets`."""
 
     file: object = None
     pid: int = UNKNOWN_PID
@@ -69,7 +70,7 @@ class RankedList:
         return None if self.threshold is None else self.scores > self.threshold
 
     def reordered(self, scores, topk=None, threshold=None):
-        """The list under other scores, float32 [K], one for each hit: sorted anew (stable) and cut to `topk`.
+        """Sort the hits by other scores, float32 [K], one for each hit (stable), and cut the list to `topk`.
 
         A threshold belongs to one kind of score, so the old one is dropped unless `threshold` gives a new one.
         """
@@ -83,10 +84,10 @@ class RankedList:
 
 
 def ranked_lists(gallery, scores, rows, queries=None):
-    """One RankedList for each query from the tensors of an exact search.
+    """Make one RankedList for each query from the tensors of an exact search.
 
     scores: float32 [Q, k], best first; rows: int64 [Q, k], -1 where there is none, which is left out. queries: Q values of
-    Query, or None. The lists have the gallery's threshold.
+    Query, or None. The lists get the gallery's threshold.
     """
     if queries is None:
         queries = [Query()] * len(rows)
@@ -94,6 +95,39 @@ def ranked_lists(gallery, scores, rows, queries=None):
             for query, score, found in zip(queries, scores, rows, strict=True)]
 
 
+def rerank_lists(lists, embeddings, topk=None, evidence=None):
+    """Re-rank the hits of each list by k-reciprocal encoding (`reid.retrieval.rerank`) and cut it to `topk`.
+
+    lists: Q RankedList of a gallery with `embeddings`; embeddings: float32 [Q, D], of the queries. evidence: a SpaceTime
+    whose evidence is added to the similarities, or None.
+    """
+    reordered = []
+    for ranked, query in zip(lists, embeddings, strict=True):
+        if len(ranked):
+            bonus = evidence and evidence.bonus(*_sightings(ranked))
+            scores = rerank(query[None], ranked.gallery.embeddings[ranked.rows].float(), bonus=bonus).scores(0, 1)[0]
+            ranked = ranked.reordered(scores, topk)
+        reordered.append(ranked)
+    return reordered
+
+
+def weigh_lists(lists, evidence, topk=None):
+    """Add the evidence of camera and time (a SpaceTime) to the score of each hit, sort again and cut each list to `topk`."""
+    reordered = []
+    for ranked in lists:
+        query, hits = zip(*((column[:1], column[1:]) for column in _sightings(ranked)))
+        scores = evidence.fuse(ranked.scores[None], evidence.prob(*query, *hits))[0]
+        reordered.append(ranked.reordered(scores, topk))
+    return reordered
+
+
+def _sightings(ranked):
+    """camids, seqs, frames, int64 [1 + K] each: the query first, then its hits."""
+    gallery, rows = ranked.gallery, ranked.rows.tolist()
+    return [torch.tensor([value, *(int(column[row]) for row in rows)]) for value, column in
+            zip(ranked.query[2:], (gallery.camids, gallery.seqs, gallery.frames))]
+
+
 def identity_name(pid, path):
-    """Name of an identity: "" where it is unlabelled, its number, or the folder's name where `folder_pid` made the number up."""
+    """Name an identity: "" if unlabelled, its number, or its folder's name where `folder_pid` derived the number from that."""
     return "" if pid == UNKNOWN_PID else str(pid) if pid < 1 << 61 else PurePath(path).parent.name

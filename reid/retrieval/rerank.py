@@ -1,9 +1,9 @@
 """k-reciprocal re-ranking (Zhong et al., CVPR 2017, arXiv 1701.08398): exact, sparse, in blocks, on CPU and CUDA.
 
-The usual code holds several dense [Q+G, Q+G] matrices. A row of the encoding V has some tens of entries, so here only
-those are kept: neighbour lists, V and its inverted index. A dense row exists only inside a block.
+Tensors only. The usual code holds several dense [Q+G, Q+G] matrices. A row of the encoding V has some tens of entries, so
+only those are kept here: neighbour lists, V and its inverted index. A dense row exists only inside a block.
 
-Ragged rows travel as `Rows`: row i owns the entries ptr[i]:ptr[i + 1] of `col` and `val`.
+Ragged rows are stored as `Rows`: row i owns the entries ptr[i]:ptr[i + 1] of `col` and `val`.
 """
 
 import math
@@ -20,9 +20,7 @@ from reid import ReidError
 GROUP = 16  # columns that share one maximum while the best of a row are looked for
 SHORTLIST = 2.5  # candidates that the bf16 product keeps for each neighbour wanted
 BF16_ERROR = 3 * 2**-9 + 2**-12  # of a cosine: both vectors and the result are rounded by 2^-9, and some for the sums
-QUERIES = 128  # rows scored at a time
-
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+QUERIES = 128  # rows scored together
 
 
 class Rows(NamedTuple):
@@ -32,7 +30,7 @@ class Rows(NamedTuple):
 
 
 class Reranked:
-    """What `rerank` returns. `scores` makes the final scores block by block; nothing of size [Q, G] is kept."""
+    """The result of `rerank`. `scores` computes the final scores block by block; nothing of size [Q, G] is kept."""
 
     def __init__(self, x: Tensor, queries: int, v: Rows, lam: float, bonus: Callable | None):
         self._x, self._queries, self._lam, self._bonus = x, queries, lam, bonus
@@ -43,7 +41,7 @@ class Reranked:
         self._inverted = Rows(_pointers(col, len(x)), row[order], v.val[first:][order])
 
     def scores(self, start: int, stop: int) -> Tensor:
-        """float32 [stop - start, G]: 1 - final distance of the queries start..stop, higher is more alike."""
+        """Return float32 [stop - start, G]: 1 - final distance of the queries start..stop, higher is more similar."""
         return torch.cat([self._block(i, min(i + QUERIES, stop)) for i in range(start, stop, QUERIES)])
 
     def _block(self, start, stop):
@@ -62,12 +60,12 @@ class Reranked:
 
 def rerank(q_emb: Tensor, g_emb: Tensor, k1: int = 20, k2: int = 6, lam: float = 0.3, block: int = 512,
            bonus: Callable[[Tensor, Tensor], Tensor] | None = None) -> Reranked:
-    """Re-rank a gallery for all queries together: two images are alike if their mutual neighbours are the same.
+    """Re-rank a gallery for all queries together: two images are similar if they have the same mutual neighbours.
 
     q_emb, g_emb: float32 [Q, D] and [G, D] on one device, normalised here if they are not. Any Q, G >= 1; a gallery
     smaller than k1 is its own neighbourhood. k1: size of a neighbourhood; k2: neighbours over which its encoding is
-    averaged; lam: weight of the plain distance in the final one. The result does not depend on `block`, the rows
-    worked on at a time. `estimate_bytes` says how much memory it takes.
+    averaged; lam: weight of the plain distance in the final one. The result does not depend on `block`, the number of rows
+    computed together. `estimate_bytes` estimates the memory.
 
     The published algorithm, with the same 2 - 2 cos normalised by the maximum of a row, the same rounding of k1 / 2 and
     the same two-thirds rule. float32 products must stay float32: PyTorch's default, not TF32.
@@ -98,7 +96,7 @@ def rerank(q_emb: Tensor, g_emb: Tensor, k1: int = 20, k2: int = 6, lam: float =
 
 
 def estimate_bytes(queries: int, gallery: int, dim: int = 1024, k1: int = 20, k2: int = 6, block: int = 512) -> int:
-    """Bytes that `rerank` and its `scores` take beyond the embeddings given and the scores returned, about."""
+    """Estimate the bytes that `rerank` and its `scores` take beyond the embeddings given and the scores returned."""
     n = queries + gallery
     copies = 6 * dim  # float32 and bf16
     rows = 12 * (k1 + 1) + 24 * k1 * (1 + min(k2, 4))  # neighbours, V, V expanded and inverted; V has some 2 k1 a row
@@ -143,8 +141,8 @@ def _neighbours_by_shortlist(x, k, keep, block, bonus):
     """`_neighbours` by a bf16 product that picks `keep` candidates and float32 products that rank those.
 
     The k best are surely among them if the k-th, in float32, beats the last candidate's bf16 value by more than the
-    error of that value; rows where it does not are done again in full. The lowest is the best of 8 candidates: it may
-    be off by some 1e-4, and only scales the exponents of V, where that is lost.
+    error of that value; other rows are computed again in full. The lowest is the best of 8 candidates: it may
+    be off by some 1e-4, and only scales the exponents of V, where that does not matter.
     """
     n = len(x)
     index = torch.arange(n)
@@ -185,7 +183,9 @@ def _best(sim: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _pair_similarity(x: Tensor, rows: slice, ptr: Tensor, col: Tensor, bonus: Callable | None) -> Tensor:
     """Similarity of row rows.start + r and each column in col[ptr[r]:ptr[r + 1]], without gathering vectors."""
     size = (len(ptr) - 1, len(x))
-    wanted = torch.sparse_csr_tensor(ptr, col, x.new_zeros(len(col)), size, check_invariants=False)
+    with warnings.catch_warnings():  # "Sparse CSR tensor support is in beta state"
+        warnings.simplefilter("ignore", UserWarning)
+        wanted = torch.sparse_csr_tensor(ptr, col, x.new_zeros(len(col)), size, check_invariants=False)
     sim = torch.sparse.sampled_addmm(wanted, x[rows], x.T, beta=0.0).values()
     return sim + bonus(rows.start + _row_of(ptr, len(col)), col) if bonus else sim
 
@@ -238,9 +238,9 @@ def _expand(v: Rows, rank: Tensor, block: int) -> Rows:
 
 
 def _distinct(key: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
-    """Equal keys get one slot, the place of one of them: (slot [m], bool [m], true once for each key).
+    """Give equal keys one slot, the place of one of them: (slot [m], bool [m], true once for each key).
 
-    `owner` is scratch with a place for every key there may be, and need not be cleared. Cheaper than sorting.
+    `owner` is scratch space with a place for every possible key and need not be cleared. Cheaper than sorting.
     """
     place = torch.arange(len(key), dtype=owner.dtype, device=key.device)
     owner[key] = place
@@ -249,7 +249,7 @@ def _distinct(key: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _segments(ptr: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """All entries of the given rows, one row after the other: which of `rows` each is from, and its place."""
+    """List all entries of the given rows, one row after the other: which of `rows` each belongs to, and its place."""
     size = ptr[rows + 1] - ptr[rows]
     total = int(size.sum())
     source = torch.repeat_interleave(size, output_size=total)

@@ -1,18 +1,21 @@
-"""Exact nearest neighbours by cosine: a fast bf16 product finds candidates, exact products rank them, a bound proves it."""
+"""Exact nearest neighbours by cosine: a fast bf16 product finds candidates, exact products rank them, a bound proves it.
+
+Tensors only. `ExactSearch` searches one gallery; `merge_shards` joins the results of several.
+"""
 
 import torch
 
-CHUNK = {"cpu": 1 << 15, "cuda": 1 << 20}  # rows of the gallery whose scores are in memory at once
-QUERIES = 256  # queries at once
-SPARE, MORE = 24, 512  # candidates beyond topk, and where that many are about as near as the k-th
-EXACT = 1024  # candidates whose embeddings are in memory at once: 4 MiB, which are in the cache when they are multiplied
+CHUNK = {"cpu": 1 << 15, "cuda": 1 << 20}  # rows of the gallery whose scores are in memory together
+QUERIES = 256  # queries searched together
+SPARE, MORE = 24, 512  # candidates beyond topk, and beyond topk where that many are about as near as the k-th
+EXACT = 1024  # candidates whose embeddings are in memory together: 4 MiB, which still are in the cache when multiplied
 CLOSE = 1e-6  # float32 scores nearer than this are compared again in float64
 
 
 class ExactSearch:
-    """Search of one gallery, made ready once. embeddings: float32 or float16 [N, D] of norm 1 (may be memory-mapped).
+    """Exact search of one gallery. embeddings: float32 or float16 [N, D] of norm 1 (may be memory-mapped).
 
-    Where the processor multiplies bf16 (AMX, AVX512-BF16, CUDA) a bf16 copy is kept, half of float32, else a float32 one.
+    Keeps a copy in memory: bf16 where the processor multiplies it fast (AMX, CUDA), else float32.
     """
 
     def __init__(self, embeddings, device="cpu"):
@@ -29,10 +32,10 @@ class ExactSearch:
             self.chunks.append(copy.to(self.device))
 
     def search(self, embeddings, topk, keep=None, exclude=None):
-        """(scores float32 [Q, k], rows int64 [Q, k]), best first, equal scores by row; -inf and -1 where rows run out.
+        """Return (scores float32 [Q, topk], rows int64 [Q, topk]), best first; -inf and -1 where rows run out.
 
         embeddings: float32 [Q, D] of norm 1. keep: bool [N], rows that may be found. exclude: list of Q lists of rows to
-        leave out. The order is that of float64 products.
+        leave out. The order is that of float64 products, and equal scores are ordered by row.
         """
         scores = torch.full((len(embeddings), topk), -torch.inf)
         rows = torch.full((len(embeddings), topk), -1)
@@ -48,7 +51,7 @@ class ExactSearch:
         step = max(1, EXACT // count)
         parts = [self._rank(*part) for part in zip(queries.split(step), rough.split(step), rows.split(step))]
         scores, rows = (torch.cat(columns)[:, :topk] for columns in zip(*parts))
-        if count < len(self.exact):  # is the k-th surely better than everything that is no candidate?
+        if count < len(self.exact):  # is the k-th surely better than every row that is not a candidate?
             floor = scores[:, -1] - self._bound(queries, scores[:, -1])
             unsure = ((rough[:, -1] >= floor) & (rough[:, -1] > -torch.inf)).nonzero().flatten()
             if len(unsure):
@@ -58,7 +61,7 @@ class ExactSearch:
         return scores, rows
 
     def _scores(self, queries, keep, exclude):
-        """Yield (number of a chunk's first row, scores [Q, n] by the resident copy), -inf for rows that are left out."""
+        """Yield (first row of a chunk, scores [Q, n] by the copy in memory), -inf for rows that are left out."""
         on_device = queries.to(self.device, self.chunks[0].dtype)
         out, start = [(i, row) for i, rows in enumerate(exclude or ()) for row in rows], 0
         query, row = torch.tensor(out, dtype=torch.int64, device=self.device).view(-1, 2).T
@@ -73,7 +76,7 @@ class ExactSearch:
             start += len(chunk)
 
     def _candidates(self, queries, count, keep, exclude):
-        """The `count` best rows by the resident copy: (its scores float32 [Q, count], rows)."""
+        """Return the `count` best rows by the copy in memory: (its scores float32 [Q, count], rows)."""
         best = rows = None
         for start, scores in self._scores(queries, keep, exclude):
             top, where = scores.topk(min(count, scores.shape[1]), sorted=True)
@@ -86,7 +89,7 @@ class ExactSearch:
         return best.cpu(), rows.cpu()
 
     def _rank(self, queries, rough, rows):
-        """Exact scores of the candidates, sorted; in float64 where float32 cannot tell them apart."""
+        """Sort the candidates by exact scores, in float64 where float32 scores are too close."""
         rows, by_row = rows.sort(dim=1)
         rough = rough.gather(1, by_row)
         found = self.exact[rows.flatten()].float().view(*rows.shape, -1)
@@ -101,9 +104,9 @@ class ExactSearch:
         return ordered, rows.gather(1, order)
 
     def _bound(self, queries, value):
-        """How far below `value` [Q] an exact score must be so that the resident copy's is too, or the other way, [Q].
+        """Bound the difference between exact scores about `value` [Q] and those of the copy in memory, [Q].
 
-        Cauchy-Schwarz on what rounding took away, half a bf16 step of the score, and two float32 sums of D products.
+        Cauchy-Schwarz on the rounding errors of both vectors, half a bf16 step of the score, two float32 sums of D products.
         """
         summed = queries.shape[1] * 2**-23
         if not self.fast:
@@ -112,7 +115,7 @@ class ExactSearch:
         return lost + self.error * (1 + lost) + (value.abs() + 2**-6) * 2**-8 + summed
 
     def _near(self, queries, topk, floors, keep, exclude):
-        """The best of every row that the resident copy puts at `floors` [Q] or above, in float64: many are about as near."""
+        """Rank, in float64, every row whose score by the copy in memory is at least `floors` [Q]: many are about as near."""
         best = torch.empty(len(queries), topk), torch.empty(len(queries), topk, dtype=torch.int64)
         for i, (query, floor) in enumerate(zip(queries, floors)):
             rows = torch.cat([(scores[0].float() >= floor).nonzero().flatten() + start
@@ -123,8 +126,20 @@ class ExactSearch:
         return best
 
 
+def merge_shards(parts, topk):
+    """Merge the exact searches of several shards into one ranking, equal scores by row.
+
+    parts: [(scores [Q, k], rows [Q, k]), ...] in order of the shards, rows numbered over all of them, -1 for none.
+    """
+    scores, rows = (torch.cat(columns, 1) for columns in zip(*parts))
+    by_row = rows.masked_fill(rows < 0, torch.iinfo(torch.int64).max).argsort(1)
+    scores, rows = scores.gather(1, by_row), rows.gather(1, by_row)
+    scores, order = scores.sort(dim=1, descending=True, stable=True)
+    return scores[:, :topk], rows.gather(1, order)[:, :topk]
+
+
 def fast_bf16(device):
-    """Whether a bf16 product is several times faster than a float32 one there."""
+    """Whether a bf16 product on `device` is several times faster than a float32 one."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
     return bool(getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"))

@@ -22,17 +22,19 @@ re-ranking, which is no reason to have them; other values of the constants below
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reid import ReidError
+from reid import ReidError, files
+from reid.data.datasets import list_images
 from reid.retrieval.metrics import evaluate
 
-FORMAT = "reid-spacetime-1"
+FORMAT, VERSION = "reid-spacetime", 2
 TAU = 8.0  # s; differences are told apart to about STEP * TAU around 0, and to STEP of themselves beyond TAU
 STEP, BANDWIDTH = 0.1, 0.15  # width of a bin, and of the Gaussian that smooths, on the axis asinh(difference / TAU)
 TICK = TAU / 16  # s; resolution of the time line
@@ -81,26 +83,33 @@ class SpaceTime:
         table = ((self.log_odds - self.log_odds.max()) * self.weight).to(camera.device)
         return lambda i, j: _look_up(table, camera[i], tick[i], camera[j], tick[j])
 
-    def state(self) -> dict:
-        """A dict of tensors and plain values, for torch.save and `from_state`."""
-        return {"format": FORMAT} | vars(self)
+    def save(self, path, fingerprint: str, data_root) -> None:
+        """Write spacetime.pt for the network whose cosines `weight` fits and the dataset whose cameras and clocks these are."""
+        files.save(path, vars(self) | {"fingerprint": fingerprint, "dataset": dataset_name(data_root)}, FORMAT, VERSION)
 
     @classmethod
-    def from_state(cls, state: dict) -> "SpaceTime":
-        if not isinstance(state, dict) or state.get("format") != FORMAT:
-            raise ReidError(f"this is no camera and time model of format {FORMAT}: learn it again on the training set")
+    def load(cls, path, fingerprint: str, data_root) -> "SpaceTime":
+        """Read what `save` wrote; raises ReidError where there is none, or one of other weights or another dataset."""
+        if not Path(path).exists():
+            raise ReidError(f"{path}: not there; learn it with: python eval.py --spacetime --exp_name {Path(path).parent.name}")
+        record = files.load(path, FORMAT, VERSION)
+        if record.get("fingerprint") != fingerprint:
+            raise ReidError(f"{path}: learnt with other weights; remove it to learn it again")
+        known, here = record.get("dataset"), dataset_name(data_root)
+        if known != here:
+            raise ReidError(f"{path}: learnt from {known!s:.200}, not from {here}; remove it to learn it again")
         try:
-            model = cls(**{k: v for k, v in state.items() if k != "format"})
+            model = cls(**{field.name: record[field.name] for field in fields(cls)})
             c, k = len(model.cameras), len(model.start)
             shapes = {"cameras": (torch.int64, (c,)), "recordings": (torch.int64, (k, 2)), "start": (torch.float64, (k,)),
                       "log_odds": (torch.float32, (c + 1, c + 1, int(_bins("cpu").max()) + 1))}
             good = all((getattr(model, name).dtype, getattr(model, name).shape) == want for name, want in shapes.items())
             good &= all(isinstance(value, float) and 0 < value < math.inf for value in (model.rate, model.weight))
             good = good and k > 0 < c and bool(torch.isfinite(model.log_odds).all() & torch.isfinite(model.start).all())
-        except (TypeError, AttributeError):
+        except (KeyError, TypeError, AttributeError):
             good = False
         if not good:
-            raise ReidError("the camera and time model is incomplete or damaged: learn it again")
+            raise ReidError(f"{path}: the camera and time model is damaged; remove it to learn it again")
         return model
 
     def _places(self, camids, seqs, frames):
@@ -112,6 +121,12 @@ class SpaceTime:
         known &= found & (tick.abs() < 2**29)
         camera, found = _find(self.cameras.to(device), camids)
         return camera.where(known & found, len(self.cameras)).int(), tick.where(known, 0).int()
+
+
+def dataset_name(data_root) -> str:
+    """Name a dataset by its folder and its training images, so that another one of the same name differs."""
+    paths = list_images(Path(data_root) / "train")
+    return f"{Path(data_root).resolve()} ({len(paths):,} training images of {len({Path(p).parent for p in paths}):,} identities)"
 
 
 def fit(pids: Tensor, camids: Tensor, seqs: Tensor, frames: Tensor, rate: float = 25.0) -> SpaceTime:

@@ -95,15 +95,10 @@ def build(uri, extractor, records):
     return build_gallery(uri, RUN, extractor, records, progress=False)
 
 
-@pytest.mark.parametrize("name", ["index.pt", "milvus.db"])
-def test_same_interface_as_the_index(name, tmp_path):
-    records, extractor, uri = folder(tmp_path / "data", 50), FakeExtractor(), str(tmp_path / name)
-    if name == "index.pt":
-        GalleryIndex.build(extractor, records, progress=False).save(uri)
-        gallery = GalleryIndex.load(uri, extractor)
-    else:
-        build(uri, extractor, records)
-        gallery = open_gallery(uri, RUN, extractor)
+def test_build_add_search_and_remove(tmp_path):
+    records, extractor, uri = folder(tmp_path / "data", 50), FakeExtractor(), str(tmp_path / "milvus.db")
+    build(uri, extractor, records)
+    gallery = open_gallery(uri, RUN, extractor)
     records.files()[7].write_bytes(b"another image")
     assert gallery.add(extractor, records, progress=False) == 1 and extractor.embedded == 51
     [ranked] = gallery.search(embedding(b"another image")[None], 2, camids=[1])

@@ -102,12 +102,12 @@ def test_more_equal_scores_than_are_fetched_stay_in_order(tmp_path):
 def test_evaluation_is_the_same(tmp_path):
     index = random_index(800, seed=3)
     index.queries = random_index(60, seed=4, prefix="q")
-    index.threshold, index.false_match_rate = 0.625, 1e-3
+    index.threshold, index.false_accept_rate = 0.625, 1e-3
     uri = str(tmp_path / "milvus.db")
     save_index(index, uri, RUN)
     loaded = load_index(uri, RUN, PRINT)
     assert list(loaded.paths) == list(index.paths) and torch.equal(loaded.embeddings, index.embeddings)
-    assert (loaded.threshold, loaded.false_match_rate, loaded.mirror) == (0.625, 1e-3, True)
+    assert (loaded.threshold, loaded.false_accept_rate, loaded.mirror) == (0.625, 1e-3, True)
     expected, result = (metrics.evaluate(x.queries.embeddings.float(), x.embeddings.float(), x.queries.pids, x.queries.camids,
                                          x.pids, x.camids) for x in (index, loaded))
     assert result.mAP == pytest.approx(expected.mAP, abs=1e-3) and result.rank[1] == pytest.approx(expected.rank[1], abs=1e-3)

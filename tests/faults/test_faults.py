@@ -13,7 +13,7 @@ from PIL import Image
 import train
 from reid import ReidError, images
 from reid import files as storage
-from reid.checkpoint import check_name, load_checkpoint, load_spacetime, save_checkpoint
+from reid.checkpoint import check_name, load_checkpoint, save_checkpoint
 from reid.cli import run
 from reid.model import build_model, default_config
 
@@ -115,16 +115,6 @@ def test_names_that_are_no_folder(name):
 @pytest.mark.parametrize("name", ["masked-hog-908", "7", "ResNet 50", "lr=0.1,v2", "Ünal", "console"])
 def test_names_of_runs(name):
     assert check_name(name) == name
-
-
-@pytest.mark.parametrize("evidence", [None, {}, {"format": 1}, {"format": 1, "cameras": torch.ones(2)}])
-def test_strange_camera_and_time(tmp_path, evidence):
-    storage.save(tmp_path / "x.pt", {"data_root": "people", "evidence": evidence}, "reid-spacetime", 1)
-    with pytest.raises(ReidError, match=r"x\.pt: "):
-        load_spacetime(tmp_path / "x.pt", "people")
-    storage.save(tmp_path / "x.pt", {}, "reid-spacetime", 1)
-    with pytest.raises(ReidError, match="knows the cameras of 'None'"):
-        load_spacetime(tmp_path / "x.pt", "people")
 
 
 @pytest.mark.parametrize("error", [IsADirectoryError(21, "Is a directory", "x"), OSError(36, "File name too long", "x"),

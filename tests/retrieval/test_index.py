@@ -1,15 +1,16 @@
 """The gallery index: exact search against float64, filters, ties, files that are damaged or of another model."""
 
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from reid import ReidError
-from reid import files as storage
-from reid.data.datasets import UNKNOWN_PID, folder_pid, make_records
-from reid.retrieval.index import FORMAT, VERSION, GalleryIndex, merge_shards
+from reid import ReidError, files
+from reid.data.datasets import UNKNOWN, UNKNOWN_PID, folder_pid, make_records
+from reid.retrieval.index import FORMAT, VERSION, GalleryIndex, check_made_of
 from reid.retrieval.ranked import Query, identity_name
-from reid.retrieval.search import ExactSearch
+from reid.retrieval.search import ExactSearch, merge_shards
 
 
 def random_rows(count, dim=64, seed=0, spread=0.3):
@@ -100,7 +101,7 @@ def test_shards_merge_to_the_whole():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_round_trip(tmp_path, dtype):
     index = make_index(dtype=dtype)
-    index.queries, index.threshold, index.false_match_rate = make_index(20, dtype=dtype), 0.5, 1e-3
+    index.queries, index.threshold, index.false_accept_rate = make_index(20, dtype=dtype), 0.5, 1e-3
     index.save(tmp_path / "a.pt")
     again = GalleryIndex.load(tmp_path / "a.pt", "f" * 16)
     assert torch.equal(again.embeddings, index.embeddings) and list(again.paths) == list(index.paths)
@@ -120,14 +121,21 @@ def test_half_precision_moves_scores_little():
     (lambda p: p.update(pids=p["pids"].float()), "pids is not"), (lambda p: p.pop("camids"), "camids is not"),
     (lambda p: p.update(embeddings=p["embeddings"].int()), "embeddings are"), (lambda p: p.pop("embeddings"), "no embeddings"),
     (lambda p: p["path_offsets"].__setitem__(-1, 10**9), "paths do not add up"), (lambda p: p.update(data_root=3), "data_root"),
+    (lambda p: p.update(names={1: 2}), "names are wrong"), (lambda p: p.update(names=None), "its names is missing"),
 ])
 def test_an_index_that_contradicts_itself(tmp_path, change, message):
     part = make_index()._part()
     change(part)
-    storage.save(tmp_path / "a.pt", part, FORMAT, VERSION)
+    files.save(tmp_path / "a.pt", part, FORMAT, VERSION)
     with pytest.raises(ReidError, match=message) as caught:
         GalleryIndex.load(tmp_path / "a.pt", "f" * 16)
     assert "eval.py --save_index" in str(caught.value)
+
+
+def test_an_index_of_an_older_version(tmp_path):
+    files.save(tmp_path / "a.pt", make_index()._part(), FORMAT, VERSION - 1)
+    with pytest.raises(ReidError, match=f"version {VERSION - 1}, this code reads version {VERSION}; make it again"):
+        GalleryIndex.load(tmp_path / "a.pt")
 
 
 class Flat:
@@ -141,26 +149,80 @@ class Flat:
             yield torch.tensor([i]), F.normalize(torch.cos(value * torch.arange(1.0, 65))[None])
 
 
-def test_add_embeds_only_what_is_new_or_changed(tmp_path):
-    def records():
-        return make_records(tmp_path, sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.jpg")), grouped=True)
+def photos(folder, count=4):
+    """Records of `count` files below `folder`, whose first byte is what `Flat` embeds."""
+    (folder / "1").mkdir(parents=True)
+    for i in range(count):
+        (folder / "1" / f"{i}.jpg").write_bytes(bytes([i]))
+    return make_records(folder, [f"1/{i}.jpg" for i in range(count)], grouped=True)
 
-    for i in range(4):
-        (tmp_path / "1").mkdir(exist_ok=True)
-        (tmp_path / "1" / f"{i}.jpg").write_bytes(bytes([i]))
-    index = GalleryIndex.build(Flat(), records())
-    assert index.add(Flat(), records()) == 0 and index.verify() == []
-    (tmp_path / "1" / "4.jpg").write_bytes(bytes([4]))
+
+def test_changed_compares_content(tmp_path):
+    index = GalleryIndex.build(Flat(), photos(tmp_path), progress=False)
+    assert index.changed() == []
+    (tmp_path / "1" / "0.jpg").unlink()  # an index works without its images
+    (tmp_path / "1" / "1.jpg").write_bytes(bytes([1]))  # another time, the same content
+    os.utime(tmp_path / "1" / "1.jpg", (0, 0))
+    assert index.changed() == []
     (tmp_path / "1" / "2.jpg").write_bytes(bytes([9, 9]))
-    assert index.verify() == ["1/2.jpg"]
-    assert index.add(Flat(), records()) == 2
-    fresh = GalleryIndex.build(Flat(), records())
-    assert sorted(index.paths) == sorted(fresh.paths) and index.verify() == []
-    for path, embedding in zip(fresh.paths, fresh.embeddings):
-        assert torch.equal(index.embeddings[list(index.paths).index(path)], embedding)
-    assert index.remove(["1/0.jpg", "1/nothing.jpg"]) == 1 and len(index) == 4
-    (tmp_path / "1" / "1.jpg").unlink()
-    assert index.verify() == ["1/1.jpg"]
+    (tmp_path / "1" / "3.jpg").write_bytes(bytes([8]))
+    os.utime(tmp_path / "1" / "3.jpg", (0, 0))
+    assert index.changed() == ["1/2.jpg", "1/3.jpg"]
+    with pytest.raises(ReidError, match=r"x\.pt: 2 images have changed since, such as 1/2.jpg; again"):
+        check_made_of(index, "x.pt", tmp_path, "again")
+    with pytest.raises(ReidError, match=r"made of .*, not of elsewhere"):
+        check_made_of(index, "x.pt", "elsewhere", "again")
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_index_of_one_image_is_saved(tmp_path, count):
+    index = GalleryIndex.build(Flat(), photos(tmp_path / "photos", count), progress=False)
+    index.queries = GalleryIndex.build(Flat(), photos(tmp_path / "queries", 1), progress=False)
+    index.save(tmp_path / "a.pt")
+    again = GalleryIndex.load(tmp_path / "a.pt")
+    assert len(again) == count and len(again.queries) == 1 and again.contents.tolist() == index.contents.tolist()
+
+
+def test_an_index_replaces_only_an_index_of_the_same_folder(tmp_path):
+    path, index = tmp_path / "a.pt", GalleryIndex.build(Flat(), photos(tmp_path / "photos"), progress=False)
+    index.save(path)
+    index.save(path)
+    files.save(path, index._part(), FORMAT, VERSION - 1)  # an older version
+    index.save(path)
+    content = path.read_bytes()
+    with pytest.raises(ReidError, match="--gallery_uri"):
+        GalleryIndex.build(Flat(), photos(tmp_path / "others"), progress=False).save(path)
+    assert path.read_bytes() == content
+    for name, make in {"best.pth": lambda p: files.save(p, {}, "reid-checkpoint", 1), "q.jpg": lambda p: p.write_bytes(b"image"),
+                       "other.pt": lambda p: torch.save({"a": 1}, p)}.items():
+        make(tmp_path / name)
+        content = (tmp_path / name).read_bytes()
+        with pytest.raises(ReidError, match="is not an index that can be read; remove it"):
+            index.save(tmp_path / name)
+        assert (tmp_path / name).read_bytes() == content
+
+
+def test_empty_and_add(tmp_path):
+    gallery, rows = GalleryIndex.empty(Flat(), threshold=0.9), F.normalize(torch.eye(4, 64))
+    assert gallery.search(rows[:1])[0].names == []
+    assert gallery.add(rows[:2], names=["anna", "7"], camids=[3, 4], paths=[tmp_path / "a.jpg", "b.jpg"]) == 2
+    with pytest.warns(UserWarning, match="1 of 2 embeddings are not finite"):
+        assert gallery.add(torch.stack([rows[2], torch.full((64,), torch.nan)]), pids=[9, 9]) == 1
+    assert gallery.add(rows[3:], names=["anna"]) == 1 and len(gallery) == 4
+    gallery.save(tmp_path / "door.pt")
+    for index in (gallery, GalleryIndex.load(tmp_path / "door.pt", Flat())):
+        assert [index.hit(row) for row in range(4)] == [
+            (str(tmp_path / "a.jpg"), "anna", folder_pid("anna"), 3), ("b.jpg", "7", 7, 4), ("", "9", 9, UNKNOWN),
+            ("", "anna", folder_pid("anna"), UNKNOWN)]
+        ranked = index.search(rows[:1], topk=2)[0]
+        assert ranked.names[0] == "anna" and ranked.matches.tolist() == [True, False]
+    for mistake in ({"names": ["anna"]}, {"pids": [1, 2, 3]}, {"camids": []}, {"paths": ["a"]}):
+        with pytest.raises(ReidError, match="2 embeddings but"):
+            gallery.add(rows[:2], **mistake)
+    with pytest.raises(ReidError, match="64 dimensions"):
+        gallery.add(torch.ones(1, 3))
+    with pytest.raises(ReidError, match="other weights"):
+        GalleryIndex.load(tmp_path / "door.pt", "0" * 16)
 
 
 def test_search_returns_ranked_lists():

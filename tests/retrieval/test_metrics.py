@@ -32,7 +32,6 @@ def test_junk_own_camera_and_distractor():
     assert result.mINP == 2 / 4
     assert result.cmc[:5].tolist() == [0, 1, 1, 1, 1]
     assert result.match_rate[:5].tolist() == [0, 1, 0, 1, 0]
-    assert result.precision[:5].tolist() == pytest.approx([0, 1 / 2, 1 / 3, 2 / 4, 2 / 5])
     assert result.rank == {1: 0.0, 5: 1.0, 10: 1.0, 20: 1.0}
     assert (result.valid, result.skipped, result.first_rank.tolist(), result.matches.tolist()) == (1, {}, [2], [2])
 
@@ -154,8 +153,7 @@ def test_equals_the_slow_loop(seed, protocol, levels):
     assert result.ap[result.reason == 0].tolist() == pytest.approx([value[0] for value in valid], abs=1e-12)
     ranked = [value[3] for value in valid]
     for curve, share in ((result.cmc, lambda right, k: any(right[:k])),
-                         (result.match_rate, lambda right, k: any(right[k - 1:k])),
-                         (result.precision, lambda right, k: sum(right[:k]) / k)):
+                         (result.match_rate, lambda right, k: any(right[k - 1:k]))):
         expected = [sum(share(right, k) for right in ranked) / len(ranked) for k in range(1, 21)]
         assert curve.tolist() == pytest.approx(expected, abs=1e-12, rel=0)
 
@@ -244,7 +242,7 @@ def test_bounds_and_monotony(case):
     assert (result.cmc.diff() >= 0).all() and result.cmc[-1] <= 1
     assert result.mAP - 0.25 - 1e-12 <= result.mAP_trapezoid <= result.mAP + 1e-12
     assert 0 < result.mINP <= 1
-    assert (result.match_rate[0], result.precision[0]) == (result.rank[1], result.rank[1])
+    assert result.match_rate[0] == result.rank[1]
 
 
 @properties

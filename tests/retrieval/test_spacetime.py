@@ -1,12 +1,10 @@
 """Camera and time on drawn worlds whose clocks and walking times are known."""
 
-import io
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-from reid import ReidError
+from reid import ReidError, files
 from reid.retrieval import spacetime
 from reid.retrieval.metrics import evaluate
 from reid.retrieval.rerank import rerank
@@ -163,16 +161,48 @@ def test_days_that_share_nobody_say_nothing_about_each_other():
     assert both.prob(*one, *next_day).item() == 0.5
 
 
-def test_state_survives_storage(model):
-    file = io.BytesIO()
-    torch.save(model.state(), file)
-    file.seek(0)
-    again = SpaceTime.from_state(torch.load(file, weights_only=True))
+def dataset(folder, images=2):
+    """A dataset with `images` training images, which only count by name here."""
+    (folder / "train" / "0001").mkdir(parents=True)
+    for i in range(images):
+        (folder / "train" / "0001" / f"{i}.jpg").touch()
+    return folder
+
+
+def test_save_and_load(model, tmp_path):
+    data_root = dataset(tmp_path / "people")
+    model.save(tmp_path / "spacetime.pt", "f" * 16, data_root)
+    again = SpaceTime.load(tmp_path / "spacetime.pt", "f" * 16, data_root)
     where = world(20, seed=7)[1:]
     assert torch.equal(again.prob(*where, *where), model.prob(*where, *where)) and again.weight == model.weight
-    for broken in ({}, None, {"format": "other"}, {"format": spacetime.FORMAT, "rate": 25.0}):
-        with pytest.raises(ReidError, match="learn it again"):
-            SpaceTime.from_state(broken)
+
+
+def test_a_model_belongs_to_its_weights_and_its_dataset(model, tmp_path):
+    path, data_root = tmp_path / "spacetime.pt", dataset(tmp_path / "people")
+    with pytest.raises(ReidError, match=r"not there; learn it with: python eval\.py --spacetime"):
+        SpaceTime.load(path, "f" * 16, data_root)
+    model.save(path, "f" * 16, data_root)
+    with pytest.raises(ReidError, match="other weights; remove it"):
+        SpaceTime.load(path, "0" * 16, data_root)
+    namesake = dataset(tmp_path / "elsewhere" / "people")  # the same name and the same number of images
+    with pytest.raises(ReidError, match=r"learnt from .*people .*, not from .*elsewhere/people"):
+        SpaceTime.load(path, "f" * 16, namesake)
+    (data_root / "train" / "0001" / "new.jpg").touch()
+    with pytest.raises(ReidError, match=r"2 training images of 1 identities.*3 training images of 1 identities"):
+        SpaceTime.load(path, "f" * 16, data_root)
+
+
+@pytest.mark.parametrize("change", [{"cameras": None}, {"rate": 0.0}, {"weight": float("nan")}, {"start": torch.ones(2)},
+                                    {"log_odds": torch.full((4, 4, 4), torch.nan)}])
+def test_a_damaged_model_is_one_line(model, tmp_path, change):
+    record = vars(model) | {"fingerprint": "f" * 16, "dataset": spacetime.dataset_name(tmp_path)} | change
+    files.save(tmp_path / "spacetime.pt", record, spacetime.FORMAT, spacetime.VERSION)
+    with pytest.raises(ReidError, match="damaged; remove it"):
+        SpaceTime.load(tmp_path / "spacetime.pt", "f" * 16, tmp_path)
+    del record["cameras"]
+    files.save(tmp_path / "spacetime.pt", record, spacetime.FORMAT, spacetime.VERSION)
+    with pytest.raises(ReidError, match="damaged; remove it"):
+        SpaceTime.load(tmp_path / "spacetime.pt", "f" * 16, tmp_path)
 
 
 def test_nothing_to_learn_is_one_clear_line():
