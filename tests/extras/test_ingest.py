@@ -17,7 +17,6 @@ from reid import ReidError
 from reid.data.datasets import Records
 from reid.extras import milvus, milvus_client
 from reid.extras.milvus import MilvusGallery, build_gallery, create_gallery, open_gallery
-from reid.retrieval.index import GalleryIndex
 
 REASON = "pymilvus and milvus-lite are not installed: pip install -e '.[milvus]'"
 pytest.importorskip("pymilvus", reason=REASON)
