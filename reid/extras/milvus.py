@@ -6,6 +6,7 @@ import shlex
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from tqdm import tqdm
@@ -109,7 +110,7 @@ class MilvusGallery:
     cameras: sorted list of the camera ids, -1 (unknown) included. bad: [(file, reason)] of images left out by `add`.
     """
 
-    names = {}
+    names = MappingProxyType({})
     hit = GalleryIndex.hit  # which reads paths, pids, camids, names and data_root
 
     def __init__(self, uri, run, part=""):
