@@ -1,6 +1,7 @@
 """A gallery in Milvus, with the interface of `GalleryIndex`: in a *.db folder of this machine, a server or a cluster."""
 
 import json
+import os
 import re
 import shlex
 import time
@@ -13,9 +14,9 @@ from tqdm import tqdm
 
 from reid import ReidError, distributed
 from reid.data.datasets import Records
-from reid.extras.milvus_client import BATCH, DEPTH, INDEXES, NUMBERS, VECTORS, Collection, batches, is_file, key_of, number
+from reid.extras.milvus_client import BATCH, DEPTH, INDEXES, NUMBERS, VECTORS, Collection, batches, is_file
 from reid.images import PREPROCESSING
-from reid.retrieval.index import GalleryIndex
+from reid.retrieval.index import GalleryIndex, content_number, file_stats
 from reid.retrieval.ranked import ranked_lists
 
 FORMAT = "reid-gallery/2"
@@ -97,7 +98,7 @@ def save_index(index, uri, run):
     for part, rows in (("", index), ("queries", index.queries)):
         if rows is not None:
             gallery = create_gallery(uri, run, rows.fingerprint, rows.mirror, rows.embeddings.shape[1], rows.data_root, part=part)
-            gallery.write(rows.embeddings, rows.records())
+            gallery.write(rows.embeddings, rows.records(), torch.stack([rows.sizes, rows.mtimes, rows.contents]))
             gallery.collection.set(threshold=rows.threshold, false_accept_rate=rows.false_accept_rate)
 
 
@@ -116,7 +117,7 @@ class MilvusGallery:
     def __init__(self, uri, run, part=""):
         self.uri, self.run, self.part, self.bad, self._hits = str(uri), run, part, [], {}
         name = re.sub("[^A-Za-z0-9]", "_", run)[:100]  # all that Milvus allows; the number keeps a-b and a_b apart
-        self.collection = Collection(self.uri, f"reid_{name}_{number(json.dumps([run, part]).encode()):016x}")
+        self.collection = Collection(self.uri, f"reid_{name}_{content_number(json.dumps([run, part]).encode()):016x}")
         for field in FIELDS[:5]:
             setattr(self, f"{field}s", _Column(self, field))
         self.embeddings = _Column(self, "vector")
@@ -209,7 +210,7 @@ class MilvusGallery:
         mine = torch.arange(distributed.rank, len(records), distributed.world_size)
 
         written = self._write(records, mine, start, lambda block, _: batches(
-            extractor.stream(block.files(), strict, False, self.bad)), progress)
+            extractor.stream(block.files(), strict, False, self.bad)), progress=progress)
         ranks = distributed.gather_objects((written, self.bad))
         written, self.bad = sum(count for count, _ in ranks), [item for _, bad in ranks for item in bad]
         if distributed.rank == 0:
@@ -220,23 +221,26 @@ class MilvusGallery:
                   f"{len(records) - written:,} were there or left out", flush=True)
         return written
 
-    def write(self, embeddings, records):
-        """Write embeddings (float [N, D], norm 1) of `records`; return how many rows are new or of files with other bytes."""
+    def write(self, embeddings, records, stats=None):
+        """Write embeddings (float [N, D], norm 1) of `records`; return how many rows are new or of files with other bytes.
+
+        stats: int64 [3, N] as `reid.retrieval.index.file_stats` returns, or None to read the files.
+        """
         written = self._write(records, torch.arange(len(records)), self._first_position(records),
-                              lambda block, rows: [(torch.arange(len(rows)), embeddings[rows])])
+                              lambda block, rows: [(torch.arange(len(rows)), embeddings[rows])], stats)
         self.collection.call("flush")
         return written
 
     def _first_position(self, records):
         """Position of the first of `records`, after those of earlier calls; the same list of paths gets the same again."""
         settings = self.collection.settings()
-        start, listing = settings["start"], number(json.dumps(list(records.paths)).encode())
+        start, listing = settings["start"], content_number(json.dumps(list(records.paths)).encode())
         if listing != settings["listing"]:
             start, self.cameras = settings["next"], sorted({*settings["cameras"], *records.camids.unique().tolist()})
             self.collection.set(start=start, next=start + len(records), listing=listing, cameras=self.cameras)
         return start
 
-    def _write(self, records, rows, start, embed, progress=False):
+    def _write(self, records, rows, start, embed, stats=None, progress=False):
         """Write those of `rows` of `records` that are not in the gallery; return their number.
 
         embed(block, rows) yields (positions in `block` int64 [n], embeddings [n, D]); `block` has the records of `rows`.
@@ -246,35 +250,33 @@ class MilvusGallery:
               ThreadPoolExecutor(1) as pool):  # the engine takes one batch while the next is embedded
             pending = pool.submit(int)
             for part in rows.split(BLOCK):
-                changed, contents = self._changed(records.select(part))
+                block = records.select(part)
+                files = file_stats(block.files()) if stats is None else stats[:, part]
+                changed = self._changed(block, files[2].tolist())
                 bar.update(len(part) - len(changed))
-                part, block = part[changed], records.select(part[changed])
+                part, block, files = part[changed], block.select(changed), files[:, changed]
                 for found, embeddings in embed(block, part):
                     written += pending.result()
-                    pending = pool.submit(self._upsert, block.select(found), embeddings, part[found] + start, contents[found])
+                    pending = pool.submit(self._upsert, block.select(found), embeddings, part[found] + start, files[:, found])
                     bar.update(len(found))
             return written + pending.result()
 
-    def _changed(self, block):
-        """(positions in `block` that have to be written, numbers made of the bytes of their files), int64 each."""
-        keys = [key_of(path) for path in block.paths]
-        there, changed = self.collection.fetch(keys, ["path", "content"]), []
-        for i, (key, path, file) in enumerate(zip(keys, block.paths, block.files())):
-            try:
-                content = number(file.read_bytes())
-            except OSError:
-                content = 0
+    def _changed(self, block, contents):
+        """Positions in `block` of the images that are not in the gallery, or with other contents: int64 [n]."""
+        keys, changed = [key_of(path) for path in block.paths], []
+        there = self.collection.fetch(keys, ["path", "content"])
+        for i, (key, path, content) in enumerate(zip(keys, block.paths, contents)):
             row = there.setdefault(key, {"path": path, "content": None})
             if any("\ud800" <= letter <= "\udfff" for letter in path):
-                self.bad.append((file, "its name is not UTF-8, which Milvus requires; rename it"))
+                self.bad.append((block.root / path, "its name is not UTF-8, which Milvus requires; rename it"))
             elif path != row["path"]:
-                self.bad.append((file, "its path has the same 63-bit key as another; rename it"))
+                self.bad.append((block.root / path, "its path has the same 63-bit key as another; rename it"))
             elif content != row["content"]:
-                changed.append((i, content))
-        return torch.tensor(changed, dtype=torch.int64).reshape(-1, 2).T
+                changed.append(i)
+        return torch.tensor(changed, dtype=torch.int64)
 
-    def _upsert(self, records, embeddings, positions, contents):
-        columns = torch.stack([records.pids, records.camids, records.seqs, records.frames, positions, contents], 1).tolist()
+    def _upsert(self, records, embeddings, positions, files):
+        columns = torch.stack([records.pids, records.camids, records.seqs, records.frames, positions, *files], 1).tolist()
         vectors = embeddings.half().float().numpy()  # rounded as in the .pt index: both hold the same numbers and rank alike
         return self.collection.write([{"key": key_of(path), "path": path, "vector": vector, **dict(zip(NUMBERS, numbers))}
                                       for path, vector, numbers in zip(records.paths, vectors, columns)])
@@ -293,15 +295,15 @@ class MilvusGallery:
             raise ReidError(f"{self.uri}: {count:,} rows, but at most {limit:,} are evaluated in memory; evaluate on a dataset "
                             "of its own, and search the large gallery")
         rows, embeddings = [], [torch.empty(0, self.dim, dtype=torch.float16)]
-        for block in self.collection.read([*FIELDS, "content", "vector"], condition):
+        for block in self.collection.read(["path", *NUMBERS, "vector"], condition):
             embeddings.append(torch.tensor([row.pop("vector") for row in block]).half())
             rows += block
         order = sorted(range(len(rows)), key=lambda i: (rows[i]["position"], rows[i]["path"]))
-        columns = [torch.tensor([rows[i][name] for i in order], dtype=torch.int64) for name in FIELDS[1:5]]
-        records = Records(Path(self.data_root), [rows[i]["path"] for i in order], *columns)
-        contents = torch.tensor([rows[i]["content"] or -1 for i in order], dtype=torch.int64)
-        stats = torch.stack([torch.full_like(contents, -1)] * 2 + [contents])  # no sizes and times of the files
-        index = GalleryIndex(torch.cat(embeddings)[order], records, self.fingerprint, self.mirror, stats)
+        rows = [rows[i] for i in order]
+        numbers = {name: torch.tensor([row[name] for row in rows], dtype=torch.int64) for name in NUMBERS}
+        records = Records(Path(self.data_root), [row["path"] for row in rows], *(numbers[name] for name in FIELDS[1:5]))
+        index = GalleryIndex(torch.cat(embeddings)[order], records, self.fingerprint, self.mirror,
+                             [numbers[name] for name in ("size", "mtime", "content")])
         index.threshold, index.false_accept_rate = self.threshold, self.false_accept_rate
         return index
 
@@ -337,3 +339,8 @@ class _Column:
             return values if rows.ndim else values[0]
         shape = (*rows.shape, self.gallery.dim) if vectors else rows.shape
         return torch.tensor(values, dtype=torch.float32 if vectors else torch.int64).reshape(shape)
+
+
+def key_of(path):
+    """Primary key of a path below the data root."""
+    return content_number(os.fsencode(path))

@@ -1,6 +1,5 @@
 """Talk to a Milvus engine: one collection with its settings, calls that outlast a restart, and one line for an error."""
 
-import hashlib
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ TIMEOUT = 60  # seconds that a call may take, and for which it is repeated while
 DEPTH = 16_384  # rows that Milvus returns at most for one query
 VECTORS = 2048  # embeddings in one reply: 8 MiB if they have 1,024 numbers; gRPC ends at 64 MiB
 BATCH = 1024  # rows of one write, which is acknowledged as a whole
-NUMBERS = ("pid", "camid", "seq", "frame", "position", "content")  # int64 fields besides the primary key
+NUMBERS = ("pid", "camid", "seq", "frame", "position", "size", "mtime", "content")  # int64 fields besides the primary key
 INDEXES = {  # name -> (parameters of the build, parameters of a search that looks at n rows or more)
     "FLAT": ({}, lambda n: {}),
     "HNSW": ({"M": 16, "efConstruction": 200}, lambda n: {"ef": max(2 * n, 128)}),
@@ -146,16 +145,6 @@ class Collection:
             if (count := self.call("upsert", data=batch)["upsert_count"]) != len(batch):
                 raise ReidError(f"{self.uri}: {count} of {len(batch)} rows were acknowledged; {SAFE}")
         return len(rows)
-
-
-def key_of(path):
-    """Primary key of a path: 63 bits, since Milvus' integers are signed."""
-    return number(os.fsencode(path))
-
-
-def number(data):
-    """Hash bytes to 63 bits."""
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") >> 1
 
 
 def batches(stream):

@@ -14,7 +14,7 @@ import inference
 from reid import ReidError
 from reid.data.datasets import Records
 from reid.retrieval import metrics
-from reid.retrieval.index import GalleryIndex
+from reid.retrieval.index import COLUMNS, GalleryIndex
 
 REASON = "pymilvus and milvus-lite are not installed: pip install -e '.[milvus]'"
 pytest.importorskip("pymilvus", reason=REASON)
@@ -103,10 +103,13 @@ def test_evaluation_is_the_same(tmp_path):
     index = random_index(800, seed=3)
     index.queries = random_index(60, seed=4, prefix="q")
     index.threshold, index.false_accept_rate = 0.625, 1e-3
+    index.sizes, index.mtimes, index.contents = torch.arange(2400).reshape(3, 800)
     uri = str(tmp_path / "milvus.db")
     save_index(index, uri, RUN)
     loaded = load_index(uri, RUN, PRINT)
     assert list(loaded.paths) == list(index.paths) and torch.equal(loaded.embeddings, index.embeddings)
+    for name in COLUMNS:
+        assert torch.equal(getattr(loaded, name), getattr(index, name))
     assert (loaded.threshold, loaded.false_accept_rate, loaded.mirror) == (0.625, 1e-3, True)
     expected, result = (metrics.evaluate(x.queries.embeddings.float(), x.embeddings.float(), x.queries.pids, x.queries.camids,
                                          x.pids, x.camids) for x in (index, loaded))
@@ -128,6 +131,8 @@ def test_approximate_indexes_have_exact_scores(tmp_path):
         recall, compared = gallery.recall(sample=20)
         assert 0.9 < recall <= 1 and compared == 600
     assert gallery.recall(sample=20, limit=200)[1] == 200
+    with pytest.raises(ReidError, match="is empty"):
+        create_gallery(uri, "empty", PRINT, True, DIM, index.data_root).recall()
 
 
 @pytest.mark.parametrize("uri, message", [
