@@ -253,22 +253,33 @@ def test_an_index_of_one_image(root, people, workplace, tmp_path):
     assert re.search(rf"^   1  \d\.\d{{4}}  {re.escape(str(tmp_path))}/one\.jpg$", out, re.MULTILINE)
 
 
-def test_python_api(root, people, workplace, tmp_path, monkeypatch):
-    """The lines of the README, with a run, boxes in a frame, a gallery by names and its file."""
+def test_python_api(people, workplace, monkeypatch):
+    """The lines of the README: boxes of a frame, a gallery with names, its file, a search."""
+    monkeypatch.chdir(workplace)
+    crops = [Image.open(next((people / "gallery" / pid).glob("*.jpg"))) for pid in sorted(os.listdir(people / "gallery"))[1:3]]
+    frame = np.full((300, 400, 3), 128, np.uint8)
+    boxes = []
+    for number, crop in enumerate(crops):
+        left = 10 + 150 * number
+        frame[20 : 20 + crop.height, left : left + crop.width] = np.asarray(crop.convert("RGB"))
+        boxes.append((left, 20, left + crop.width, 20 + crop.height))
+    boxes.append((50, 60, 50, 80))  # empty
+
     from reid import Extractor, GalleryIndex
 
-    monkeypatch.chdir(workplace)
-    extractor = Extractor("models/small/best.pth")
-    anna, ben = (sorted((people / "gallery").glob(f"{pid}/*.jpg")) for pid in sorted(os.listdir(people / "gallery"))[1:3])
-    gallery = GalleryIndex.empty(extractor, threshold=0.5)
-    gallery.add(extractor.embed([anna[0], ben[0]]), names=["anna", "ben"])
-    gallery.save(tmp_path / "door.pt")
-    gallery = GalleryIndex.load(tmp_path / "door.pt", extractor)
-    for query, name in ((anna[0], "anna"), (ben[0], "ben")):
-        ranked = gallery.search(extractor.embed([query]), topk=5)[0]
-        assert ranked.names[0] == name and len(ranked) == 2 and ranked.matches[0]
+    extractor = Extractor("small")
+    with pytest.warns(UserWarning):
+        embeddings = extractor.embed(frame, boxes=boxes)
+    gallery = GalleryIndex.empty(extractor, threshold=0.99)
+    with pytest.warns(UserWarning, match="1 of 3 embeddings are not finite"):
+        assert gallery.add(embeddings, names=["anna", "ben", "nobody"]) == 2
+    gallery.save("index/door.pt")
+    for index in (gallery, GalleryIndex.load("index/door.pt", extractor)):
+        anna, ben, empty = index.search(embeddings, topk=5)
+        assert (anna.names, ben.names, len(empty)) == (["anna", "ben"], ["ben", "anna"], 0)
+        assert anna.scores[0] == pytest.approx(1, abs=1e-3) and anna.matches.tolist() == [True, False]
     with pytest.raises(ReidError, match="other weights"):
-        GalleryIndex.load(tmp_path / "door.pt", Extractor("models/blank/best.pth"))
+        GalleryIndex.load("index/door.pt", Extractor("blank"))
 
 
 def test_import_reid_is_light(root):
