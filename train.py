@@ -1,192 +1,240 @@
-"""Train a re-identification model: `python train.py` is the whole recipe, and every setting is on the next screen.
+"""Train a re-identification model: this page is the recipe, from its settings to the step that changes the weights.
 
 Writes models/<run>/{best,last}.pth, runs/<run> (TensorBoard) and an MLflow run; <run> is MLflow's generated name.
 Several GPUs: torchrun --nproc_per_node N train.py
 """
 
 import argparse
+import math
+import os
 import signal
 import time
+from contextlib import closing, suppress
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
-from reid import ReidError, distributed
+from reid import ReidError, cli, distributed
 from reid.checkpoint import load_weights
-from reid.cli import HelpFormatter, run
 from reid.data.datasets import load_training_set
 from reid.model import EMBEDDING_SIZES, build_model, default_config, pick_device
 from reid.training import augment
 from reid.training.cache import ImageCache
-from reid.training.losses import PAIR_LOSSES
+from reid.training.losses import distillation_loss, identity_loss, triplet_loss
 from reid.training.run import Run
 from reid.training.sampler import pk_batches
-from reid.training.trainer import NORM_BATCHES, Engine
+from reid.training.trainer import Trainer
+
+NORM_BATCHES = 64  # batches that give averaged weights their batch-norm statistics
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser("train.py", description=__doc__, formatter_class=HelpFormatter)
-    add = parser.add_argument
-    # the run
-    add("--exp_name", help="name of the run; default: a new name from MLflow, such as masked-hog-908")
+    parser = argparse.ArgumentParser("train.py", description=__doc__, formatter_class=cli.HelpFormatter)
+    add = parser.add_argument_group("run").add_argument
+    add("--exp_name", help="name of the run (default: a new one from MLflow, such as masked-hog-908)")
     add("--exp_tag", default="", help="a note kept with the MLflow run")
     add("--resume", action="store_true", help="go on with --exp_name from models/<run>/last.pth, with that run's settings")
-    add("--seed", type=int, default=0, help="of the weights, the batches and the augmentation")
-    # data
+    add("--seed", type=int, default=0, help="of the first weights, the batches and the augmentation")
+    add("--eval_freq", type=int, default=5, help="epochs between evaluations on val/")
+    add = parser.add_argument_group("data").add_argument
     add("--data_root", nargs="+", default=["data/market-1501-grouped"], help="grouped dataset; several are trained on jointly")
     add("--train_all", action="store_true", help="val/ joins train/, and the last epoch is the best")
-    add("--cache", choices=["auto", "device", "host", "none"], default="auto", help="where the decoded images stay")
-    add("--num_data_loaders", type=int, default=4, help="threads that decode images")
-    # network
-    add("--backbone", choices=list(EMBEDDING_SIZES), default="densenet121")
-    add("--weights", default="imagenet", help="imagenet (downloaded by torchvision), none (from scratch), or a file")
-    add("--weights_partial", action="store_true", help="load what fits of --weights, even if tensors of the backbone are missing")
-    add("--height", type=int, default=256)
-    add("--width", type=int, default=128)
-    # batches and augmentation
     add("--batch_size", type=int, default=64, help="over all GPUs")
     add("--num_instances", type=int, default=4, help="images of each identity in a batch (the K of the PK sampler)")
-    add("--flip", type=float, default=0.5, help="probability")
+    add = parser.add_argument_group("network").add_argument
+    add("--backbone", choices=list(EMBEDDING_SIZES), default="densenet121", help="of the embedding")
+    add("--weights", default="imagenet", help="imagenet (downloaded by torchvision), none (from scratch), or a file")
+    add("--weights_partial", action="store_true", help="load what fits of --weights, even if tensors of the backbone are missing")
+    add("--height", type=int, default=256, help="of the network's input, in pixels")
+    add("--width", type=int, default=128, help="of the network's input, in pixels")
+    add("--freeze_bn", action="store_true", help="keep the batch-norm statistics of the backbone, for tiny batches")
+    add = parser.add_argument_group("augmentation").add_argument
+    add("--flip", type=float, default=0.5, help="probability of a mirrored image")
     add("--erase", type=float, default=0.5, help="probability of random erasing")
     add("--jitter", type=float, default=0.0, help="brightness, contrast and saturation scaled by up to 1 +- this")
-    add("--gray", type=float, default=0.0, help="probability of grayscale")
+    add("--gray", type=float, default=0.0, help="probability of a grey image")
     add("--blur", type=float, default=0.0, help="probability of Gaussian blur")
-    add("--jpeg", type=float, default=0.0, help="probability of JPEG noise")
-    add("--grid", type=float, default=0.0, help="probability of hiding a grid of squares (GridMask)")
-    # loss
-    add("--smoothing", type=float, default=0.1, help="label smoothing")
-    add("--pair_loss", choices=list(PAIR_LOSSES), default="triplet", help="batch-hard triplet, or circle loss")
-    add("--pair_weight", type=float, default=1.0)
-    add("--margin", type=float, default=0.3, help="of the pair loss")
+    add = parser.add_argument_group("loss").add_argument
+    add("--smoothing", type=float, default=0.1, help="label smoothing of the cross-entropy")
+    add("--pair_weight", type=float, default=1.0, help="weight of the triplet loss")
+    add("--margin", type=float, default=0.3, help="margin of the triplet loss")
     add("--teacher", help="checkpoint to distil from, e.g. models/<run>/best.pth, trained on the same identities")
     add("--distill", type=float, default=1.0, help="weight of the distillation loss, with --teacher")
-    # schedule
-    add("--num_epochs", type=int, default=60)
-    add("--lr", type=float, default=0.05, help="peak of the cosine, SGD with Nesterov momentum 0.9")
-    add("--warmup_epochs", type=float, default=5.0)
-    add("--weight_decay", type=float, default=5e-4)
+    add = parser.add_argument_group("schedule").add_argument
+    add("--num_epochs", type=int, default=60, help="of training")
+    add("--lr", type=float, default=0.05, help="highest learning rate, after the warm-up and before the cosine")
+    add("--warmup_epochs", type=float, default=5.0, help="epochs in which the rate rises from 1 percent")
+    add("--weight_decay", type=float, default=5e-4, help="of SGD, which has Nesterov momentum 0.9")
     add("--ema", type=float, default=0.0, help="decay per step of averaged weights, e.g. 0.999; 0 is off")
-    add("--swa", type=int, default=0, help="average the weights of the last so many epochs; 0 is off")
-    add("--freeze_bn", action="store_true", help="keep the backbone's batch-norm statistics, for tiny batches")
-    add("--eval_freq", type=int, default=5, help="epochs between evaluations on val/")
-    # machine
+    add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cuda, cuda:1, cpu")
-    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
-    add("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile; auto: on a GPU, for 10 epochs or more")
+    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="of the network's arithmetic")
+    add("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile; auto: on a GPU, for long runs")
+    add("--cache", choices=["auto", "device", "host", "none"], default="auto", help="where the decoded images stay")
+    add("--num_data_loaders", type=int, default=4, help="threads that decode images")
     return parser
 
 
+# settings that do not change the result, and may differ at --resume
 OPERATIONAL = {"exp_name", "resume", "data_root", "cache", "num_data_loaders", "device", "compile", "eval_freq"}
+
+
+def learning_rate(step, steps, args):
+    """Linear warm-up from 1 % of --lr, then a cosine to zero (Loshchilov and Hutter, arXiv 1608.03983)."""
+    warmup, total = round(args.warmup_epochs * steps), args.num_epochs * steps
+    if step < warmup:
+        return args.lr * (0.01 + 0.99 * step / warmup)
+    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def plan_epoch(args, labels, epoch):
+    """Return this rank's part of an epoch: rows int64 [steps, B / world_size], and random numbers for their augmentation.
+
+    A pure function of (seed, epoch), of which each rank takes its own columns. So no rank sees the images of another, together
+    they see what one process would, and resuming needs no state.
+    """
+    rows = pk_batches(labels, args.batch_size, args.num_instances, args.seed, epoch)
+    numbers = augment.draw(len(rows), args.batch_size, args.seed, epoch)
+    share = args.batch_size // distributed.world_size
+    return tuple(part[:, distributed.rank * share : (distributed.rank + 1) * share] for part in (rows, numbers))
+
+
+def augmented(images, numbers, args):
+    return augment.apply(images, numbers, args.flip, args.erase, args.jitter, args.gray, args.blur)
+
+
+def train_step(trainer, images, numbers, labels):
+    """Update the weights once. The Trainer runs this as it is, or records it as a CUDA graph: nothing may wait for the device.
+
+    images: uint8 [B, 3, H, W]; numbers: float32 [B, P] of `augment.draw`; labels: int64 [B]. Returns what is logged.
+    """
+    args = trainer.args
+    images = augmented(images, numbers, args)
+    with trainer.autocast():
+        features, logits = trainer.network(images)
+
+    loss_id = identity_loss(logits, labels, args.smoothing)
+    loss_pair = triplet_loss(distributed.gather(features), distributed.gather(labels), args.margin)  # of all ranks
+    loss = loss_id + args.pair_weight * loss_pair
+    if trainer.teacher:
+        loss = loss + args.distill * distillation_loss(features, logits, *trainer.ask_teacher(images))
+
+    trainer.optimizer.zero_grad(set_to_none=True)
+    trainer.scaler.scale(loss).backward()  # the scale is 1, except for fp16
+    distributed.average_([parameter.grad for parameter in trainer.parameters])
+    trainer.scaler.step(trainer.optimizer)
+    trainer.scaler.update()
+    if args.ema:
+        trainer.average_weights(args.ema)
+    accuracy = (logits.argmax(1) == labels).float().mean()
+    return {"loss": loss, "loss_id": loss_id, "loss_pair": loss_pair, "accuracy": accuracy}
+
+
+@torch.inference_mode()
+def validate(trainer, cache, labels):
+    """Accuracy and cross-entropy of the classifier on images it was not trained on, exact for any number of ranks."""
+    model = trainer.best_model.eval()
+    sums = torch.zeros(2, device=trainer.device, dtype=torch.float64)
+    rows = distributed.shard(len(cache))
+    for part in rows.split(128) if len(rows) else ():
+        with trainer.autocast():
+            logits = model.classifier(model.neck(model.features(cache[part]))).float()
+        truth = labels[part].to(trainer.device)
+        sums += torch.stack([(logits.argmax(1) == truth).sum(), F.cross_entropy(logits, truth, reduction="sum")])
+    accuracy, loss = (distributed.total(sums) / len(cache)).tolist()
+    return {"val/accuracy": accuracy, "val/loss": loss}
+
+
+def train_epoch(trainer, batches, numbers, labels, epoch, first, stop):
+    """Train on `batches`, those of an epoch from step `first` on. Returns the step after the last one that was done."""
+    steps, done = trainer.steps, first
+    progress = tqdm(batches, f"epoch {epoch + 1}/{trainer.args.num_epochs}", steps, initial=first,
+                    disable=distributed.rank > 0 or None)
+    for i, images in enumerate(progress, first):
+        trainer.step(images, numbers[i], labels[i], learning_rate(epoch * steps + i, steps, trainer.args))
+        done = i + 1
+        if done < steps and distributed.any_(stop.asked):
+            break
+    return done
 
 
 def main(args):
     rank, world_size = distributed.start(args.device)
-    run_ = Run(args, get_args_parser(), OPERATIONAL)  # the name, the folder and its lock, and what --resume finds there
-    args = run_.args
+    run = Run(args, get_args_parser(), OPERATIONAL)  # the name, the folder and its lock, and what --resume finds there
+    args = run.args
+    if args.batch_size % world_size:
+        raise ReidError(f"--batch_size {args.batch_size}: must be a multiple of the {world_size} processes")
     device = distributed.device or pick_device(args.device)
     torch.manual_seed(args.seed)
 
-    check_settings(args, world_size)
-    size = (args.height, args.width)
     train_set, val_set, classes = load_training_set(args.data_root, args.train_all)
-    # rows of every epoch are known beforehand, so a set that cannot fill a batch fails here and not after the decoding
-    steps = len(pk_batches(train_set.labels, args.batch_size, args.num_instances, args.seed, 0))
+    steps = len(plan_epoch(args, train_set.labels, 0)[0])  # a set that cannot fill a batch fails here, before the decoding
+    size = (args.height, args.width)
     cache = ImageCache(train_set.files, size, device, args.cache, args.num_data_loaders)
     val_cache = ImageCache(val_set.files, size, device, args.cache, args.num_data_loaders) if val_set else None
 
     model = build_model(default_config(classes, args.backbone, args.height, args.width))
-    if not run_.state:
+    if not run.state:
         load_weights(model, args.weights, args.weights_partial, verbose=print if rank == 0 else lambda line: None)
-    engine = Engine(model, args, steps, device)
+    model.to(device)
+    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], args.lr,
+                                momentum=0.9, nesterov=True, weight_decay=args.weight_decay, fused=True)
+    trainer = Trainer(model, optimizer, train_step, args, steps, device)
     if rank == 0:
-        print(f"{run_.name}: {len(cache):,} images of {len(classes)} identities, {steps} steps an epoch, "
-              f"images on {cache.where}; {engine.describe()}", flush=True)
-    epoch, first_step = run_.restore(engine)
+        print(f"{run.name}: {len(cache):,} images of {len(classes)} identities, {steps} steps an epoch, "
+              f"images on {cache.where}; {trainer.describe()}", flush=True)
+    start, first = run.restore(trainer, train_set.files)  # the epoch, and the step within it, to go on at
 
-    stop = StopSignal(second_kills=world_size == 1)  # of several processes torchrun makes an end
-    with run_.tracking() as tracker:
-        while epoch < args.num_epochs:
-            rows, params = plan_epoch(args, train_set.labels, epoch)
-            params, labels = params.to(device), train_set.labels[rows].to(device)
+    stop = StopSignal(second_kills=world_size == 1)  # of several processes, torchrun ends all
+    with run.tracking() as tracker, closing(trainer):
+        plan = plan_epoch(args, train_set.labels, start)
+        for epoch in range(start, args.num_epochs):
+            (rows, numbers), started = plan, time.perf_counter()
+            labels, numbers = train_set.labels[rows].to(device), numbers.to(device)
+            trainer.train()
+            done = train_epoch(trainer, cache.batches(rows[first:]), numbers, labels, epoch, first, stop)
+            if done < steps:
+                run.stopped(trainer, epoch, done)  # raises KeyboardInterrupt
+            plan = plan_epoch(args, train_set.labels, epoch + 1)  # while a GPU works off its queue
+            metrics = trainer.end_epoch(epoch * steps + done)
+            metrics["train/images_per_s"] = (done - first) * args.batch_size / (time.perf_counter() - started)
 
-            engine.train()
-            started, done = time.perf_counter(), first_step
-            batches = tqdm(cache.batches(rows[first_step:]), f"epoch {epoch + 1}/{args.num_epochs}", steps, initial=first_step,
-                           disable=rank > 0 or None)
-            for i, images in enumerate(batches, first_step):
-                engine.step(images, params[i], labels[i], epoch * steps + i)
-                done = i + 1
-                if stopping := done < steps and distributed.any_(stop.asked):  # a whole epoch is saved as such
-                    break
-            metrics = engine.end_epoch(epoch * steps + first_step)
-            metrics["train/images_per_s"] = (done - first_step) * args.batch_size / (time.perf_counter() - started)
-            if stopping:
-                run_.save_last(engine, epoch, done)
-                run_.wait()
-                distributed.any_(True)  # torchrun kills the others when the first one leaves: not before last.pth is written
-                raise KeyboardInterrupt
-            epoch, first_step = epoch + 1, 0
-
-            last = epoch == args.num_epochs
-            due = last or (val_cache and epoch % args.eval_freq == 0)
-            engine.average_epoch(epoch)
-            if due and engine.averaged and not args.freeze_bn:
-                engine.refresh_norms(cache.batches(rows[:NORM_BATCHES]), params)
-            if due and val_cache:
-                metrics |= engine.validate(val_cache, val_set.labels)
-            if tracker and epoch == 1:
-                tracker.image("train/augmented", sheet(cache, rows, params), 0)
-            run_.epoch_done(engine, epoch, metrics, tracker, best=last if args.train_all else None)
+            first, last = 0, epoch + 1 == args.num_epochs
+            if last or (val_cache and (epoch + 1) % args.eval_freq == 0):
+                if args.ema:
+                    batches = zip(cache.batches(rows[:NORM_BATCHES]), numbers)
+                    trainer.refresh_norms(augmented(images, drawn, args) for images, drawn in batches)
+                if val_cache:
+                    metrics |= validate(trainer, val_cache, val_set.labels)
+            if tracker and epoch == 0:
+                run.later(tracker.images, "train/augmented", augmented(cache[rows[0, :32]], numbers[0, :32], args), 0)
+            run.epoch_done(trainer, epoch + 1, metrics, tracker, best=last if args.train_all else None)
         if tracker:
-            tracker.projector(*engine.embed(cache, train_set.labels))
-    run_.finish()
-
-
-def check_settings(args, world_size):
-    """Raise ReidError for settings that contradict each other."""
-    if args.batch_size % world_size:
-        raise ReidError(f"--batch_size {args.batch_size}: {world_size} processes cannot share it evenly; choose a multiple of {world_size}")
-    if args.swa and (args.ema or args.swa > args.num_epochs):
-        raise ReidError(f"--swa {args.swa}: at most --num_epochs {args.num_epochs}, and not together with --ema")
-
-
-def plan_epoch(args, labels, epoch):
-    """This rank's part of an epoch: rows int64 [steps, B / world_size] and their augmentation float32 [steps, B / world_size, P].
-
-    A pure function of (seed, epoch), of which each rank takes its own columns: no rank sees what another one sees, together
-    they see what one process would, and resuming needs no state.
-    """
-    rows = pk_batches(labels, args.batch_size, args.num_instances, args.seed, epoch)
-    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
-    settings = {name: getattr(args, name) for name in augment.SETTINGS}
-    params = augment.draw(rows.numel(), (args.height, args.width), generator, **settings).reshape(*rows.shape, -1)
-    share = args.batch_size // distributed.world_size
-    return tuple(part[:, distributed.rank * share : (distributed.rank + 1) * share] for part in (rows, params))
+            run.later(tracker.projector, *trainer.embed(cache, train_set.labels))
+    run.finish()
 
 
 class StopSignal:
-    """Ctrl-C and TERM ask for a stop after the current step, so that what is saved is a whole step."""
+    """Let Ctrl-C, TERM and HUP ask for a stop after the current step, so that what is saved is a whole step."""
 
     def __init__(self, second_kills):
         self.asked, self.second_kills = False, second_kills
-        for name in (signal.SIGINT, signal.SIGTERM):
-            try:
-                signal.signal(name, self.ask)
-            except ValueError:  # not in the main thread, as when a test or a notebook calls main()
-                return
+        with suppress(ValueError):  # not in the main thread, as when a notebook calls main()
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)  # Windows has no HUP, and nohup ignores it
+                if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+                    signal.signal(number, self.ask)
 
     def ask(self, number, _frame):
         self.asked = True
-        if self.second_kills:
+        if number == getattr(signal, "SIGHUP", None):  # the terminal has gone, and printing to it would fail
+            for stream in (1, 2):
+                if os.isatty(stream):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        elif self.second_kills:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
-def sheet(cache, rows, params):
-    """The first 32 augmented images of an epoch as one picture, uint8 [3, 4H, 8W]."""
-    images = augment.apply(cache[rows[0]], params[0]).to(torch.uint8).cpu()[:32]
-    rows_of_images = [torch.cat(list(images[i : i + 8]), 2) for i in range(0, len(images) - len(images) % 8, 8)]
-    return torch.cat(rows_of_images or [torch.cat(list(images), 2)], 1)
-
-
 if __name__ == "__main__":
-    run(get_args_parser(), main)
+    cli.run(get_args_parser(), main)

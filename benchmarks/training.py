@@ -1,7 +1,7 @@
 """Training speed: our step against the plain loop that most re-ID scripts run, A and B in turn in one process.
 
 The plain loop is eager torchvision DenseNet-121 in float32, NCHW, torchvision transforms on PIL images in a DataLoader,
-cross-entropy + batch-hard triplet, SGD, and `loss.item()` each step. Ours is train.py's Engine on images decoded once.
+cross-entropy + batch-hard triplet, SGD, and `loss.item()` each step. Ours is the step of train.py on images decoded once.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from reid.model import build_model, default_config, pick_device
 from reid.training import augment
 from reid.training.cache import ImageCache
 from reid.training.losses import identity_loss, triplet_loss
-from reid.training.trainer import Engine
+from reid.training.trainer import Trainer
 
 
 def noise_images(folder, count):
@@ -81,18 +81,21 @@ class OurLoop:
 
     def __init__(self, files, labels, batch_size, size, device, workers):
         args = train.get_args_parser().parse_args(["--batch_size", str(batch_size)])
-        self.batch_size, self.labels, self.count = batch_size, labels, len(files) // batch_size
+        self.count = len(files) // batch_size
         self.cache = ImageCache(files, size, device, workers=workers)
-        model = build_model(default_config(list(range(int(labels.max()) + 1)), height=size[0], width=size[1]))
-        self.engine = Engine(model, args, 1000, device)
-        self.engine.train()
-        self.params = augment.draw(len(files), size, torch.Generator().manual_seed(0)).to(device)
+        model = build_model(default_config(list(range(int(labels.max()) + 1)), height=size[0], width=size[1])).to(device)
+        optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], args.lr,
+                                    momentum=0.9, nesterov=True, weight_decay=args.weight_decay, fused=True)
+        self.trainer = Trainer(model, optimizer, train.train_step, args, 1000, device)
+        self.trainer.train()
+        self.numbers = augment.draw(self.count, batch_size, 0, 0).to(device)
+        self.rows = torch.arange(self.count * batch_size, device=device).view(self.count, batch_size)
+        self.labels = labels[: self.count * batch_size].to(device).view(self.count, batch_size)
         self.done = 0
 
     def step(self):
-        rows = torch.arange(self.batch_size) + self.done % self.count * self.batch_size
-        rows_there = rows.to(self.engine.device)
-        self.engine.step(self.cache[rows], self.params[rows_there], self.labels[rows].to(self.engine.device), self.done)
+        i = self.done % self.count
+        self.trainer.step(self.cache[self.rows[i]], self.numbers[i], self.labels[i], 0.01)
         self.done += 1
 
 
@@ -132,7 +135,7 @@ def main():
     ours, peer = (sorted(column)[rounds // 2] / steps for column in zip(*times))
     ratio = sorted(b / a for a, b in times)[rounds // 2]
     where = torch.cuda.get_device_name(device) if cuda else "CPU"
-    print(f"{where}, batch {batch_size}, 256x128, {loops[0].engine.describe()}")
+    print(f"{where}, batch {batch_size}, 256x128, {loops[0].trainer.describe()}")
     print(f"training step: {ratio:.2f} times {PlainLoop.name}")
     if cuda:
         print(f"ours {batch_size / ours:,.0f} images/s, plain {batch_size / peer:,.0f} images/s, "

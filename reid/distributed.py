@@ -1,6 +1,7 @@
-"""One process or several (`torchrun`): who we are, and the few things that world_size tell each other."""
+"""Wrap torch.distributed: the same calls work in one process and in several started by torchrun."""
 
 import os
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -8,12 +9,15 @@ import torch.distributed as dist
 from reid import ReidError
 
 rank, world_size, device = 0, 1, None
-talk = None  # a group of the CPUs, for what Python tells Python without waiting for a GPU
+cpu_group = None  # gloo: decisions between processes need not wait for a GPU
 
 
 def start(device_name="auto"):
-    """Join torchrun's process group, if there is one, and return (rank, world_size). Each rank takes the GPU of its local rank."""
-    global rank, world_size, device, talk
+    """Join the process group of torchrun, if there is one. On GPUs, each process takes that of its local rank.
+
+    Sets and returns `rank` and `world_size`; sets `device`, which is None without torchrun and on a CPU.
+    """
+    global rank, world_size, device, cpu_group
     if "RANK" not in os.environ or dist.is_initialized():
         return rank, world_size
     cuda = device_name != "cpu" and torch.cuda.is_available()
@@ -23,22 +27,38 @@ def start(device_name="auto"):
             raise ReidError(f"more processes than the {torch.cuda.device_count()} GPUs here; lower --nproc_per_node")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo")
-    rank, world_size, talk = dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo")
+    dist.init_process_group("nccl" if cuda else "gloo", device_id=device)
+    rank, world_size, cpu_group = dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo")
     return rank, world_size
 
 
 def stop():
-    """Leave the process group."""
+    """Leave the process group. CUDA graphs that hold its collectives must be gone, else NCCL waits for them forever."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
+@contextmanager
+def alone():
+    """Leave out all communication for the time of the block, as if this were the only process."""
+    global world_size
+    kept, world_size = world_size, 1
+    try:
+        yield
+    finally:
+        world_size = kept
+
+
+def shard(count):
+    """Return every world_size-th of `count` row numbers as int64 [n], from `rank` on; n may be 0."""
+    return torch.arange(count)[rank::world_size]
+
+
 def share(obj):
-    """Rank 0's object (plain values, tensors), on every rank."""
+    """Return rank 0's `obj` (anything that pickles) on every rank."""
     box = [obj]
     if world_size > 1:
-        dist.broadcast_object_list(box, device=device)
+        dist.broadcast_object_list(box, group=cpu_group)
     return box[0]
 
 
@@ -46,42 +66,47 @@ def gather_objects(obj):
     """Return the `obj` (anything that pickles) of every rank as a list, rank 0's first. No rank leaves before all have called."""
     parts = [obj] * world_size
     if world_size > 1:
-        dist.all_gather_object(parts, obj, group=talk)
+        dist.all_gather_object(parts, obj, group=cpu_group)
     return parts
 
 
 def gather(tensor):
-    """[N, ...] of every rank (same shapes) as [world_size * N, ...], rank 0's first. Only our own part carries a gradient: with
-    the loss times `world_size` and gradients averaged, that is the gradient of the loss over the whole batch."""
+    """Concatenate the [N, ...] of every rank, of the same shape, as [world_size * N, ...], rank 0's first.
+
+    Every rank may compute the same loss of the result: this rank's rows carry its gradient times `world_size`, so that
+    `average_` over the ranks leaves the gradient of that loss.
+    """
     if world_size == 1:
         return tensor
     parts = [torch.empty_like(tensor) for _ in range(world_size)]
     dist.all_gather(parts, tensor.detach().contiguous())
-    parts[rank] = tensor
+    parts[rank] = tensor.view_as(tensor)
+    if tensor.requires_grad:
+        parts[rank].register_hook(lambda gradient: gradient * world_size)
     return torch.cat(parts)
 
 
 def average_(tensors):
-    """Replace float tensors by their mean over the world_size, in one message."""
+    """Replace float tensors by their mean over the ranks, in one message."""
     if world_size == 1 or not tensors:
         return
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     dist.all_reduce(flat)
-    for tensor, mean in zip(tensors, flat.div_(world_size).split([tensor.numel() for tensor in tensors])):
-        tensor.copy_(mean.view_as(tensor))
+    parts = flat.div_(world_size).split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors)])
 
 
 def any_(flag):
-    """Whether it is true on some rank."""
+    """Return whether `flag` is true on at least one rank."""
     if world_size == 1:
-        return flag
+        return bool(flag)
     box = torch.tensor([int(flag)])
-    dist.all_reduce(box, dist.ReduceOp.MAX, group=talk)
+    dist.all_reduce(box, dist.ReduceOp.MAX, group=cpu_group)
     return bool(box)
 
 
 def total(tensor):
-    """Sum over the world_size."""
+    """Add up the tensors of all ranks in place, and return the sum."""
     if world_size > 1:
         dist.all_reduce(tensor)
     return tensor

@@ -68,7 +68,7 @@ class GalleryIndex:
     @classmethod
     def build(cls, extractor, records, strict=False, dtype=torch.float16, progress=True, rank=0, world_size=1):
         """Embed `records` into an index. Images that cannot be read are left out and listed in `.bad` (`strict` raises)."""
-        own = torch.arange(rank, len(records), world_size)  # under torchrun each rank embeds its share
+        own = torch.arange(len(records))[rank::world_size]  # under torchrun each rank embeds its share, which may be empty
         files = records.select(own).files()
         embeddings = torch.empty(len(files), extractor.dim, dtype=dtype)
         kept, bad, count = torch.empty(len(files), dtype=torch.int64), [], 0

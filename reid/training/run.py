@@ -1,4 +1,4 @@
-"""A training run: its name and folder, what it trains on, what it saves, and how it goes on after a stop."""
+"""A training run: its name, folder and lock, what it saves, and how it goes on after a stop."""
 
 import argparse
 import weakref
@@ -8,57 +8,56 @@ from pathlib import Path
 
 from reid import ReidError, distributed
 from reid.checkpoint import FORMAT, VERSION, check_name, checkpoint_payload, load_checkpoint
-from reid.cli import check_ranges
-from reid.files import locked, save
+from reid.cli import check_ranges, first_line
+from reid.files import checksum, locked, save
 
 MANY = 1 << 20
-SHARES = ["flip", "erase", "jitter", "gray", "blur", "jpeg", "grid", "mixstyle", "dropout", "drop_path", "smoothing", "ema"]
-LIMITS = dict.fromkeys(SHARES, (0, 1)) | {
+LIMITS = dict.fromkeys(["flip", "erase", "jitter", "gray", "blur", "smoothing", "ema", "weight_decay"], (0, 1)) | {
     "batch_size": (2, MANY), "num_instances": (2, MANY), "height": (32, 2048), "width": (32, 2048), "num_data_loaders": (0, 1024),
-    "num_epochs": (1, MANY), "eval_freq": (1, MANY), "warmup_epochs": (0, MANY), "swa": (0, MANY), "lr": (0, 1e38),
-    "weight_decay": (0, 1), "pair_weight": (0, MANY), "margin": (-MANY, MANY), "distill": (0, MANY), "seed": (0, 1 << 40)}
-
-
-def _leave(folder):
-    """Remove what a run that is over needs no more: its lock, and the folder if nothing was saved in it."""
-    with suppress(OSError):
-        (folder / ".lock").unlink(missing_ok=True)
-        folder.rmdir()
+    "num_epochs": (1, MANY), "eval_freq": (1, MANY), "warmup_epochs": (0, MANY), "lr": (0, 1e38), "pair_weight": (0, MANY),
+    "margin": (-MANY, MANY), "distill": (0, MANY), "seed": (0, 1 << 40)}
+# settings of earlier versions, and the only value that a run may have had to be resumed
+REMOVED = {"pair_loss": "triplet", "mixstyle": 0, "ibn": False, "grid": 0, "jpeg": 0, "dropout": 0, "drop_path": 0, "swa": 0,
+           "pool": "avg", "last_stride": 1}
 
 
 class Run:
-    """`models/<name>/`, held by a lock for as long as this process lives.
+    """`models/<name>/`, locked for as long as this process lives.
 
-    With --resume the settings are those of the run: one given differently on the command line, other than the
-    `operational` ones, raises ReidError.
+    With --resume the settings are those of the run: one given differently on the command line raises ReidError, unless it is
+    `operational`, a setting that does not change the result. Rank 0 locks and reads; the others receive what it has read.
     """
 
     def __init__(self, args, parser, operational):
         check_ranges(args, LIMITS)
-        self.state, self.best = None, None
-        self.writer, self.writing = ThreadPoolExecutor(1), None
         if args.resume and not args.exp_name:
             raise ReidError("--resume needs the --exp_name of the run to go on with")
-        if not args.exp_name:
+        self.writer, self.writing, self.best = ThreadPoolExecutor(1), None, None
+        if distributed.rank == 0 and not args.exp_name:
             from reid.training.tracking import new_run_name
 
-            args.exp_name = distributed.share(new_run_name() if distributed.rank == 0 else None)
-        self.name, self.folder = args.exp_name, Path("models") / check_name(args.exp_name)
-        if args.resume:
-            self.state = load_checkpoint(self.folder / "last.pth")
-            args = self._settings_of_the_run(args, parser, operational)
-        elif any((self.folder / name).exists() for name in ("last.pth", "best.pth")):
-            raise ReidError(f"--exp_name {self.name}: {self.folder} exists; add --resume to go on, or choose another name")
-        self.args = args
-        if distributed.rank == 0:
-            held, message = ExitStack(), f"another process is training {self.name}; wait for it, or choose another --exp_name"
-            held.enter_context(locked(self.folder / ".lock", message))
-            held.callback(_leave, self.folder.absolute())
-            held.callback(self.writer.shutdown)  # first, so that the last write is done
-            weakref.finalize(self, held.close)  # however the run ends, short of kill -9
-        self.tracker_id = (self.state or {}).get("training", {}).get("tracker_id")
+            args.exp_name = new_run_name()
+        self.name = args.exp_name = check_name(distributed.share(args.exp_name))
+        self.folder = Path("models") / self.name
+        self.state = distributed.share(self._lock(args.resume) if distributed.rank == 0 else None)
+        self.args = self._settings(args, parser, operational) if self.state else args
+        self.tracker_id = self.state["training"].get("tracker_id") if self.state else None
 
-    def _settings_of_the_run(self, args, parser, operational):
+    def _lock(self, resume):
+        """Lock the run, and return what its last.pth holds, or None for a new run."""
+        lock = self.folder.parent / f".{self.name}.lock"  # beside the folder, which may be removed while it is in use
+        held = ExitStack()
+        held.enter_context(locked(lock, f"another process is training {self.name}; wait for it, or choose another --exp_name"))
+        held.callback(_leave, lock.absolute(), self.folder.absolute())
+        held.callback(self.writer.shutdown)  # first, so that the last file is written
+        weakref.finalize(self, held.close)  # however the run ends, except by kill -9
+        if resume:
+            return load_checkpoint(self.folder / "last.pth")
+        if any((self.folder / name).exists() for name in ("last.pth", "best.pth")):
+            raise ReidError(f"--exp_name {self.name}: {self.folder} exists; add --resume to go on, or choose another name")
+        return None
+
+    def _settings(self, args, parser, operational):
         saved, training, last = self.state["args"], self.state.get("training"), self.folder / "last.pth"
         if not isinstance(training, dict) or not all(isinstance(training.get(key), int) for key in ("epoch", "step")) \
                 or not isinstance(training.get("best"), (list, type(None))):
@@ -68,6 +67,10 @@ class Run:
             saved[key], (int, float) if isinstance(value, float) else type(value))]
         if wrong or not all(isinstance(key, str) for key in saved):
             raise ReidError(f"{last}: settings of the wrong type ({', '.join(map(str, wrong[:3]))}); it is damaged or not ours")
+        for key, only in REMOVED.items():
+            if key in saved and saved[key] != only:
+                raise ReidError(f"{last}: trained with --{key} {saved[key]}, which this version does not have; start a new run")
+        saved = {key: value for key, value in saved.items() if key not in REMOVED}
         check_ranges(argparse.Namespace(**saved), LIMITS)
         for key, value in vars(args).items():
             if key in operational or key not in saved:
@@ -77,25 +80,36 @@ class Run:
         kept = {key: value for key, value in vars(args).items() if key in operational or key not in saved}
         return argparse.Namespace(**{**saved, **kept})
 
-    def restore(self, engine):
-        """Bring the engine to where the run stopped; returns (epoch, step within it) to go on at."""
+    def restore(self, trainer, files):
+        """Bring the trainer to where the run has stopped, and return (epoch, step within it) to go on at.
+
+        files: the paths of the training set. Raises ReidError if it is not the one that the run was started with.
+        """
+        names = [f"{Path(file).parent.name}/{Path(file).name}" for file in files]
+        self.images = [len(names), checksum(names)]
         if not self.state:
             return 0, 0
-        training = self.state["training"]
+        training, last = self.state["training"], self.folder / "last.pth"
+        if list(self.state["config"]["classes"]) != list(trainer.model.config["classes"]):
+            raise ReidError(f"{last}: was trained on other identities than those of --data_root; give the same dataset")
+        if training.get("images", self.images) != self.images:  # older checkpoints have no such entry
+            raise ReidError(f"{last}: was trained on {training['images'][0]:,} images, --data_root has {len(names):,} and not "
+                            "the same; give the same dataset")
+        if not 0 <= training["step"] < trainer.steps or training["epoch"] < 0:
+            raise ReidError(f"{last}: stopped at step {training['step']} of an epoch that has {trainer.steps}; it is damaged")
         try:
-            engine.load_state(self.state["state_dict"], training)
+            trainer.load_state(self.state["state_dict"], training)
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            reason = str(error).splitlines()[0][:120]
-            raise ReidError(f"{self.folder / 'last.pth'}: does not fit this training set or code ({reason})") from error
+            raise ReidError(f"{last}: does not fit this training set or version ({first_line(error)})") from error
         self.best = training["best"]
-        if training.get("is_best") and distributed.rank == 0:  # the run may have been killed before best.pth followed last.pth
-            self._write("best.pth", engine.best_model, self.state["metrics"] | {"epoch": training["epoch"]})
-        self.state = None  # the weights in it are no longer needed
+        if training.get("is_best") and distributed.rank == 0:  # the run may have been killed after last.pth, before best.pth
+            self.later(self._save, best=self._payload(trainer.best_model, self.state["metrics"] | {"epoch": training["epoch"]}))
+        self.state = None  # its weights are no longer needed
         return training["epoch"], training["step"]
 
     @contextmanager
     def tracking(self):
-        """The tracker of this run on rank 0, None on the others; it is told how the run ended."""
+        """Yield the tracker of this run on rank 0, None on the others; it records how the block has ended."""
         if distributed.rank:
             yield None
             return
@@ -103,47 +117,74 @@ class Run:
 
         with Tracker(self.name, vars(self.args), run_id=self.tracker_id, tags={"exp_tag": self.args.exp_tag}) as tracker:
             self.tracker_id = tracker.run_id
-            yield tracker
+            try:
+                yield tracker
+            finally:
+                self.wait()
 
-    def epoch_done(self, engine, epoch, metrics, tracker, best=None):
-        """Save and log. `best` says whether these weights are the best; None: compare on val/."""
+    def epoch_done(self, trainer, epoch, metrics, tracker, best=None):
+        """Save and log in the background. best: whether these weights are the best; None compares them on val/."""
         if distributed.rank:
             return
         if best is None and "val/accuracy" in metrics:
             score = (metrics["val/accuracy"], -metrics["val/loss"])
             best = self.best is None or score > tuple(self.best)
             self.best = list(score) if best else self.best
-        self.save_last(engine, epoch, 0, metrics, bool(best))
-        if best:
-            self._write("best.pth", engine.best_model, metrics | {"epoch": epoch})
-        tracker.log(metrics, epoch)
-        if best:
-            self.wait()
-            tracker.artifact_reference(self.folder / "best.pth")
+        last = self._last(trainer, epoch, 0, metrics, bool(best))
+        best = self._payload(trainer.best_model, metrics | {"epoch": epoch}) if best else None
         values = ", ".join(f"{name.removeprefix('train/')} {value:.4g}" for name, value in metrics.items())
-        print(f"epoch {epoch}/{self.args.num_epochs}: {values}", flush=True)
 
-    def save_last(self, engine, epoch, step, metrics=None, is_best=False):
-        """Write last.pth: `epoch` epochs and `step` steps of the next are done; `is_best`: best.pth will be the same weights."""
+        def save_and_log():
+            self._save(last, best)
+            tracker.log(metrics, epoch)
+            if best:
+                tracker.artifact_reference(self.folder / "best.pth")
+            print(f"epoch {epoch}/{self.args.num_epochs}: {values}", flush=True)
+
+        self.later(save_and_log)
+
+    def stopped(self, trainer, epoch, step):
+        """Save after `epoch` epochs and `step` steps of the next, and raise KeyboardInterrupt."""
+        trainer.synchronise()
         if distributed.rank == 0:
-            training = engine.state() | {"epoch": epoch, "step": step, "best": self.best, "is_best": is_best,
-                                         "tracker_id": self.tracker_id}
-            self._write("last.pth", engine.model, metrics or {}, training)
+            self.wait()
+            self._save(self._last(trainer, epoch, step))
+        distributed.any_(True)  # when a process ends, torchrun kills the others: not before last.pth is written
+        raise KeyboardInterrupt
 
-    def _write(self, name, model, metrics, training=None):
-        """In the background, from a copy: the next epoch does not wait for the disk."""
-        payload = checkpoint_payload(model, metrics, vars(self.args), training)
+    def _last(self, trainer, epoch, step, metrics=None, is_best=False):
+        return self._payload(trainer.model, metrics or {}, trainer.state() | {
+            "epoch": epoch, "step": step, "best": self.best, "is_best": is_best, "images": self.images,
+            "tracker_id": self.tracker_id})
+
+    def _payload(self, model, metrics, training=None):
+        return checkpoint_payload(model, metrics, vars(self.args), training)
+
+    def _save(self, last=None, best=None):
+        for name, payload in (("last.pth", last), ("best.pth", best)):
+            if payload:
+                save(self.folder / name, payload, FORMAT, VERSION)
+
+    def later(self, work, *args, **options):
+        """Call `work` in a thread, after what is waiting there: training goes on without waiting for the disk."""
         self.wait()
-        self.writing = self.writer.submit(save, self.folder / name, payload, FORMAT, VERSION)
+        self.writing = self.writer.submit(work, *args, **options)
 
     def wait(self):
-        """Until the last write is on disk; what went wrong in it is raised here."""
+        """Wait until everything is written and logged; what went wrong there is raised here."""
         if self.writing:
             writing, self.writing = self.writing, None
             writing.result()
 
     def finish(self):
-        self.wait()
+        """Say where the weights are, and leave the process group."""
         if distributed.rank == 0:
             print(f"done: {self.folder / 'best.pth'}; evaluate with: python eval.py --exp_name {self.name} --save_index")
         distributed.stop()
+
+
+def _leave(lock, folder):
+    """Remove the lock of a run that is over, and the folder if nothing was saved in it."""
+    for remove in (lock.unlink, folder.rmdir):
+        with suppress(OSError):
+            remove()

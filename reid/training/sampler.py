@@ -1,12 +1,20 @@
 """PK sampling: batches of `per_id` images of each of several identities."""
 
+import hashlib
+
 import torch
 
 from reid import ReidError
 
 
+def seeded_generator(*key):
+    """Return a torch.Generator that depends on `key` alone, such as (seed, epoch, "batches"); other keys, unrelated numbers."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
 def pk_batches(labels, batch_size, per_id, seed, epoch):
-    """Identity-balanced batches of one epoch (PK sampling; Hermans et al., arXiv 1703.07737).
+    """Draw the identity-balanced batches of one epoch (PK sampling; Hermans et al., arXiv 1703.07737).
 
     labels: int64 [N]. Returns int64 [max(1, N // batch_size), batch_size]: row positions, `per_id` consecutive ones of each
     of batch_size / per_id different identities. Each identity's images are shuffled and dealt in groups of `per_id` (the
@@ -19,13 +27,13 @@ def pk_batches(labels, batch_size, per_id, seed, epoch):
     identities = len(labels.unique())
     if people > identities:
         raise ReidError(f"--batch_size {batch_size} needs {people} identities in a batch, the training set has {identities}")
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = seeded_generator(seed, epoch, "batches")
     groups = {}
     batches = []
     for _ in range(max(1, len(labels) // batch_size)):
         if len(groups) < people:
             groups = _deal(labels, per_id, generator)
-        # Drawing with weights of what is left keeps identities with many images from being all that remains at the end.
+        # Weighting by what is left keeps identities with many images from being all that remains at the end.
         names = list(groups)
         left = torch.tensor([len(groups[name]) for name in names], dtype=torch.float64)
         chosen = [names[i] for i in torch.multinomial(left, people, generator=generator).tolist()]
@@ -35,7 +43,7 @@ def pk_batches(labels, batch_size, per_id, seed, epoch):
 
 
 def _deal(labels, per_id, generator):
-    """Every identity's rows, shuffled, in groups of `per_id`."""
+    """Shuffle every identity's rows and return them in groups of `per_id`: {label: [[row, ...], ...]}."""
     shuffled = torch.randperm(len(labels), generator=generator)
     groups = {}
     for row, label in zip(shuffled.tolist(), labels[shuffled].tolist()):

@@ -1,7 +1,4 @@
-"""Where a training run is written down: TensorBoard files and an MLflow run. The only module that knows either library.
-
-Both are imported when first needed, so evaluation and inference never pay for them.
-"""
+"""Log a training run to TensorBoard files and to MLflow. Both libraries are imported when they are first needed."""
 
 import hashlib
 import importlib.util
@@ -11,9 +8,7 @@ import random
 import re
 import shutil
 import sys
-import tempfile
 import time
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from urllib.parse import quote, unquote
@@ -23,6 +18,8 @@ import torch.nn.functional as F
 
 from reid import ReidError
 from reid.checkpoint import versions
+from reid.cli import root_cause, without_secrets
+from reid.files import locked, remove_abandoned, temporary_path
 from reid.images import resize
 
 EXPERIMENT = "human-reid"
@@ -30,10 +27,10 @@ PROJECTOR_ROWS, SPRITE = 2000, 64  # more rows make the projector's page crawl; 
 
 
 def new_run_name(models_dir="models"):
-    """A name like `masked-hog-908`, from MLflow's words, that no folder in `models_dir` has.
+    """Return a name like `masked-hog-908`, from MLflow's words, that no folder in `models_dir` has.
 
-    MLflow draws from the global `random`: after `random.seed(0)` every run would be a namesake, and whatever is drawn next
-    would be another number. This leaves it alone.
+    MLflow draws from the global `random`: after `random.seed(0)` every run would get the same name, and the draw would change
+    the numbers that follow. A private generator does neither.
     """
     _mlflow()
     from mlflow.utils.name_utils import _GENERATOR_NOUNS, _GENERATOR_PREDICATES
@@ -46,7 +43,7 @@ def new_run_name(models_dir="models"):
 
 
 def open_store():
-    """MLflow's client and the address of its store: MLFLOW_TRACKING_URI, else `mlflow.db` in the working folder.
+    """Return MLflow's client and the address of its store: MLFLOW_TRACKING_URI, else `mlflow.db` in the working folder.
 
     Raises ReidError if it cannot be used.
     """
@@ -57,34 +54,33 @@ def open_store():
             uri = _database(unquote(uri.removeprefix("sqlite:///")))
         client = mlflow.MlflowClient(uri)
         client.search_experiments(max_results=1)
-    except Exception as error:  # MLflow lets those of SQLAlchemy, of requests and of database drivers through
+    except Exception as error:  # those of SQLAlchemy, requests and database drivers, too
         raise _unusable(uri, error) from error
     return client, uri
 
 
 def _unusable(uri, error):
-    shown = re.sub("//[^/]*@", "//", uri)  # without a password
-    advice = "mend it, or set MLFLOW_TRACKING_URI to another store (unset, it is mlflow.db in this folder)"
-    return ReidError(f"MLflow at {shown}: {_reason(error)}; {advice}")
+    advice = "repair it, or set MLFLOW_TRACKING_URI to another store (unset, it is mlflow.db in this folder)"
+    return ReidError(f"MLflow at {without_secrets(uri)}: {_reason(error, uri)}; {advice}")
 
 
 class Tracker:
     """One training run in TensorBoard (`<runs_dir>/<run_name>`) and in MLflow (experiment `human-reid`).
 
     run_name: its name in both. params: its settings, any values, kept as text. tags: {name: text}; None is left out.
-    run_id: go on with this MLflow run (if the store has lost it, with a new one). A setting that is different now becomes
-    a tag `resumed.<name>`: MLflow refuses to change a param. TensorBoard hides what the run that is continued had logged
-    from the first step of this one on.
+    run_id: continue this MLflow run (a new one, if the store has lost it). A setting that has changed becomes a tag
+    `resumed.<name>`, since MLflow refuses to change a param. TensorBoard hides what the continued run had logged from the first
+    step of this one on.
 
-    As a context manager it closes itself: FINISHED, KILLED after Ctrl-C or an exit, FAILED after any other exception.
-    Raises ReidError if the store cannot be used at the start. One that goes away later costs a warning, not the training,
-    and is told what it missed when it is back.
+    As a context manager it closes itself: FINISHED, KILLED after Ctrl-C or an exit, FAILED after any other exception. Raises
+    ReidError if the store cannot be used at the start. Later, a log that cannot be written costs a warning, not the training;
+    MLflow receives what it has missed when it answers again.
     """
 
     def __init__(self, run_name, params, runs_dir="runs", run_id=None, tags=None):
-        self.client, uri = open_store()
+        self.client, self._uri = open_store()
         self._unsent = {"metrics": [], "params": [], "tags": []}
-        self._silent = self._closed = False
+        self._warned, self._closed = set(), False
         self._folder, self._board = Path(runs_dir) / run_name, None
         self._folder.mkdir(parents=True, exist_ok=True)
         params = {name: str(value) for name, value in params.items()}
@@ -92,29 +88,26 @@ class Tracker:
         try:
             run = (self._reopen(run_id) if run_id else None) or self._create(run_name)
         except Exception as error:
-            raise _unusable(uri, error) from error
+            raise _unusable(self._uri, error) from error
         known = run.data.params
         tags |= {f"resumed.{name}": value for name, value in params.items() if known.get(name, value) != value}
         params = {name: value for name, value in params.items() if name not in known}
         self.run_id = run.info.run_id
         self._send(params=params, tags=tags)
-        self._monitor = _system_monitor(self.run_id, uri)
+        self._monitor = _system_monitor(self.run_id, self._uri)
 
     def log(self, metrics, step):
-        """Numbers of one step, {name: float}; a request and a flush, so once an epoch."""
+        """Log the numbers of one step, {name: float}. A request and a flush, so once an epoch."""
         now = int(time.time() * 1000)
-        for name, value in metrics.items():
-            self._writer(step).add_scalar(name, value, step)
-        self._writer(step).flush()
+        self._draw(lambda board: [board.add_scalar(name, value, step) for name, value in metrics.items()], step)
         self._send(metrics=[(name, float(value), now, step) for name, value in metrics.items()])
 
-    def image(self, tag, image, step):
-        """A picture for TensorBoard: uint8 [3, H, W], RGB."""
-        self._writer(step).add_image(tag, image, step)
-        self._writer(step).flush()
+    def images(self, tag, images, step):
+        """Show images in TensorBoard as one grid: uint8 or float (0..255) [N, 3, H, W], RGB."""
+        self._draw(lambda board: board.add_images(tag, images.to("cpu", torch.uint8), step), step)
 
     def projector(self, embeddings, labels, images):
-        """TensorBoard's projector: the embeddings as points to turn in space, each with its thumbnail.
+        """Show embeddings in TensorBoard's projector as points in space, each with its thumbnail.
 
         embeddings: float [N, D]; labels: N ids; images: uint8 [N, 3, H, W]. The first PROJECTOR_ROWS are taken, so give
         them sorted by id. Four decimals are written: a third of the size of all of them.
@@ -126,8 +119,8 @@ class Tracker:
         sprites = resize(images.cpu(), (height, width)).float() / 255  # on white squares: the projector wants squares
         sprites = F.pad(sprites, (left, SPRITE - width - left, top, SPRITE - height - top), value=1.0)
         points = embeddings.detach().cpu().double().round(decimals=4)
-        self._writer().add_embedding(points, [str(int(label)) for label in labels], sprites, tag="embeddings")
-        self._writer().flush()
+        names = [str(int(label)) for label in labels]
+        self._draw(lambda board: board.add_embedding(points, names, sprites, tag="embeddings"))
 
     def artifact_reference(self, path):
         """Tag the MLflow run with path and sha256 of a file, instead of storing a checkpoint twice."""
@@ -141,14 +134,14 @@ class Tracker:
             return
         self._closed = True
         if self._board:
-            self._board.close()
-        if self._monitor:
-            self._monitor.finish()
+            self._draw(lambda board: board.close())
         self._send()
         try:
+            if self._monitor:
+                self._monitor.finish()
             self.client.set_terminated(self.run_id, status)
         except Exception as error:
-            self._warn(error)
+            self._warn("MLflow", error)
         if missed := len(self._unsent["metrics"]):
             print(f"warning: MLflow misses {missed} values of this run; TensorBoard has them", file=sys.stderr)
 
@@ -159,12 +152,19 @@ class Tracker:
         stopped = kind is not None and issubclass(kind, (KeyboardInterrupt, SystemExit))
         self.close("KILLED" if stopped else "FAILED" if kind else "FINISHED")
 
-    def _writer(self, step=None):
-        if self._board is None:
-            from torch.utils.tensorboard import SummaryWriter
+    def _draw(self, write, step=None):
+        """Call `write` with TensorBoard's writer. After a failure, such as a removed folder, the next call makes a new one."""
+        try:
+            if self._board is None:
+                from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(self._folder), purge_step=step)
-        return self._board
+                self._board = SummaryWriter(str(self._folder), purge_step=step)
+            write(self._board)
+            self._board.flush()
+            self._warned.discard("TensorBoard")
+        except Exception as error:
+            self._board = None
+            self._warn("TensorBoard", error)
 
     def _create(self, run_name):
         from mlflow.exceptions import MlflowException
@@ -173,7 +173,7 @@ class Tracker:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
         try:
             number = self.client.create_experiment(name)
-        except MlflowException:  # it is there, perhaps since a moment ago
+        except MlflowException:  # it exists, perhaps since a moment ago
             number = self.client.get_experiment_by_name(name).experiment_id
         return self.client.create_run(number, run_name=run_name, tags=resolve_tags())
 
@@ -192,7 +192,7 @@ class Tracker:
         return run
 
     def _send(self, metrics=(), params=None, tags=None):
-        """All in one request. What the store does not take now goes with a later call."""
+        """Send all in one request. What the store does not take now goes with a later call."""
         from mlflow.entities import Metric, Param, RunTag
 
         self._unsent["metrics"] += [Metric(*metric) for metric in metrics]
@@ -204,18 +204,19 @@ class Tracker:
                 self.client.log_batch(self.run_id, **batch)
                 for kind in batch:
                     del self._unsent[kind][:100]
-            self._silent = False
+            self._warned.discard("MLflow")
         except Exception as error:
-            self._warn(error)
+            self._warn("MLflow", error)
 
-    def _warn(self, error):
-        if not self._silent:
-            print(f"warning: MLflow does not answer ({_reason(error)}); it will be told later", file=sys.stderr)
-        self._silent = True
+    def _warn(self, name, error):
+        """Warn once until it works again."""
+        if name not in self._warned:
+            print(f"warning: {name} cannot be written ({_reason(error, self._uri)}); training goes on", file=sys.stderr)
+        self._warned.add(name)
 
 
 def _mlflow():
-    """MLflow without telemetry and chatter, that notices a lost server within seconds instead of minutes."""
+    """Import MLflow without telemetry and chatter, and such that it notices a lost server in seconds, not in minutes."""
     for name in ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"):
         os.environ.setdefault(name, "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -227,22 +228,21 @@ def _mlflow():
 
 
 def _database(path):
-    """The address of the SQLite database at `path`, which gets all its tables if it is new.
+    """Return the address of the SQLite database at `path`, which gets all its tables if it is new.
 
-    It is built aside and linked into place whole: two processes that create the tables of one file at the same time (a
+    It is made aside and linked into place whole: two processes that create the tables of one file at the same time (a
     training and the dashboards) leave it broken for good.
     """
     path = Path(path).absolute()
     if path.exists() and not (path.is_file() and os.access(path, os.R_OK | os.W_OK)):
         raise PermissionError("not a file that can be written")  # MLflow would try again for 100 seconds
-    for stale in path.parent.glob("mlflow-*.tmp"):  # of a run that was killed at this
-        with suppress(OSError):
-            if time.time() - stale.stat().st_mtime > 600:
-                shutil.rmtree(stale)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(".tmp", "mlflow-", path.parent, ignore_cleanup_errors=True) as folder:
-            fresh = Path(folder) / path.name
+        remove_abandoned(path.parent)  # of a process that was killed at this
+        folder = temporary_path(path.parent)
+        folder.mkdir()
+        with locked(folder, "in use"):
+            fresh = folder / path.name
             _mlflow().MlflowClient(_address(fresh)).create_experiment(EXPERIMENT)
             try:
                 path.hardlink_to(fresh)
@@ -250,6 +250,7 @@ def _database(path):
                 pass  # another process was faster
             except OSError:  # a file system without links
                 fresh.replace(path)
+            shutil.rmtree(folder, ignore_errors=True)
     return _address(path)
 
 
@@ -258,13 +259,13 @@ def _address(path):
 
 
 def _environment():
-    """What the numbers of a run depend on beside its settings."""
+    """Return what the numbers of a run depend on beside its settings."""
     names = versions() | {name: version(name) for name in ("torchvision", "numpy", "mlflow")}
     return names | {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
 
 
 def _system_monitor(run_id, uri):
-    """MLflow's thread that logs the use of processor, memory and GPU every 10 s; None without the libraries it needs."""
+    """Start MLflow's thread that logs the use of processor, memory and GPU; None without the libraries that it needs."""
     needed = ["psutil", "pynvml"] if torch.cuda.is_available() else ["psutil"]
     if not all(importlib.util.find_spec(name) for name in needed):
         return None
@@ -275,8 +276,11 @@ def _system_monitor(run_id, uri):
     return monitor
 
 
-def _reason(error):
-    """The root of a chain of exceptions, in one line."""
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__
-    return " ".join(str(error).split())[:300] or type(error).__name__
+def _reason(error, uri):
+    """Return the origin of a chain of exceptions in one line, without the user part and the query of `uri`."""
+    error = root_cause(error)
+    text = " ".join(str(error).split()) or type(error).__name__
+    address = re.match(r"\w+://(.*@)?[^?]*(\?.*)?", uri)
+    for secret in re.split("[:/@?&=]", "".join(part or "" for part in address.groups())) if address else []:
+        text = text.replace(secret, "***") if len(secret) > 2 else text
+    return without_secrets(text)[:300]

@@ -1,203 +1,167 @@
-"""The training step: forward, losses, backward, update, without waiting for Python."""
+"""Run the training step of train.py: precision, compiler, CUDA graph, averaged weights, and the state of all that."""
 
 import copy
-import math
-import random
+import gc
 import warnings
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from reid import ReidError, distributed
 from reid.checkpoint import load_checkpoint, restore_model
+from reid.cli import first_line
 from reid.model import DTYPES, pick_precision
-from reid.training import augment
-from reid.training.losses import PAIR_LOSSES, distillation_loss, identity_loss
 
-PARTS = ("train/loss", "train/loss_id", "train/loss_pair", "train/accuracy")
-NORM_BATCHES = 64  # batches that make the statistics of averaged weights
+COMPILE_STEPS = 10_000  # steps of a run from which compiling, which takes 70 to 100 s on a GPU, pays
 
 
-def learning_rate(step, steps, args):
-    """Linear warm-up from 1 % of `--lr`, then a cosine to zero (Loshchilov and Hutter, arXiv 1608.03983).
+class Trainer:
+    """Call `train_step(trainer, images, numbers, labels)` for every batch, in the fastest way that the machine supports.
 
-    With `--swa` the cosine stops where the averaging begins: weights that no longer move would average to themselves.
-    """
-    warmup, total = round(args.warmup_epochs * steps), args.num_epochs * steps
-    step = min(step, total - args.swa * steps)
-    if step < warmup:
-        return args.lr * (0.01 + 0.99 * step / warmup)
-    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-
-class Engine:
-    """Model, optimizer and one step of training.
-
-    On CUDA the whole step (augmentation to update, compiled where that pays) is one CUDA graph; what a machine cannot do
-    is left out with a line that says so. Losses stay on the device until `end_epoch`.
+    train_step: one update of the weights; returns a dict of scalar tensors to log. It may use `network` (the model, perhaps
+    compiled), `optimizer`, `scaler`, `parameters`, `teacher`, `args` and the methods below, and must not wait for the device.
+    On CUDA it is recorded once as a CUDA graph and replayed, so that Python's decisions in it are taken once.
+    optimizer: over the parameters of `model` that require gradients. args: the settings of train.py. steps: those of an epoch.
     """
 
-    def __init__(self, model, args, steps, device):
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        self.args, self.steps, self.device = args, steps, device
-        self.model = model.to(device)
-        self.net = self.model
-        self.stages = augment.stages(args)
-        self.dtype = DTYPES[pick_precision(device, args.precision)]
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+    def __init__(self, model, optimizer, train_step, args, steps, device):
         cuda = device.type == "cuda"
-        lr = torch.tensor(args.lr, device=device) if cuda else args.lr  # a graph reads it from memory
-        self.optimizer = torch.optim.SGD(
-            self.parameters, lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay, fused=True)
-        self.averaged = copy.deepcopy(self.model).requires_grad_(False) if args.ema or args.swa else None
+        if cuda:
+            torch.cuda.set_device(device.index or 0)  # streams and graphs belong to the current device
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+            torch.backends.cudnn.benchmark = True
+        self.model, self.optimizer, self.train_step, self.args, self.device = model, optimizer, train_step, args, device
+        self.network = model
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for group in optimizer.param_groups:
+            if cuda:
+                group["lr"] = torch.tensor(group["lr"], device=device)  # a graph reads it from memory
+            for parameter in group["params"] if group.get("momentum") else []:
+                # The fused SGD allocates momentum without a value, and fp16 may skip the step that would write it.
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        self.precision = pick_precision(device, args.precision)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
+        self.scaler.scale(torch.zeros((), device=device))  # creates its tensors, which a graph may not
+        self.averaged = copy.deepcopy(model).requires_grad_(False) if args.ema else None
         self.teacher = self._load_teacher(args.teacher) if args.teacher else None
-        self.losses = torch.zeros(steps, len(PARTS), device=device)
-        self.current = torch.zeros(len(PARTS), device=device)
-        self.graph, self.graph_wanted = None, cuda and not self.scaler.is_enabled()
-        if not self.graph_wanted and cuda:
-            print("fp16 needs a loss scale that Python reads every step: no CUDA graph")
-        compile_ = args.compile == "on" or (args.compile == "auto" and cuda and args.num_epochs >= 10)
-        if compile_:
-            self.net = torch.compile(self.model)
+        long = cuda and args.num_epochs * steps >= COMPILE_STEPS
+        self.compile_wanted, self.graph_wanted = args.compile == "on" or (args.compile == "auto" and long), cuda
+        self.prepared, self.graph, self.inputs, self.scalars = False, None, None, None
+        self.steps, self.logged, self.rates = steps, [], []  # what the steps of an epoch return, and their learning rates
 
     def describe(self):
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
-        parts = [name, str(self.dtype).removeprefix("torch."), "compiled" if self.net is not self.model else "eager"]
-        if self.graph_wanted:
-            parts.append("CUDA graph")
-        return ", ".join(parts + ([f"{distributed.world_size} ranks"] if distributed.world_size > 1 else []))
+        """Return the device, the precision and the way of the step that is tried first, as text."""
+        parts = [torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu", self.precision,
+                 "compiled" if self.compile_wanted else "eager"] + ["CUDA graph"] * self.graph_wanted
+        return ", ".join(parts + [f"{distributed.world_size} ranks"] * (distributed.world_size > 1))
+
+    def close(self):
+        """Release the CUDA graph, which must happen before the process group is left: see `distributed.stop`."""
+        if self.graph is not None:
+            torch.cuda.synchronize(self.device)
+            self.graph = self.scalars = None
+            gc.collect()
 
     def train(self):
+        """Switch to training mode. With --freeze_bn, the backbone keeps its batch-norm statistics; the neck does not."""
         self.model.train()
         if self.args.freeze_bn:
-            for module in self.model.modules():
-                if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
-                    module.eval()
+            self.model.body.eval()
 
-    def step(self, images, params, labels, step):
-        """One update. images: uint8 [B, 3, H, W], params: float32 [B, P] of `augment.draw`, labels: int64 [B]."""
-        lr = learning_rate(step, self.steps, self.args)
+    def autocast(self):
+        """Return the context in which the networks compute in `precision`."""
+        return torch.autocast(self.device.type, DTYPES[self.precision], enabled=self.precision != "fp32")
+
+    def step(self, images, numbers, labels, learning_rate):
+        """Train on a batch. images: uint8 [B, 3, H, W]; numbers: float32 [B, P] of `augment.draw`; labels: int64 [B]."""
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], torch.Tensor):
-                group["lr"].fill_(lr)
+                group["lr"].fill_(learning_rate)
             else:
-                group["lr"] = lr
+                group["lr"] = learning_rate
+        batch = images, numbers, labels
         try:
-            if self.graph_wanted and self.graph is None:
-                self._capture(images, params, labels)
-            if self.graph:
-                for static, value in zip(self.inputs, (images, params, labels)):
-                    static.copy_(value)
-                self.graph.replay()
+            if not self.prepared:
+                self._prepare(batch)
+            if self.graph is None:
+                self.scalars = self.train_step(self, *batch)
             else:
-                self._update(images, params, labels)
+                for static, tensor in zip(self.inputs, batch):
+                    static.copy_(tensor)
+                self.graph.replay()
         except torch.OutOfMemoryError as error:
-            raise ReidError(f"the GPU's memory is full at step {step}: lower --batch_size {self.args.batch_size}, or keep the "
-                            f"images elsewhere with --cache host") from error
-        self.losses[step % self.steps] = self.current
+            raise ReidError(f"the GPU's memory is full: lower --batch_size {self.args.batch_size}, or keep the images "
+                            "elsewhere with --cache host") from error
+        self.logged.append(torch.stack([scalar.detach().float() for scalar in self.scalars.values()]))
+        self.rates.append(learning_rate)
 
-    def _update(self, images, params, labels):
-        args = self.args
-        x = augment.apply(images, params, self.stages)
-        with self._autocast():
-            pooled, logits = self.net(x)
-        loss_id = identity_loss(logits, labels, args.smoothing)
-        all_pooled, all_labels = distributed.gather(pooled), distributed.gather(labels)
-        loss_pair = PAIR_LOSSES[args.pair_loss](all_pooled, all_labels, args.margin)
-        # Every rank knows the pair loss of the whole batch but only its own part of the gradient: see distributed.gather.
-        loss = loss_id + args.pair_weight * loss_pair * distributed.world_size
-        if self.teacher:
-            loss = loss + args.distill * distillation_loss(pooled, logits, *self._ask_teacher(x))
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        distributed.average_([p.grad for p in self.parameters])
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if args.ema:
-            self._average_weights(1 - args.ema)
-        with torch.no_grad():
-            total = loss - args.pair_weight * loss_pair * (distributed.world_size - 1)
-            correct = (logits.argmax(1) == labels).float().mean()
-            self.current.copy_(torch.stack([total, loss_id, loss_pair, correct]).detach())
+    def _prepare(self, batch):
+        """Choose the way of the step, once: compiled if that works, in a CUDA graph if that works, else as it is written.
 
-    def _autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
-    @torch.no_grad()
-    def _average_weights(self, share):
-        """Move the averaged weights by `share` of the way to the present ones."""
-        torch._foreach_lerp_(list(self.averaged.parameters()), list(self.model.parameters()), share)
-
-    def average_epoch(self, epoch):
-        """Stochastic weight averaging (Izmailov et al., arXiv 1803.05407): the mean of the weights at the ends of the last
-        `--swa` epochs; until then the weights as they are. epoch: how many are done."""
-        if self.args.swa:
-            self._average_weights(1 / max(1, epoch - (self.args.num_epochs - self.args.swa)))
-
-    @torch.no_grad()
-    def refresh_norms(self, batches, params):
-        """The averaged weights need batch-norm statistics of their own: from NORM_BATCHES batches of the epoch.
-
-        batches: an iterable of uint8 [B, 3, H, W]; params: [steps, B, P] of `augment.draw`.
+        Ranks must run the same collectives, so a way is taken if it works on all of them. What the attempts change is put
+        back to the last bit.
         """
-        norms = [module for module in self.averaged.eval().modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.train().momentum = None  # the mean over all batches
-        for images, drawn in zip(batches, params[:NORM_BATCHES]):
-            with self._autocast():
-                self.averaged.neck(self.averaged.features(augment.apply(images, drawn, self.stages)))
-        for norm in norms:
-            norm.eval().momentum = 0.1
-        distributed.average_([statistic for norm in norms for statistic in (norm.running_mean, norm.running_var)])
+        state, self.prepared = self._state_tensors(), True
+        before = [tensor.clone() for tensor in state]
 
-    def _capture(self, images, params, labels):
-        """Record one step as a CUDA graph. The warm-up steps that this needs are undone."""
-        self.inputs = [tensor.clone() for tensor in (images, params, labels)]
-        before = [tensor.clone() for tensor in self._tensors()]
-
-        def undo():
-            for tensor, value in zip(self._tensors(), before):  # momentum that did not exist before comes last
-                tensor.copy_(value)
-            for tensor in self._tensors()[len(before):]:
-                tensor.zero_()
-
-        for attempt in ("compiled", "eager"):
-            if attempt == "compiled" and self.net is self.model:
-                continue
+        def works(name, attempt, *args):
             try:
-                side = torch.cuda.Stream()
-                side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side), warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    for _ in range(3):
-                        self._update(*self.inputs)
-                torch.cuda.current_stream().wait_stream(side)
-                undo()
-                graph = torch.cuda.CUDAGraph()
-                self.optimizer.zero_grad(set_to_none=True)
-                with torch.cuda.graph(graph):
-                    self._update(*self.inputs)
-                undo()
-                self.graph = graph
-                return
+                reason = attempt(*args)
             except torch.OutOfMemoryError:
                 raise
-            except Exception as error:  # a compiler, driver or library that cannot: training goes on without
-                reason = str(error).splitlines()[0][:100]
-                print(f"no CUDA graph of the {attempt} step here ({reason}); trying the next slower way")
-                torch.cuda.synchronize()
-                undo()
-                self.net = self.model
-        self.graph_wanted = False
+            except Exception as error:  # compilers, drivers and libraries fail in ways of their own
+                reason = first_line(error)
+            with torch.no_grad():
+                torch._foreach_copy_(state, before)
+            reasons = [reason for reason in distributed.gather_objects(reason) if reason]
+            if reasons and distributed.rank == 0:
+                print(f"training step: no {name} here ({reasons[0]}); going on without", flush=True)
+            return not reasons
 
-    def _tensors(self):
-        """Every tensor that a step changes."""
-        averaged = list(self.averaged.state_dict().values()) if self.averaged else []
-        momentum = [value for state in self.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-        return [*self.model.state_dict().values(), *averaged, *momentum]
+        if self.compile_wanted:
+            self.network = torch.compile(self.model)
+            if not works("compiled network", self._run_alone, batch):
+                self.network = self.model
+        # After a failed recording CUDA's allocator may be damaged, so a second attempt, not compiled, is not made.
+        if self.graph_wanted and not (works("CUDA graph", self._record, batch) and works("CUDA graph", self._replay, before)):
+            self.graph = self.inputs = None
+            gc.collect()
+
+    def _run_alone(self, batch):
+        """Run a step without collectives: a rank whose compiler fails would leave the others waiting in one."""
+        with distributed.alone():
+            self.train_step(self, *batch)
+
+    def _record(self, batch):
+        """Record a step as a CUDA graph, after three steps that let libraries allocate what they need."""
+        self.inputs = [tensor.clone() for tensor in batch]
+        stream, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for _ in range(3):
+                self.train_step(self, *self.inputs)
+        current.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # other threads may decode meanwhile
+            self.scalars = self.train_step(self, *self.inputs)
+        self.graph = graph
+
+    def _replay(self, before):
+        """Require that a replay changes a weight: a graph recorded on the wrong device or stream is empty, without an error."""
+        for _ in range(32 if self.scaler.is_enabled() else 1):  # fp16 skips steps until its loss scale fits
+            self.graph.replay()
+            if not all(torch.equal(*pair) for pair in zip(self.parameters, before)):
+                return None
+        return "a replay changes no weight"
+
+    def _state_tensors(self):
+        """Return every tensor that a step changes, the parameters first."""
+        averaged = self.averaged.state_dict().values() if self.averaged else []
+        moments = [value for state in self.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+        scale = [self.scaler._scale, self.scaler._growth_tracker] if self.scaler.is_enabled() else []
+        return [*self.parameters, *self.model.buffers(), *averaged, *moments, *scale]
 
     def _load_teacher(self, path):
         record = load_checkpoint(path)
@@ -205,82 +169,98 @@ class Engine:
             raise ReidError(f"--teacher {path}: trained on other identities than this run; train it on the same --data_root")
         return restore_model(record, path).to(self.device).eval().requires_grad_(False)
 
-    def _ask_teacher(self, x):
-        with torch.no_grad(), self._autocast():
-            size = (self.teacher.config["height"], self.teacher.config["width"])
-            pooled = self.teacher.features(x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear"))
-            neck = self.teacher.neck(pooled)
+    @torch.no_grad()
+    def ask_teacher(self, images):
+        """Return the teacher's embeddings [N, D] and logits [N, C] of augmented images, float32 [N, 3, H, W]."""
+        size = (self.teacher.config["height"], self.teacher.config["width"])
+        with self.autocast():
+            resized = images if images.shape[-2:] == size else F.interpolate(images, size, mode="bilinear")
+            neck = self.teacher.neck(self.teacher.features(resized))
             return neck, self.teacher.classifier(neck)
 
-    def end_epoch(self, first):
-        """Metrics over the steps since `first`, after checking every loss: the one moment that waits for the device."""
-        start = first % self.steps
-        distributed.average_([self.losses])
-        losses = self.losses[start:].cpu()
-        bad = (~torch.isfinite(losses).all(1)).nonzero().flatten()
-        if len(bad):
-            step = first + int(bad[0])
-            parts = ", ".join(f"{name.split('/')[1]} {value:.4g}" for name, value in zip(PARTS, losses[bad[0]].tolist()))
-            rate = learning_rate(step, self.steps, self.args)
-            raise ReidError(f"the loss is not finite at step {step}, learning rate {rate:.4g}: {parts}; lower --lr or "
-                            "lengthen --warmup_epochs (best.pth and last.pth are as before)")
-        seen = losses[losses.abs().sum(1) > 0]
-        metrics = dict(zip(PARTS, seen.mean(0).tolist())) if len(seen) else {}
-        metrics["train/lr"] = learning_rate(first + max(0, len(seen) - 1), self.steps, self.args)
+    @torch.no_grad()
+    def average_weights(self, decay):
+        """Update the moving average: averaged = decay * averaged + (1 - decay) * weights."""
+        torch._foreach_lerp_(list(self.averaged.parameters()), list(self.model.parameters()), 1 - decay)
+
+    @torch.no_grad()
+    def refresh_norms(self, batches):
+        """Give the averaged weights batch-norm statistics of their own, the mean over batches of float32 [B, 3, H, W]."""
+        frozen = set(self.averaged.body.modules()) if self.args.freeze_bn else set()
+        norms = [module for module in self.averaged.eval().modules() if isinstance(module, _BatchNorm) and module not in frozen]
+        for norm in norms:
+            norm.train()
+        for i, images in enumerate(batches):
+            for norm in norms:
+                norm.momentum = 1 / (i + 1)
+            with self.autocast():
+                self.averaged.neck(self.averaged.features(images))
+        for norm in norms:
+            norm.eval().momentum = 0.1
+        distributed.average_([statistic for norm in norms for statistic in (norm.running_mean, norm.running_var)])
+
+    def synchronise(self):
+        """Average over the ranks what each has from its own images: what it has logged, and the batch-norm statistics."""
+        statistics = [buffer for buffer in self.model.buffers() if buffer.is_floating_point() and buffer.ndim == 1]
+        logged = torch.stack(self.logged)
+        distributed.average_([logged, *statistics])
+        self.logged = list(logged)
+
+    def end_epoch(self, end):
+        """Return the mean of what was logged in an epoch. end: number of the step after its last one.
+
+        Waits for the device, which no step does. Raises ReidError if a loss was not finite.
+        """
+        self.synchronise()
+        losses, first_step = torch.stack(self.logged).cpu(), end - len(self.rates)
+        bad = (~torch.isfinite(losses).all(1)).nonzero().flatten().tolist()
+        if bad:
+            parts = ", ".join(f"{name} {value:.4g}" for name, value in zip(self.scalars, losses[bad[0]].tolist()))
+            raise ReidError(f"the loss is not finite at step {first_step + bad[0]}, learning rate {self.rates[bad[0]]:.4g}: "
+                            f"{parts}; lower --lr or lengthen --warmup_epochs (best.pth and last.pth are as before)")
+        metrics = {f"train/{name}": value for name, value in zip(self.scalars, losses.mean(0).tolist())}
+        metrics["train/lr"] = self.rates[-1]
         if self.device.type == "cuda":
-            metrics["train/memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-        self.losses.zero_()
-        distributed.average_([b for b in self.model.buffers() if b.is_floating_point() and b.ndim == 1])  # BN: each rank saw its part
+            metrics["train/memory_gib"] = torch.cuda.max_memory_reserved(self.device) / 2**30
+        self.logged, self.rates = [], []
         return metrics
 
     @property
     def best_model(self):
-        """The weights that are evaluated and shipped: the averaged ones where there are any."""
+        """The weights to evaluate and to keep: the averaged ones where there are any."""
         return self.averaged or self.model
 
     @torch.inference_mode()
-    def validate(self, cache, labels):
-        """Accuracy and cross-entropy of the classifier on images [N] it has not been trained on, exact for any world size."""
-        model = self.best_model.eval()
-        sums = torch.zeros(3, device=self.device, dtype=torch.float64)
-        for rows in torch.arange(distributed.rank, len(cache), distributed.world_size).split(128):
-            with self._autocast():
-                logits = model.classifier(model.neck(model.features(cache[rows]))).float()
-            truth = labels[rows].to(self.device)
-            sums += torch.stack([F.cross_entropy(logits, truth, reduction="sum"), (logits.argmax(1) == truth).sum(),
-                                 torch.tensor(len(rows), device=self.device)])
-        loss, correct, count = distributed.total(sums).tolist()
-        return {"val/accuracy": correct / count, "val/loss": loss / count}
-
-    @torch.inference_mode()
     def embed(self, cache, labels, limit=1000):
-        """Embeddings [n, D], labels [n] and images uint8 [n, 3, H, W] of whole identities, about `limit` images."""
-        model = self.best_model.eval()
-        rows = labels.argsort(stable=True)[:limit]
-        images = torch.cat([cache[part].cpu() for part in rows.split(128)])
-        parts = []
-        for part in images.split(128):
-            with self._autocast():
-                parts.append(model(part.to(self.device)).float().cpu())
-        return torch.cat(parts), labels[rows], images
+        """Return embeddings [n, D], labels [n] and images uint8 [n, 3, H, W] of whole identities, about `limit` images."""
+        model, rows = self.best_model.eval(), labels.argsort(stable=True)[:limit]
+        embeddings, images = [], []
+        for part in rows.split(128):
+            images.append(cache[part])
+            with self.autocast():
+                embeddings.append(model(images[-1]).float().cpu())
+        return torch.cat(embeddings), labels[rows], torch.cat([part.cpu() for part in images])
 
     def state(self):
-        """What exact resume needs beside the weights."""
+        """Return what exact resume needs beside the weights."""
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                "averaged": self.averaged.state_dict() if self.averaged else None,
-                "rng": {"python": random.getstate(), "torch": torch.get_rng_state(),
+                "averaged": self.averaged.state_dict() if self.averaged else None, "rates": self.rates,
+                "logged": torch.stack(self.logged) if self.logged else None,
+                "rng": {"torch": torch.get_rng_state(),
                         "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None}}
 
     def load_state(self, weights, state):
+        """Continue from `weights`, a state_dict of the model, and from what `state` has returned."""
         self.model.load_state_dict(weights)
-        lr = [group["lr"] for group in self.optimizer.param_groups]
+        rates = [group["lr"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
-        for group, value in zip(self.optimizer.param_groups, lr):
-            group["lr"] = value  # a float on the CPU, a tensor on the GPU: the schedule fills it
+        for group, rate in zip(self.optimizer.param_groups, rates):
+            group["lr"] = rate  # a number on a CPU, a tensor on a GPU
         self.scaler.load_state_dict(state["scaler"])
         if self.averaged:
             self.averaged.load_state_dict(state["averaged"])
-        random.setstate(state["rng"]["python"])
+        if state.get("rates"):  # stopped within an epoch; older checkpoints do not have them
+            self.rates, self.logged = list(state["rates"]), list(state["logged"].to(self.device))
         torch.set_rng_state(state["rng"]["torch"])
         if state["rng"]["cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)

@@ -1,4 +1,4 @@
-"""Where decoded images stay, and that they are the same wherever that is."""
+"""Where decoded images are kept, and that they are the same everywhere."""
 
 import pytest
 import torch
@@ -11,17 +11,19 @@ from reid.training.cache import ImageCache
 
 GIB = 1 << 30
 
+
 def test_images_that_the_gpu_cannot_hold(people, monkeypatch):
-    def no_room(*_):
+    def no_room(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(torch.Tensor, "to", no_room)
+    monkeypatch.setattr(cache.torch, "empty", no_room)
     with pytest.raises(ReidError, match=r"6 images take .* use --cache host or auto"):
         ImageCache(read_split(people, "query").files()[:6], (64, 32), torch.device("cpu"), "device")
 
 
 @pytest.mark.parametrize("where", ["device", "host", "none"])
-def test_the_same_images_from_everywhere(people, where):
+def test_the_same_images_from_everywhere(people, where, monkeypatch):
+    monkeypatch.setattr(cache, "CHUNK", 4)
     files = read_split(people, "query").files()[:6]
     images = ImageCache(files, (64, 32), torch.device("cpu"), where, workers=2)
     assert images.where == where and len(images) == 6

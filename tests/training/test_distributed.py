@@ -1,10 +1,11 @@
-"""Two gloo processes on the CPU train like one."""
+"""Two gloo processes on the CPU train like one, agree on the way of the step, and leave the process group."""
 
 import os
 import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,12 +14,80 @@ from reid.checkpoint import load_checkpoint
 from reid.model import build_model
 
 FROZEN = ["--freeze_bn", "--lr", "0.0005"]  # small steps: rounding decides which triplet is the hardest
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def command(root, ranks, *args):
+def command(script, ranks, *args):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks] if ranks > 1 else []
-    return [sys.executable, *map(str, [*launcher, root / "train.py", *args])]
+    return [sys.executable, *map(str, [*launcher, script, *args])]
+
+
+# --freeze_bn leaves the neck its statistics, and each rank has half a batch to make them from: freeze the neck as well
+FROZEN_NECK = """
+import sys
+import train
+from reid import cli
+from reid.training.trainer import Trainer
+
+def freeze(self):
+    self.model.eval()
+    self.model.training = True  # forward returns features and logits
+
+Trainer.train = freeze
+sys.argv[0] = "train.py"
+cli.run(train.get_args_parser(), train.main)
+"""
+# rank 1 has no compiler; both have what stands for a CUDA graph, and leave the process group after it
+FALLBACK = """
+import contextlib
+import sys
+import weakref
+from unittest import mock
+import torch
+import torch.distributed
+import train
+from reid import cli, distributed
+from reid.training.trainer import Trainer
+
+graphs = []
+
+class Graph:
+    def __init__(self):
+        graphs.append(weakref.ref(self))
+
+    def replay(self):
+        trainer = trainers[0]()
+        trainer.scalars = train.train_step(trainer, *trainer.inputs)
+
+def compiled(model):
+    def call(images):
+        if distributed.rank == 1:
+            raise RuntimeError("no compiler")
+        return model(images)
+    return call
+
+trainers, prepare, leave = [], Trainer._prepare, torch.distributed.destroy_process_group
+
+def prepare_with_graph(self, batch):
+    trainers.append(weakref.ref(self))
+    self.graph_wanted = True
+    prepare(self, batch)
+    print(f"rank {distributed.rank}: compiled {self.network is not self.model}, graph {self.graph is not None}", flush=True)
+
+def leave_after_the_graph():
+    assert [graph() for graph in graphs] == [None], "the process group is left while a graph exists"
+    leave()
+
+for name in ("Stream", "current_stream", "synchronize"):
+    setattr(torch.cuda, name, mock.MagicMock())
+torch.cuda.stream = lambda _: contextlib.nullcontext()
+torch.cuda.graph = lambda *_, **__: contextlib.nullcontext()
+torch.cuda.CUDAGraph, torch.compile, Trainer._prepare = Graph, compiled, prepare_with_graph
+torch.distributed.destroy_process_group = leave_after_the_graph
+sys.argv[0] = "train.py"
+cli.run(train.get_args_parser(), train.main)
+"""
 
 
 def settings(people, name, *args):
@@ -48,13 +117,16 @@ def losses(out):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("distributed")
+    folder = tmp_path_factory.mktemp("distributed")
+    (folder / "frozen_neck.py").write_text(FROZEN_NECK)
+    (folder / "fallback.py").write_text(FALLBACK)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def one(root, people, folder):
+def one(people, folder):
     """One process, batch-norm statistics frozen: where it started, how far it moved, its first losses, its last metrics."""
-    out = run(folder, command(root, 1, *settings(people, "one", *FROZEN)))
+    out = run(folder, command("frozen_neck.py", 1, *settings(people, "one", *FROZEN)))
     record = last(folder, "one")
     torch.manual_seed(0)
     start = flat(build_model(record["config"]).state_dict())
@@ -62,11 +134,11 @@ def one(root, people, folder):
 
 
 @pytest.mark.parametrize("ranks, then", [(2, 1), (1, 2)])
-def test_frozen_statistics_give_the_same_weights_whoever_goes_on(root, people, folder, one, ranks, then):
+def test_frozen_statistics_give_the_same_weights_whoever_goes_on(people, folder, one, ranks, then):
     """Of two ranks each has images of one identity: every negative of the triplet loss is the other rank's."""
     start, way, first, metrics = one
     name = f"from-{ranks}"
-    process = subprocess.Popen(command(root, ranks, *settings(people, name, *FROZEN)), cwd=folder, env=ENVIRONMENT,
+    process = subprocess.Popen(command("frozen_neck.py", ranks, *settings(people, name, *FROZEN)), cwd=folder, env=ENVIRONMENT,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     out = ""
     for line in process.stdout:
@@ -80,7 +152,7 @@ def test_frozen_statistics_give_the_same_weights_whoever_goes_on(root, people, f
     assert stopped["epoch"] == 1 and stopped["step"] > 0, "not stopped in the middle of the second epoch"
     assert losses(out) == pytest.approx(first, rel=2e-3)
     assert (f"{ranks} ranks" in out) == (ranks > 1)
-    run(folder, command(root, then, "--data_root", people, "--exp_name", name, "--resume", "--device", "cpu"))
+    run(folder, command("frozen_neck.py", then, "--data_root", people, "--exp_name", name, "--resume", "--device", "cpu"))
     record = last(folder, name)
     for key in ("val/loss", "val/accuracy"):  # of an odd number of images, which two ranks cannot share evenly
         assert record["metrics"][key] == pytest.approx(metrics[key], rel=1e-3)
@@ -88,9 +160,17 @@ def test_frozen_statistics_give_the_same_weights_whoever_goes_on(root, people, f
     assert missed.norm() < 0.005 * way.norm(), missed.norm() / way.norm()
 
 
-def test_live_statistics_converge_the_same(root, people, folder):
+def test_live_statistics_converge_the_same(people, folder):
     for name, ranks in (("live-one", 1), ("live-two", 2)):
-        run(folder, command(root, ranks, *settings(people, name, "--batch_size", 16)))
+        run(folder, command(ROOT / "train.py", ranks, *settings(people, name, "--batch_size", 16)))
     one, two = last(folder, "live-one")["metrics"], last(folder, "live-two")["metrics"]
     assert two["train/loss_id"] == pytest.approx(one["train/loss_id"], rel=0.1)
     assert two["train/loss_pair"] == pytest.approx(one["train/loss_pair"], rel=0.3)
+
+
+def test_ranks_agree_on_the_way_of_the_step_and_leave_after_the_graph(people, folder):
+    out = run(folder, command("fallback.py", 2, *settings(people, "fallback", "--num_epochs", 1, "--compile", "on")))
+    assert len(re.findall("no compiled network here .no compiler.; going on without", out)) == 1
+    for rank in (0, 1):
+        assert f"rank {rank}: compiled False, graph True" in out
+    assert "done: models/fallback/best.pth" in out

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from reid.training.losses import circle_loss, distillation_loss, identity_loss, triplet_loss
+from reid.training.losses import distillation_loss, identity_loss, triplet_loss
 
 
 def test_triplet_by_hand():
@@ -25,30 +25,6 @@ def test_triplet_gradient_is_finite_for_equal_features():
     features = torch.ones(4, 8, requires_grad=True)
     triplet_loss(features, torch.tensor([0, 0, 1, 1])).backward()
     assert torch.isfinite(features.grad).all()
-
-
-def test_circle_by_hand():
-    # On the unit circle at 0, 60 (person 0) and 90, 180 degrees (person 1); the similarity of an angle a is cos a.
-    degrees, people, margin, scale = [0, 60, 90, 180], [0, 0, 1, 1], 0.25, 4
-    total = 0
-    for i in range(4):
-        similar = [math.cos(math.radians(degrees[i] - degrees[j])) for j in range(4)]
-        push = sum(math.exp(scale * max(0, s + margin) * (s - margin)) for s, p in zip(similar, people) if p != people[i])
-        pull = sum(math.exp(-scale * max(0, 1 + margin - s) * (s - (1 - margin)))
-                   for j, (s, p) in enumerate(zip(similar, people)) if p == people[i] and j != i)
-        total += math.log(1 + push * pull)
-    angles = torch.tensor(degrees) * math.pi / 180
-    features = (3 * torch.stack([angles.cos(), angles.sin()], 1)).requires_grad_()
-    loss = circle_loss(features, torch.tensor(people), margin, scale)
-    assert loss.item() == pytest.approx(total / 4, rel=1e-5)
-    loss.backward()
-    assert torch.isfinite(features.grad).all()
-
-
-def test_circle_pulls_and_pushes():
-    near, far = torch.eye(2).repeat_interleave(2, 0), torch.eye(2).repeat(2, 1)
-    labels = torch.tensor([0, 0, 1, 1])
-    assert circle_loss(near, labels).item() < 0.2 < 50 < circle_loss(far, labels).item()
 
 
 def test_identity_loss_by_hand():

@@ -1,7 +1,9 @@
 """Runs written by reid.training.tracking, read back with MLflow's client and TensorBoard's own reader."""
 
 import hashlib
+import os
 import random
+import shutil
 import subprocess
 import sys
 
@@ -72,7 +74,7 @@ def test_a_run_is_in_both(folder):
     random.seed(0)
     state = random.getstate(), torch.get_rng_state()
     with Tracker("one", {"lr": 0.05, "data_root": None}, tags={"exp_tag": "try", "nothing": None}) as tracker:
-        tracker.image("train/augmented", torch.full((3, 8, 16), 200, dtype=torch.uint8), 0)
+        tracker.images("train/augmented", torch.full((1, 3, 8, 16), 200.0), 0)
         tracker.log({"train/loss": 2.5, "val/mAP": 0.25}, 1)
         tracker.log({"train/loss": torch.tensor(1.5), "val/mAP": float("nan")}, 2)
         assert data(tracker).params == {"lr": "0.05", "data_root": "None"}
@@ -153,6 +155,28 @@ def test_a_store_that_goes_away_is_told_later(folder, monkeypatch, capsys):
     assert scalars("gone", "train/7")[-1] == (4, 4.0)
 
 
+def test_a_folder_of_logs_that_is_removed_costs_a_warning(folder, capsys):
+    with Tracker("removed", {}) as tracker:
+        tracker.log({"train/loss": 1.0}, 1)
+        shutil.rmtree("runs")
+        tracker.log({"train/loss": 2.0}, 2)
+        tracker.log({"train/loss": 3.0}, 3)
+    assert scalars("removed", "train/loss")[-1] == (3, 3.0)
+    assert [value for _, value in history(tracker, "train/loss")] == [1.0, 2.0, 3.0]
+    assert tracker.client.get_run(tracker.run_id).info.status == "FINISHED"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: TensorBoard cannot be written")
+
+
+def test_only_our_own_leftovers_are_removed(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mlflow-backup.tmp", ".reid-0123.tmp"):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (1, 1))
+    open_store()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mlflow-backup.tmp", "mlflow.db"]
+
+
 def test_projector_files(folder, monkeypatch):
     monkeypatch.setattr(tracking, "PROJECTOR_ROWS", 9)
     images = torch.zeros(12, 3, 32, 16, dtype=torch.uint8)
@@ -183,6 +207,9 @@ def test_a_checkpoint_is_referred_to(folder):
     "uri, words",
     [
         ("http://me:secret@127.0.0.1:9", "Connection refused"),
+        ("http://me:secret/x@127.0.0.1:9", "MLflow at http://[*]{3}@127.0.0.1:9"),
+        ("http://127.0.0.1:9?token=secret", "MLflow at http://127.0.0.1:9[?][*]{3}"),
+        ("htp://me:secret@127.0.0.1", "MLflow at htp://[*]{3}@127.0.0.1"),
         ("http://no-such-host.invalid:80", "http://no-such-host.invalid:80"),
         ("nonsense://here", "nonsense"),
         ("sqlite:////dev/null/mlflow.db", "/dev/null"),
