@@ -6,10 +6,8 @@ Several GPUs: torchrun --nproc_per_node N train.py
 
 import argparse
 import math
-import os
-import signal
 import time
-from contextlib import closing, suppress
+from contextlib import closing
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +20,7 @@ from reid.model import EMBEDDING_SIZES, build_model, default_config, pick_device
 from reid.training import augment
 from reid.training.cache import ImageCache
 from reid.training.losses import distillation_loss, identity_loss, triplet_loss
-from reid.training.run import Run
+from reid.training.run import Run, StopSignal
 from reid.training.sampler import pk_batches
 from reid.training.trainer import Trainer
 
@@ -213,27 +211,6 @@ def main(args):
         if tracker:
             run.later(tracker.projector, *trainer.embed(cache, train_set.labels))
     run.finish()
-
-
-class StopSignal:
-    """Let Ctrl-C, TERM and HUP ask for a stop after the current step, so that what is saved is a whole step."""
-
-    def __init__(self, second_kills):
-        self.asked, self.second_kills = False, second_kills
-        with suppress(ValueError):  # not in the main thread, as when a notebook calls main()
-            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-                number = getattr(signal, name, None)  # Windows has no HUP, and nohup ignores it
-                if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
-                    signal.signal(number, self.ask)
-
-    def ask(self, number, _frame):
-        self.asked = True
-        if number == getattr(signal, "SIGHUP", None):  # the terminal has gone, and printing to it would fail
-            for stream in (1, 2):
-                if os.isatty(stream):
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-        elif self.second_kills:
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def start(device_name="auto"):
             raise ReidError(f"more processes than the {torch.cuda.device_count()} GPUs here; lower --nproc_per_node")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo", device_id=device)
+    dist.init_process_group("nccl" if cuda else "gloo")
     rank, world_size, cpu_group = dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo")
     return rank, world_size
 

@@ -142,8 +142,6 @@ def load_training_set(roots, train_all):
     if len({Path(root).name for root in roots}) < len(roots):
         raise ReidError(f"--data_root {' '.join(roots)}: two roots with the same name; their ids could not be kept apart")
     missing = [Path(root) / "val" for root in roots if not (Path(root) / "val").is_dir()]
-    if missing and not train_all:
-        raise ReidError(f"{missing[0]}: no such folder; make it with data_prep.py, or train without it with --train_all")
     images = {}  # split -> [(file, class)]
     for split in ("train",) if missing else ("train", "val"):
         images[split] = []
@@ -152,6 +150,8 @@ def load_training_set(roots, train_all):
             records = records.select(records.pids > DISTRACTOR)
             names = [pid if len(roots) == 1 else f"{Path(root).name}/{pid}" for pid in records.pids.tolist()]
             images[split] += zip(records.files(), names)
+    if missing and not train_all:
+        raise ReidError(f"{missing[0]}: no such folder; make it with data_prep.py, or train without it with --train_all")
     if train_all:
         images = {"train": [image for split in images.values() for image in split]}
     classes = sorted({name for _, name in images["train"]})

@@ -1,6 +1,8 @@
 """A training run: its name, folder and lock, what it saves, and how it goes on after a stop."""
 
 import argparse
+import os
+import signal
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -181,6 +183,27 @@ class Run:
         if distributed.rank == 0:
             print(f"done: {self.folder / 'best.pth'}; evaluate with: python eval.py --exp_name {self.name} --save_index")
         distributed.stop()
+
+
+class StopSignal:
+    """Let Ctrl-C, TERM and HUP ask for a stop after the current step, so that what is saved is a whole step."""
+
+    def __init__(self, second_kills):
+        self.asked, self.second_kills = False, second_kills
+        with suppress(ValueError):  # not in the main thread, as when a notebook calls main()
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)  # Windows has no HUP, and nohup ignores it
+                if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+                    signal.signal(number, self.ask)
+
+    def ask(self, number, _frame):
+        self.asked = True
+        if number == getattr(signal, "SIGHUP", None):  # the terminal has gone, and printing to it would fail
+            for stream in (1, 2):
+                if os.isatty(stream):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        elif self.second_kills:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def _leave(lock, folder):

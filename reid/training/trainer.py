@@ -242,12 +242,10 @@ class Trainer:
         return torch.cat(embeddings), labels[rows], torch.cat([part.cpu() for part in images])
 
     def state(self):
-        """Return what exact resume needs beside the weights."""
+        """Return what exact resume needs beside the weights. No random state: a step draws no random numbers."""
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
                 "averaged": self.averaged.state_dict() if self.averaged else None, "rates": self.rates,
-                "logged": torch.stack(self.logged) if self.logged else None,
-                "rng": {"torch": torch.get_rng_state(),
-                        "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None}}
+                "logged": torch.stack(self.logged) if self.logged else None}
 
     def load_state(self, weights, state):
         """Continue from `weights`, a state_dict of the model, and from what `state` has returned."""
@@ -261,6 +259,3 @@ class Trainer:
             self.averaged.load_state_dict(state["averaged"])
         if state.get("rates"):  # stopped within an epoch; older checkpoints do not have them
             self.rates, self.logged = list(state["rates"]), list(state["logged"].to(self.device))
-        torch.set_rng_state(state["rng"]["torch"])
-        if state["rng"]["cuda"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
