@@ -6,8 +6,8 @@ import logging
 import os
 import random
 import re
-import shutil
 import sys
+import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from reid import ReidError
 from reid.checkpoint import versions
 from reid.cli import root_cause, without_secrets
-from reid.files import locked, remove_abandoned, temporary_path
 from reid.images import resize
 
 EXPERIMENT = "human-reid"
@@ -238,11 +237,8 @@ def _database(path):
         raise PermissionError("not a file that can be written")  # MLflow would try again for 100 seconds
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(path.parent)  # of a process that was killed at this
-        folder = temporary_path(path.parent)
-        folder.mkdir()
-        with locked(folder, "in use"):
-            fresh = folder / path.name
+        with tempfile.TemporaryDirectory(prefix=".reid-mlflow-", dir=path.parent, ignore_cleanup_errors=True) as folder:
+            fresh = Path(folder) / path.name
             _mlflow().MlflowClient(_address(fresh)).create_experiment(EXPERIMENT)
             try:
                 path.hardlink_to(fresh)
@@ -250,7 +246,6 @@ def _database(path):
                 pass  # another process was faster
             except OSError:  # a file system without links
                 fresh.replace(path)
-            shutil.rmtree(folder, ignore_errors=True)
     return _address(path)
 
 

@@ -168,11 +168,10 @@ def test_a_folder_of_logs_that_is_removed_costs_a_warning(folder, capsys):
     assert line.startswith("warning: TensorBoard cannot be written")
 
 
-def test_only_our_own_leftovers_are_removed(folder, tmp_path, monkeypatch):
+def test_folders_of_others_stay(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("mlflow-backup.tmp", ".reid-0123.tmp"):
-        (tmp_path / name).mkdir()
-        os.utime(tmp_path / name, (1, 1))
+    (tmp_path / "mlflow-backup.tmp").mkdir()
+    os.utime(tmp_path / "mlflow-backup.tmp", (1, 1))
     open_store()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mlflow-backup.tmp", "mlflow.db"]
 
