@@ -143,8 +143,8 @@ def load_weights(model, weights, partial=False, verbose=print):
     missing = [key for key in backbone if key not in taken]
     summary = f"{len(backbone) - len(missing)} of {len(backbone)} backbone tensors matched"
     if missing and (not partial or len(missing) == len(backbone)):
-        raise ReidError(f"--weights {weights}: {summary} for {model.config['backbone']}, {_few(missing)} did not; is it of another "
-                        f"backbone?{'' if partial else ' --weights_partial loads what fits'}")
+        raise ReidError(f"--weights {weights}: {summary} for {model.config['backbone']}, {_few(missing)} did not; is it of "
+                        f"another backbone?{'' if partial else ' --weights_partial loads what fits'}")
     _check_finite(taken, f"--weights {weights}", "use another file")
     model.load_state_dict(taken, strict=False)
     fresh = [key for key in target if key not in taken]

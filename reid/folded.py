@@ -16,8 +16,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # relative error of the 
 class FoldedDenseNet:
     """Pooled features of uint8 images with the weights of a ReidModel on the CPU; weights and activations are `dtype`.
 
-    Needs private operators of PyTorch (oneDNN's fused ones). Raises AttributeError or RuntimeError where they are missing, or
-    compute something else than the plain network for one small image.
+    Raises AttributeError or RuntimeError where the private operators of PyTorch that it needs are missing or wrong.
     """
 
     @torch.no_grad()
@@ -27,26 +26,23 @@ class FoldedDenseNet:
         # negative, so every stored channel is shifted until they are, and int16 is clamped: 2 to 3 times faster.
         self.bits = torch.int16 if dtype == torch.bfloat16 else dtype
         self.stem = self._conv(*_fold(body.conv0, body.norm0), stride=2, padding=3, relu="relu")
+        transitions = [body.transition1, body.transition2, body.transition3]
         blocks = [list(getattr(body, f"denseblock{i}").values()) for i in range(1, 5)]
-        transitions = [body.transition1, body.transition2, body.transition3, None]
-        lasts = [*(transition.norm for transition in transitions[:3]), body.norm5]
-        shifts = [self._shift([*(layer.norm1 for layer in layers), last]) for layers, last in zip(blocks, lasts)]
-        shifts[0][: len(body.norm0.weight)] = 0  # what leaves the stem is not negative
-        pixels = model.config["height"] * model.config["width"] // 16
-        for layers, transition, last, shift, following in zip(blocks, transitions, lasts, shifts, [*shifts[1:], None]):
-            size = max(1, PASS_BYTES // (pixels * last.num_features * dtype.itemsize))
-            folded = [self._layer(layer, shift) for layer in layers]
-            if transition:
-                weight = transition.conv.weight.double()
-                gate = self._gated(last, shift, weight, following[: len(weight)])
-                pixels //= transition.stride**2
-                self.stages.append((size, folded, *gate, transition.stride))
-        bounds, scale, t = self._gate(last, shift)
+        ends = [*(transition.norm for transition in transitions), body.norm5]
+        shifts = [self._shift([*(layer.norm1 for layer in layers), end]) for layers, end in zip(blocks, ends)]
+        shifts[0][: body.conv0.out_channels] = 0  # what leaves the stem is not negative
+        gates = [self._gated(end, shift, transition.conv.weight.double(), following[: transition.conv.out_channels])
+                 for end, shift, transition, following in zip(ends, shifts, transitions, shifts[1:])]
+        bounds, scale, t = self._gate(body.norm5, shifts[-1])
         self.scale, self.offset = scale.float(), (-scale * t).float()
-        self.stages.append((size, folded, bounds, None, 1))
+        for layers, end, shift, gate, area in zip(blocks, ends, shifts, [*gates, (bounds, None)], (16, 64, 256, 256)):
+            image_bytes = model.config["height"] * model.config["width"] // area * end.num_features * dtype.itemsize
+            folded = [(*self._gated(layer.norm1, shift, *_fold(layer.conv1, layer.norm2), relu="relu"),
+                       self._conv(layer.conv2.weight, shift[layer.norm1.num_features :][:32], padding=1)) for layer in layers]
+            self.stages.append((max(1, PASS_BYTES // image_bytes), folded, *gate))
         image = torch.randint(256, (1, 3, 64, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
         expected = model.features(image)
-        if not (self(image) - expected).norm() <= TOLERANCE[dtype] * expected.norm():
+        if not (self(image) - expected).norm() <= TOLERANCE[dtype] * expected.norm():  # also where it is NaN
             raise RuntimeError("the folded network differs from the plain one")
 
     @torch.inference_mode()
@@ -56,7 +52,7 @@ class FoldedDenseNet:
             x = torch.cat([self._block(part, *stage) for part in x.split(size)])
         return x
 
-    def _block(self, x, layers, bounds, pointwise, stride):
+    def _block(self, x, layers, bounds, pointwise):
         """uint8 [n, 3, H, W] or stored channels [n, h, w, c] -> the next block's channels, or features [n, D]."""
         if x.dtype == torch.uint8:
             x = x.float().sub_(self.model.mean).div_(self.model.std).to(self.dtype, memory_format=torch.channels_last)
@@ -73,7 +69,7 @@ class FoldedDenseNet:
         gated = torch.clamp(stored, *bounds, out=scratch.view(-1, c)).view(self.dtype).view(n, h, w, c)
         if pointwise is None:
             return gated.mean((1, 2), dtype=torch.float32) * self.scale + self.offset
-        if stride == 2:  # pooling before the 1x1 convolution gives the same for a quarter of the work
+        if c < 1024:  # the first two pool; before the 1x1 convolution that gives the same for a quarter of the work
             gated = F.avg_pool2d(gated.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
         return pointwise(gated.reshape(-1, c)).view(*gated.shape[:3], -1)
 
@@ -95,9 +91,8 @@ class FoldedDenseNet:
         unmet = (bound < 0) & (self.bits != self.dtype)  # the ReLU is open for every x where a > 0, closed where a < 0
         t = torch.where(unmet, t, bound.double())  # the bias makes up for the rounding of a bound
         low, high = (-32768, 32767) if self.bits != self.dtype else (-torch.inf, torch.inf)
-        bound = bound.view(self.bits)
-        bounds = bound.masked_fill(unmet | (scale < 0), low), bound.masked_fill(unmet | (scale > 0), high)
-        return bounds, torch.where(unmet & (scale < 0), 0, scale), t
+        fill = bound.view(self.bits).masked_fill
+        return (fill(unmet | (scale < 0), low), fill(unmet | (scale > 0), high)), torch.where(unmet & (scale < 0), 0, scale), t
 
     def _gated(self, norm, shift, weight, bias, relu="none"):
         """norm, ReLU and a 1x1 convolution (float64 [o, c, 1, 1] and bias [o]) -> (low, high), callable [m, c] -> [m, o]."""
@@ -105,11 +100,6 @@ class FoldedDenseNet:
         weight = (weight.flatten(1) * scale).to(self.dtype)
         bias, packed = (bias - (weight.double() * t).sum(1)).float(), torch.ops.mkldnn._reorder_linear_weight(weight)
         return bounds, lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, relu, [], "")
-
-    def _layer(self, layer, shift):
-        channels = layer.norm1.num_features
-        conv = self._conv(layer.conv2.weight, shift[channels : channels + 32], padding=1)
-        return *self._gated(layer.norm1, shift, *_fold(layer.conv1, layer.norm2), relu="relu"), conv
 
     def _conv(self, weight, bias, stride=1, padding=0, relu="none"):
         sizes = [padding] * 2, [stride] * 2, [1, 1], 1

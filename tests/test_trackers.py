@@ -57,9 +57,10 @@ def test_boxmot(namespace, blocks):
     np.testing.assert_array_equal(np.asarray(again)[:, 4], np.asarray(names["tracks"])[:, 4])  # the ids stay
 
 
-@pytest.mark.filterwarnings("ignore:OpenCV")
 def test_supervision(namespace, blocks):
-    pytest.importorskip("supervision", reason="pip install supervision")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about OpenCV, which it can do without
+        pytest.importorskip("supervision", reason="pip install supervision")
     names = dict(namespace)
     exec(blocks[3], names)
     np.testing.assert_array_equal(names["detections"].data["embedding"], names["embeddings"].numpy())
