@@ -3,21 +3,18 @@
 People need typical times from one camera to another. From the training identities `fit` learns
 
 1. one time line. Each recording (camera, sequence) counts its frames from 0 at an unknown moment. Two recordings are
-   shifted so that most of the identities they share pass both together, and the strongest such links place them all;
+   shifted so that most of the identities they share pass both together; the strongest such links place them all;
 2. for each pair of cameras the log-odds of a time difference: log p(difference | one person) / p(difference | two
-   people), two Parzen-smoothed histograms. st-ReID uses the first alone; the ratio also knows how likely a difference
-   is between strangers, so it needs no normalising constants and adds to the visual score as evidence does;
-3. one constant, how much visual score a unit of evidence is worth (`fit_weight`).
+   people), two Parzen-smoothed histograms. st-ReID uses the first alone; the ratio includes how likely a difference
+   is between strangers, so it needs no normalising constants and is added to the visual score as evidence.
 
-Whatever was not seen in training has even odds: the visual score stays as it is. So have two images of one camera. They
-are no transition from camera to camera, and what could be learnt of them is that somebody stays in view for seconds, which
-is as true of whoever walks beside. The benchmark ignores right answers of the query's own camera, so the best rule for its
-figures is that such images are never right; that is a fact about the benchmark, not about people, and a search that follows
-it would miss who comes back, so it is not taken.
+`fit_weight` learns how much visual score a unit of evidence is worth. What was not seen in training has even odds, which
+leave the visual score unchanged, and so have two images of one camera: the benchmark ignores matches in the query's own
+camera, but a search should find people who come back.
 
 Rules and constants were compared on the training identities of Market-1501: times from one half of them, queries of the other
-half, all training images as the gallery. Odds within a camera, learnt like the others, gave +0.1 to +0.4 mAP, and -0.3 with
-re-ranking, which is no reason to have them; other values of the constants below gave at most +0.06.
+half, all training images as the gallery. Odds within a camera gave +0.1 to +0.4 mAP, and -0.3 with re-ranking; other values
+of the constants below gave at most +0.06.
 """
 
 import math
@@ -35,13 +32,13 @@ from reid.data.datasets import list_images
 from reid.retrieval.metrics import evaluate
 
 FORMAT, VERSION = "reid-spacetime", 2
-TAU = 8.0  # s; differences are told apart to about STEP * TAU around 0, and to STEP of themselves beyond TAU
+TAU = 8.0  # s; the resolution of differences is about STEP * TAU around 0, and STEP of themselves beyond TAU
 STEP, BANDWIDTH = 0.1, 0.15  # width of a bin, and of the Gaussian that smooths, on the axis asinh(difference / TAU)
 TICK = TAU / 16  # s; resolution of the time line
 REACH = 1 << 16  # ticks, 9 hours; longer differences are not learnt and have even odds
-PRIOR = 3.0  # identities' worth of even odds that each pair of cameras starts with: bounds the odds where data is thin
-TOGETHER, MIN_TOGETHER = 80.0, 3.0  # s, identities: so many sightings so close tell the offset between two recordings
-CROWD, QUERIES, SOME = 128, 1000, 4096  # images of an identity, queries and strangers looked at: thinned evenly above
+PRIOR = 3.0  # identities' worth of even odds that each pair of cameras starts with: bounds the odds where data is sparse
+TOGETHER, MIN_TOGETHER = 80.0, 3.0  # s, identities: sightings this close, of this many, give the offset of two recordings
+CROWD, QUERIES, SOME = 128, 1000, 4096  # images of an identity, queries and strangers that are used: thinned evenly above
 WEIGHTS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.85, 1, 1.25, 1.5)  # fit_weight tries
 DEFAULT_WEIGHT = 0.03  # cosine per nat: 0.4 standard deviations of strangers' cosines, where that is 0.08
 UNSEEN_MAP = 0.7  # a visual mAP that is realistic for people not trained on
@@ -49,11 +46,11 @@ UNSEEN_MAP = 0.7  # a visual mAP that is realistic for people not trained on
 
 @dataclass(frozen=True)
 class SpaceTime:
-    """What `fit` learnt. Images are given by camids, seqs, frames, int64 [N], on the scores' device; -1 is unknown.
+    """The result of `fit`. Images are given by camids, seqs, frames, int64 [N], on the scores' device; -1 is unknown.
 
-    cameras: int64 [C], sorted. recordings: int64 [K, 2], camera and sequence, sorted; start: float64 [K], s, when its
-    frame 0 was on the common time line. log_odds: float32 [C + 1, C + 1, bins + 1], nats, by camera of the one and of
-    the other image and bin of the difference other - one; the last camera and the last bin mean unknown, even odds.
+    cameras: int64 [C], sorted. recordings: int64 [K, 2], camera and sequence, sorted; start: float64 [K], s, the time of
+    frame 0 on the common time line. log_odds: float32 [C + 1, C + 1, bins + 1], nats, by camera of the first and of the
+    second image and bin of the difference second - first; the last camera and the last bin are unknown, with even odds.
     rate: frames a second. weight: cosine per nat.
     """
 
@@ -65,19 +62,19 @@ class SpaceTime:
     weight: float = DEFAULT_WEIGHT
 
     def prob(self, q_camids, q_seqs, q_frames, g_camids, g_seqs, g_frames) -> Tensor:
-        """float32 [b, G]: probability of one person by cameras and times alone, at even odds before; 0.5 is neutral."""
+        """Return float32 [b, G]: probability of one person by cameras and times alone, from even prior odds; 0.5 is neutral."""
         q, g = self._places(q_camids, q_seqs, q_frames), self._places(g_camids, g_seqs, g_frames)
         table = self.log_odds.sigmoid().to(q[0].device)
         return _look_up(table, q[0][:, None], q[1][:, None], g[0], g[1])
 
     def fuse(self, visual: Tensor, prob: Tensor) -> Tensor:
-        """float32 [b, G], in units of the visual score: what `prob` found is added, nothing where it is 0.5."""
+        """Add the evidence of `prob` to the visual score, float32 [b, G], nothing where it is 0.5."""
         return visual + self.weight * prob.logit()
 
     def bonus(self, camids: Tensor, seqs: Tensor, frames: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-        """The evidence as `reid.retrieval.rerank.rerank` takes it: all [Q + G] images, the queries first.
+        """Return the evidence as `reid.retrieval.rerank.rerank` takes it, for all [Q + G] images, the queries first.
 
-        Re-ranking by fused similarities beats adding the evidence to re-ranked ones: the neighbours are then right too.
+        Re-ranking by fused similarities is better than adding the evidence to re-ranked ones: it also corrects the neighbours.
         """
         camera, tick = self._places(camids, seqs, frames)
         table = ((self.log_odds - self.log_odds.max()) * self.weight).to(camera.device)
@@ -113,7 +110,7 @@ class SpaceTime:
         return model
 
     def _places(self, camids, seqs, frames):
-        """Position in `cameras` (their number if unknown) and tick on the time line, both int32 [N]."""
+        """Return position in `cameras` (their number if unknown) and tick on the time line, both int32 [N]."""
         device = camids.device
         start, known = self.start.to(device), (camids >= 0) & (frames >= 0)
         recording, found = _find(_recording_key(*self.recordings.T).to(device), _recording_key(camids, seqs))
@@ -133,8 +130,7 @@ def fit(pids: Tensor, camids: Tensor, seqs: Tensor, frames: Tensor, rate: float 
     """Learn from the training identities. int64 [N] each; images without camera or frame (-1), junk and distractors
     are left out; sequence -1 is a recording like any other. rate: frames a second (1.0 if `frames` are seconds).
 
-    The weight is a usual one, until `fit_weight` finds the right one for a network.
-    Raises ReidError if no identity was seen by two cameras.
+    The weight is a default; `fit_weight` finds the one for a network. Raises ReidError if no identity was seen by two cameras.
     """
     pids, camids, seqs, frames = _usable(pids, camids, seqs, frames)
     cameras, camera = camids.unique(return_inverse=True)
@@ -149,7 +145,7 @@ def fit(pids: Tensor, camids: Tensor, seqs: Tensor, frames: Tensor, rate: float 
 
 
 def _usable(pids, *columns):
-    """The columns without images of nobody or nowhere, on the CPU; the camera comes first and the frame last."""
+    """Drop images without identity, camera or frame; the camera is the first column and the frame the last. On the CPU."""
     if any(len(column) != len(pids) for column in columns):
         raise ReidError("camera and time: pids, camids, seqs, frames and embeddings must have one entry for each image")
     good = ((pids > 0) & (columns[0] >= 0) & (columns[-1] >= 0)).cpu()
@@ -157,41 +153,40 @@ def _usable(pids, *columns):
 
 
 def fit_weight(emb: Tensor, pids: Tensor, camids: Tensor, seqs: Tensor, frames: Tensor, rate: float = 25.0) -> float:
-    """How much cosine a nat of evidence is worth: what gives the best mAP on training identities. Arguments: `fit`'s.
+    """Find how much cosine a nat of evidence is worth: the weight of the best mAP on training identities. Arguments: `fit`'s.
 
     Queries of one half of the identities get their evidence from a model of the other half. All images are the gallery, and
-    all training images should be given: among fewer people fewer strangers pass at a likely time, and evidence is trusted too
-    much (of Market-1501, a quarter of the people makes 0.45 standard deviations a nat, all make 0.35).
+    all training images should be given: among fewer people fewer strangers pass at a likely time, and the weight gets too
+    large (of Market-1501, a quarter of the people gives 0.45 standard deviations a nat, all give 0.35).
 
-    The network, though, has learnt these people by heart, and a weight that is right for its cosines on them trusts it too
-    much on others. So noise is added to the embeddings until the visual mAP is UNSEEN_MAP; the weight depends little on it.
-    Noise shrinks all cosines; what carries over is the weight in standard deviations of the cosines of different people, which
-    are the same for people trained on and others.
+    The network was trained on these people, so its cosines separate them too well. Noise is therefore added to the embeddings
+    until the visual mAP is UNSEEN_MAP; the weight depends little on it. Noise shrinks all cosines, so the weight is found in
+    standard deviations of the cosines of different people, which are the same for people trained on and others.
     """
     pids, camids, emb, seqs, frames = _usable(pids, camids, emb, seqs, frames)
     half = pids.unique(return_inverse=True)[1] % 2
     noise = torch.randn(emb.shape, generator=torch.Generator().manual_seed(0)) / math.sqrt(emb.shape[1])
     columns = (pids, camids, seqs, frames)
     try:
-        worlds, low, high = [], 0.0, 4.0
+        halves, low, high = [], 0.0, 4.0
         for side in (0, 1):
             model = fit(*(x[half != side] for x in columns), rate=rate)
-            worlds.append(_World(model, half == side, emb, noise, *columns))
+            halves.append(_Half(model, half == side, emb, noise, *columns))
         for _ in range(7):
             level = (low + high) / 2
-            visual = sum(w.mean_ap(w.cosines(level)[0]) for w in worlds) / 2
+            visual = sum(h.mean_ap(h.cosines(level)[0]) for h in halves) / 2
             low, high = (level, high) if visual > UNSEEN_MAP else (low, level)
-        noisy = [w.cosines(low) for w in worlds]
+        noisy = [h.cosines(low) for h in halves]
 
         def fused(weight):
-            return sum(w.mean_ap(cosine + weight * sd * w.evidence) for w, (cosine, sd) in zip(worlds, noisy))
+            return sum(h.mean_ap(cosine + weight * sd * h.evidence) for h, (cosine, sd) in zip(halves, noisy))
 
-        return max(WEIGHTS, key=fused) * sum(w.cosines(0.0)[1] for w in worlds) / 2
+        return max(WEIGHTS, key=fused) * sum(h.cosines(0.0)[1] for h in halves) / 2
     except ReidError:  # too few identities for two halves
         return DEFAULT_WEIGHT
 
 
-class _World:
+class _Half:
     """Half of the training identities as queries, all as the gallery, with noise of a chosen level on the embeddings."""
 
     def __init__(self, model, asked, emb, noise, pids, camids, seqs, frames):
@@ -213,8 +208,8 @@ class _World:
 
 
 def _time_line(pids: Tensor, recording: Tensor, second: Tensor, k: int) -> Tensor:
-    """Start of each recording on one time line, float64 [k], s. Recordings that share too few people to tell come in
-    groups further apart than REACH."""
+    """Place the recordings on one time line: the start of each, float64 [k], s. Groups of recordings that share too few
+    people are placed further apart than REACH."""
     i, j, weight = _pairs(pids, recording)
     order = (recording[i] * k + recording[j]).argsort(stable=True)
     i, j, weight = i[order], j[order], weight[order]
@@ -239,7 +234,7 @@ def _time_line(pids: Tensor, recording: Tensor, second: Tensor, k: int) -> Tenso
 
 
 def _densest(value: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Where most of the weight is together: its mean there, and how much it is."""
+    """Find the window of 2 * TOGETHER with most weight: the mean value in it, and its weight."""
     value, order = value.sort()
     total = F.pad(weight[order].cumsum(0), (1, 0))
     low, high = torch.searchsorted(value, value - TOGETHER), torch.searchsorted(value, value + TOGETHER, right=True)
@@ -274,8 +269,8 @@ def _smooth(histogram: Tensor) -> Tensor:
 
 
 def _pairs(pids: Tensor, place: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All (i, j) of one identity at two places, both ways round, and a weight: each identity has 1 in all for each two
-    places, so that those who stand in view for long count no more than others."""
+    """List all (i, j) of one identity at two places, in both orders, with weights that sum to 1 for each identity and two
+    places, so that long stays in view count no more than short ones."""
     count = int(place.max()) + 1 if len(place) else 1
     order = pids.argsort(stable=True)
     size = pids[order].unique_consecutive(return_counts=True)[1].tolist()
@@ -290,7 +285,7 @@ def _pairs(pids: Tensor, place: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _thinned(x: Tensor, most: int) -> Tensor:
-    """At most `most` entries, evenly spread."""
+    """Keep at most `most` entries, evenly spread."""
     return x if len(x) <= most else x[torch.arange(most) * len(x) // most]
 
 
@@ -299,15 +294,15 @@ def _recording_key(camids: Tensor, seqs: Tensor) -> Tensor:
 
 
 def _find(known: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Position of each wanted value in the sorted `known` (any if it is not there), and whether it is there."""
+    """Find the position of each wanted value in the sorted `known` (any if it is missing), and whether it is there."""
     position = torch.searchsorted(known, wanted.contiguous()).clamp(max=len(known) - 1)
     return position, known[position] == wanted
 
 
 @cache
 def _bins(device) -> Tensor:
-    """Bin of each difference in ticks, -REACH - 1 .. REACH + 1, int32: narrow around 0, wide far out. Both ends are the
-    bin of what is out of reach."""
+    """Bin of each difference in ticks, -REACH - 1 .. REACH + 1, int32: narrow around 0, wide far out. Both ends have the
+    bin of unknown differences."""
     axis = torch.asinh(torch.arange(-REACH - 1, REACH + 2, dtype=torch.float64) * TICK / TAU).div(STEP).round().int()
     axis -= axis[1].item()
     axis[[0, -1]] = axis[-2] + 1

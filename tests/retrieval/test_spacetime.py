@@ -1,4 +1,4 @@
-"""Camera and time on drawn worlds whose clocks and walking times are known."""
+"""Camera and time on simulated people with given clocks and walking times."""
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def test_the_usual_walking_time_is_likely_and_others_are_not(model):
     assert across > 0.95 and other_recording > 0.95
 
 
-def test_direction_counts_and_the_order_of_the_two_does_not(model):
+def test_direction_matters_and_the_order_of_the_two_images_does_not(model):
     a, b = seen(1, 1000), seen(2, 1060)
     assert torch.equal(model.prob(*a, *b), model.prob(*b, *a))
     assert model.prob(*a, *b) > model.prob(*seen(2, 1000), *seen(1, 1060))
@@ -78,7 +78,7 @@ def test_direction_counts_and_the_order_of_the_two_does_not(model):
         (2, 1, 10**9),  # further apart than anything learnt
     ],
 )
-def test_what_is_unknown_leaves_the_visual_score_as_it_is(model, other):
+def test_unknown_camera_or_time_leaves_the_visual_score(model, other):
     one = tuple(torch.tensor([x]) for x in (1, 1, 25000))
     other = tuple(torch.tensor([x]) for x in other)
     visual = torch.tensor([[0.3]])
@@ -112,7 +112,7 @@ def test_bonus_is_the_weighted_evidence_below_zero(model):
     torch.testing.assert_close(bonus(every[:-1], every[1:]), square.diagonal(1))
 
 
-def test_the_weight_does_not_trust_a_network_on_the_people_it_has_learnt():
+def test_the_weight_is_not_fitted_to_a_network_that_separates_its_training_people():
     columns = world(120)
     by_heart = embeddings(columns[0], noise=0.01)  # on these the visual score alone is always right
     assert (by_heart @ by_heart.T)[columns[0][:, None] == columns[0]].min() > 0.9
@@ -120,28 +120,28 @@ def test_the_weight_does_not_trust_a_network_on_the_people_it_has_learnt():
     assert 0.2 * strangers < fit_weight(by_heart, *columns) < 1.6 * strangers
 
 
-def test_the_weight_is_fitted_in_a_gallery_of_everybody(model):
-    """Strangers who pass at a likely time must be as many as in a real gallery; only the queries are of one half."""
+def test_the_weight_is_fitted_with_all_images_as_the_gallery(model):
+    """The gallery has all strangers who pass at a likely time; only the queries are of one half."""
     columns = world(40)
     asked = columns[0] % 2 == 0
-    half = spacetime._World(model, asked, embeddings(columns[0], noise=1.0), torch.zeros(len(asked), 64), *columns)
+    half = spacetime._Half(model, asked, embeddings(columns[0], noise=1.0), torch.zeros(len(asked), 64), *columns)
     assert asked[half.q].all() and len(half.q) == 20 * len(WALK)
     assert half.cosines(0.0)[0].shape == half.evidence.shape == (len(half.q), len(asked))
 
 
-def test_too_few_people_for_two_halves_get_the_usual_weight():
+def test_too_few_people_for_two_halves_get_the_default_weight():
     columns = world(1)
     assert fit_weight(embeddings(columns[0], noise=0.5), *columns) == spacetime.DEFAULT_WEIGHT
 
 
-def test_junk_distractors_and_unknown_frames_teach_nothing(model):
+def test_junk_distractors_and_unknown_frames_change_nothing(model):
     columns = torch.stack(world(300))
     extra = torch.tensor([[-1, 0, 0, 5, 5], [1, 1, 2, 1, 2], [1, 1, 1, 1, 1], [10, 20, 30, -1, -1]])
     other = fit(*torch.cat([columns, extra], 1))
     assert torch.equal(other.log_odds, model.log_odds) and torch.equal(other.start, model.start)
 
 
-def test_sites_that_share_nobody_say_nothing_about_each_other():
+def test_sites_without_common_people_have_even_odds():
     here, there = world(100), list(world(100, seed=1, first=500))
     there[1] = there[1] + 10
     both = fit(*(torch.cat(x) for x in zip(here, there)))
@@ -151,7 +151,7 @@ def test_sites_that_share_nobody_say_nothing_about_each_other():
     assert both.prob(*inside, *across).item() == 0.5
 
 
-def test_days_that_share_nobody_say_nothing_about_each_other():
+def test_days_without_common_people_have_even_odds():
     today, tomorrow = world(100), list(world(100, seed=1, first=500))
     tomorrow[2] = tomorrow[2] + 10
     both = fit(*(torch.cat(x) for x in zip(today, tomorrow)))
@@ -205,7 +205,7 @@ def test_a_damaged_model_is_one_line(model, tmp_path, change):
         SpaceTime.load(tmp_path / "spacetime.pt", "f" * 16, tmp_path)
 
 
-def test_nothing_to_learn_is_one_clear_line():
+def test_nothing_to_learn_raises_one_line():
     pids, camids, seqs, frames = world(10)
     with pytest.raises(ReidError, match="two cameras"):
         fit(pids, torch.ones_like(camids), seqs, frames)
