@@ -43,7 +43,7 @@ def get_args_parser():
     add("--load_index", action="store_true", help="read the gallery from the index, embed only the queries")
     add("--save_index", action="store_true", help="keep the gallery's embeddings in the index")
     add("--gallery_uri", help="the index: a file, or Milvus as name.db or http://host:19530 (default: index/<run>.pt)")
-    add("--index_type", default="FLAT", help="of a Milvus gallery that is saved: FLAT is exact; HNSW, IVF_FLAT and IVF_SQ8 "
+    add("--index_type", default="FLAT", help="of a Milvus gallery that is saved: FLAT is exact; HNSW and IVF_SQ8 "
         "search a part of it, and their recall is printed")
     add("--cameras", type=int, nargs="+", help="search these cameras only (default: all)")
     add("--frames", type=int, nargs=2, metavar=("FIRST", "LAST"), help="search these frame numbers only (default: all)")
