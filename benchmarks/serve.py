@@ -1,95 +1,93 @@
-"""The search page under load: many clients at once against one client, in turn, on a server that is started for it.
+"""The search page under load: searches per second of many clients at once against one client, on a server started for it.
 
-    python benchmarks/serve.py --json out.json --load_index --engine openvino
-
-What is not listed below goes to `inference.py --serve`. Every request is a POST /search of a query's crop; the clients run
-on the same cores as the server.
+Every request is a POST /search of a query image. The clients run on the cores of the server. The peer is the same page
+with one client: the ratio is what the batching of concurrent requests gains.
 """
 
-import argparse
 import http.client
 import json
 import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
+import common
+
+from reid import ReidError
 from reid.data.datasets import read_split
 
-ROOT = Path(__file__).resolve().parents[1]
 
-
-def client(port, bodies, times, errors):
-    """One connection that asks for all `bodies`, one after the other; appends seconds, and what went wrong."""
+def client(port, bodies, times):
+    """Send all `bodies` over one connection, one after the other, and append the seconds of each to `times`."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     for body in bodies:
         started = time.perf_counter()
-        try:
-            connection.request("POST", "/search?topk=10", body)
-            answer = connection.getresponse()
-            found = json.load(answer).get("results", [])
-            if answer.status != 200 or len(found) != 10:
-                errors.append(f"status {answer.status}, {len(found)} results")
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            errors.append(repr(error))
+        connection.request("POST", "/search?topk=10", body)
+        answer = connection.getresponse()
+        found = json.load(answer).get("results", [])
+        if answer.status != 200 or len(found) != 10:
+            raise ReidError(f"status {answer.status}, {len(found)} results where 10 were asked for")
         times.append(time.perf_counter() - started)
     connection.close()
 
 
 def load(port, clients, bodies):
-    """All `bodies` over so many clients: {clients, requests, errors, per_s, p50_s, p99_s}."""
-    times, errors, started = [], [], time.perf_counter()
+    """Return (searches per second, median seconds, 99th percentile) of `bodies` sent by that many clients at once."""
+    times, started = [], time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
-        for i in range(clients):
-            pool.submit(client, port, bodies[i::clients], times, errors)
-    seconds = time.perf_counter() - started
-    p = statistics.quantiles(times, n=100, method="inclusive")
-    return {"clients": clients, "requests": len(bodies), "errors": errors, "per_s": len(bodies) / seconds,
-            "p50_s": p[49], "p99_s": p[98]}
+        for future in [pool.submit(client, port, bodies[i::clients], times) for i in range(clients)]:
+            future.result()
+    seconds, percentiles = time.perf_counter() - started, statistics.quantiles(times, n=100, method="inclusive")
+    return len(bodies) / seconds, percentiles[49], percentiles[98]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--requests", type=int, default=512, help="of each round with many clients")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--data_root", default="data/market-1501-grouped", help="its query/ is asked for")
-    parser.add_argument("--json", metavar="PATH")
-    args, rest = parser.parse_known_args()
-    bodies = [file.read_bytes() for file in read_split(args.data_root, "query").files()[: args.requests]]
-    bodies = (bodies * args.requests)[: args.requests]
+def benchmark(args):
+    with tempfile.TemporaryDirectory() as folder:
+        if not args.data_root:
+            args.data_root = f"{folder}/people"
+            drawing = [sys.executable, common.ROOT / "data_prep.py", "--synthetic", "--num_ids", "20", "--output", args.data_root]
+            subprocess.run(drawing, check=True, stdout=subprocess.DEVNULL)
+        options = ["--data_root", args.data_root, "--exp_name", args.exp_name, "--engine", args.engine]
+        options += ["--load_index"] if args.load_index else ["--gallery", f"{args.data_root}/gallery"]
+        command = [sys.executable, common.ROOT / "inference.py", "--serve", "--port", "0", *options]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=common.ROOT) as server:
+            try:
+                yield from measure(args, server)
+            finally:
+                server.send_signal(signal.SIGINT)
 
-    command = [sys.executable, str(ROOT / "inference.py"), "--serve", "--port", "0", "--data_root", args.data_root, *rest]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            line = model = ""
-            while not line.startswith("search page: http"):
-                model, line = line.strip(), server.stdout.readline()
-                if not line:
-                    sys.exit("the server did not start")
-            port = int(line.split()[2].rsplit(":", 1)[1])
-            print(model)
-            load(port, args.clients, bodies[: 2 * args.clients])  # the first batches compile and fill caches
-            rounds = [[load(port, 1, bodies[: max(20, args.requests // 16)]), load(port, args.clients, bodies)]
-                      for _ in range(args.rounds)]
-        finally:
-            server.send_signal(signal.SIGINT)
-    alone, many = sorted(rounds, key=lambda pair: pair[1]["per_s"] / pair[0]["per_s"])[len(rounds) // 2]
-    for side in (alone, many):
-        print(f"{side['clients']:>3} clients: {side['per_s']:6.1f} searches a second, p50 {1000 * side['p50_s']:5.0f} ms, "
-              f"p99 {1000 * side['p99_s']:5.0f} ms")
-    errors = sum(len(side["errors"]) for pair in rounds for side in pair)
-    print(f"{many['per_s'] / alone['per_s']:.2f} times the searches of one client; errors: {errors} of "
-          f"{sum(side['requests'] for pair in rounds for side in pair)}")
-    if args.json:
-        row = {"name": f"search page, {args.clients} clients, searches a second", "ours": many["per_s"], "peer": alone["per_s"],
-               "peer_name": "one client", "ratio": many["per_s"] / alone["per_s"]}
-        Path(args.json).write_text(json.dumps({"model": model, "rows": [row], "rounds": rounds}, indent=1))
-    sys.exit(bool(errors))
+
+def measure(args, server):
+    requests = min(args.requests, 128) if args.quick else args.requests
+    bodies = [file.read_bytes() for file in read_split(args.data_root, "query").files()[:requests]]
+    bodies = (bodies * requests)[:requests]
+    line = ""
+    while not line.startswith("search page: http"):
+        line = server.stdout.readline()
+        if not line:
+            raise ReidError("the server did not start")
+    port = int(line.split()[2].rsplit(":", 1)[1])
+    load(port, args.clients, bodies)  # the first batches compile and fill caches
+    alone, many = [], []
+    for _ in range(args.rounds):
+        alone.append(load(port, 1, bodies[: max(20, requests // 16)]))
+        many.append(load(port, args.clients, bodies))
+    for clients, sides in ((1, alone), (args.clients, many)):
+        _, half, most = (statistics.median(column) for column in zip(*sides))
+        print(f"{clients:>3} clients: half of the searches take up to {1000 * half:.0f} ms, 99 of 100 up to {1000 * most:.0f} ms")
+    yield common.row(f"search page, {args.clients} clients, searches per second", [side[0] for side in many],
+                     [side[0] for side in alone], "one client", higher_is_better=True)
 
 
 if __name__ == "__main__":
-    main()
+    parser = common.get_args_parser(__doc__, "128 requests a round", rounds=3)
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--requests", type=int, default=512, help="of a round with many clients (default: %(default)s)")
+    parser.add_argument("--data_root", metavar="DIR", help="a dataset, whose query images are sent (default: drawn people)")
+    parser.add_argument("--load_index", action="store_true", help="search the index of --exp_name (default: the gallery images)")
+    parser.add_argument("--exp_name", default="masked-hog-908")
+    parser.add_argument("--engine", choices=["torch", "openvino"], default="torch")
+    common.run(parser, benchmark)

@@ -221,7 +221,7 @@ def test_every_option_exists(page):
         if script in known:
             assert option in known[script], f"{script} has no option {option}"
         else:  # a benchmark may pass options on to a script
-            texts = benchmarks.values() if script is None else [benchmarks[Path(script).name]]
+            texts = benchmarks.values() if script is None else [benchmarks[Path(script).name], benchmarks["common.py"]]
             found = any(f'"{option}"' in text for text in texts) or any(option in found for found in known.values())
             assert found, f"{script or 'no script'}: {option} does not exist"
 
