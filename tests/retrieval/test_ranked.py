@@ -1,10 +1,12 @@
-"""RankedList: hits by position, matches by threshold, new scores."""
+"""RankedList: hits by position, matches by threshold, new scores, re-ranking, camera and time."""
 
 import json
 
 import torch
 
-from reid.retrieval.ranked import Query, RankedList
+from reid.retrieval.ranked import Query, RankedList, ranked_lists, rerank_lists, weigh_lists
+from reid.retrieval.rerank import rerank
+from reid.retrieval.spacetime import fit
 
 
 class Gallery:
@@ -26,3 +28,36 @@ def test_new_scores_reorder_and_drop_the_threshold():
     again = ranked.reordered(torch.tensor([1.0, 2.0, 2.0]), topk=2)
     assert again.rows.tolist() == [7, 5] and again.scores.tolist() == [2.0, 2.0]
     assert again.matches is None and again[0].match is None and ranked.rows.tolist() == [4, 7, 5]
+
+
+class Seen(Gallery):
+    """30 images in two cameras, 10 s apart, with embeddings."""
+
+    threshold = 0.5
+    embeddings = torch.nn.functional.normalize(torch.randn(30, 16, generator=torch.Generator().manual_seed(0)))
+    camids, seqs, frames = torch.arange(30) % 2 + 1, torch.ones(30, dtype=torch.int64), torch.arange(30) * 250
+
+
+def test_re_ranking_and_evidence_reorder_lists():
+    gallery = Seen()
+    pids = torch.arange(30) // 2 + 1
+    evidence = fit(pids, gallery.camids, gallery.seqs, gallery.frames)
+    queries = torch.nn.functional.normalize(gallery.embeddings[:2] + 0.1)
+    scores, rows = (queries @ gallery.embeddings.T).sort(descending=True)
+    rows[1] = -1  # nothing was found for the second query
+    lists = ranked_lists(gallery, scores, rows, [Query("a.jpg", 1, 1, 1, 0), Query("b.jpg", 2, 1, 1, 0)])
+    found = gallery.embeddings[rows[0]]
+    where = [torch.cat([torch.tensor([value]), column[rows[0]]])
+             for value, column in zip((1, 1, 0), (gallery.camids, gallery.seqs, gallery.frames))]
+    expected = {
+        "rerank": rerank(queries[:1], found).scores(0, 1)[0],
+        "both": rerank(queries[:1], found, bonus=evidence.bonus(*where)).scores(0, 1)[0],
+        "spacetime": scores[0] + evidence.weight * evidence.prob(*(x[:1] for x in where), *(x[1:] for x in where))[0].logit()}
+    results = {"rerank": rerank_lists(lists, queries, 7), "both": rerank_lists(lists, queries, 7, evidence),
+               "spacetime": weigh_lists(lists, evidence, 7)}
+    for name, (first, empty) in results.items():
+        best, order = expected[name].sort(descending=True, stable=True)
+        torch.testing.assert_close(first.scores, best[:7])
+        assert torch.equal(first.rows, rows[0][order[:7]]), name
+        assert first.query.file == "a.jpg" and first.threshold is None and lists[0].threshold == 0.5 and len(empty) == 0
+    assert not torch.equal(results["spacetime"][0].rows, lists[0].rows[:7])
