@@ -14,13 +14,13 @@ from tqdm import tqdm
 
 from reid import ReidError, distributed
 from reid.data.datasets import Records
-from reid.extras.milvus_client import BATCH, DEPTH, INDEXES, NUMBERS, VECTORS, Collection, batches, is_file
+from reid.extras.milvus_client import BATCH, DEPTH, INDEXES, NUMBERS, Collection, batches, is_file
 from reid.images import PREPROCESSING
 from reid.retrieval.index import GalleryIndex, content_number, file_stats
 from reid.retrieval.ranked import ranked_lists
 
-FORMAT = "reid-gallery/2"
-FIELDS = ("path", "pid", "camid", "seq", "frame", "position")  # fetched with every hit
+FORMAT = "reid-gallery/3"
+FIELDS = ("path", "pid", "camid", "seq", "frame")  # fetched with every hit
 HITS = 40_000  # hits in one reply, of about 200 bytes
 TIES = 8  # rows fetched beyond topk, to put equal scores at the end of a list in order
 BLOCK = 4 * BATCH  # images that are looked up at once
@@ -34,11 +34,9 @@ def open_gallery(uri, run, extractor=None, part=""):
     """
     command = (f"python {'eval.py' if part else 'inference.py'} --save_index --gallery_uri {shlex.quote(str(uri))} "
                f"--exp_name {shlex.quote(run)}")
-    if is_file(uri) and not Path(uri).exists():
-        raise ReidError(f"{uri}: no such gallery; make it: {command}")
-    gallery = MilvusGallery(uri, run, part)
-    if not gallery.collection.call("has_collection"):
-        raise ReidError(f"{uri}: no gallery of the run {run} in it, or one of an older version; make it again: {command}")
+    gallery = None if is_file(uri) and not Path(uri).exists() else MilvusGallery(uri, run, part)
+    if gallery is None or not gallery.collection.call("has_collection"):
+        raise ReidError(f"{uri}: no gallery of the run {run} in it, or one of an older version; make it: {command}")
     gallery._restore()
     if extractor is not None and not gallery._made_by(getattr(extractor, "fingerprint", extractor)):
         raise ReidError(f"{uri}: the gallery of {run} was made by other weights or preprocessing; make it again: {command}")
@@ -66,9 +64,8 @@ def create_gallery(uri, run, fingerprint, mirror, dim, data_root, index_type="FL
                 gallery.index_type = index_type
             return gallery
         gallery.collection.call("drop_collection")
-    gallery.collection.create(dim, index_type, format=FORMAT, run=run, part=part, fingerprint=fingerprint, mirror=mirror,
-                              preprocessing=PREPROCESSING, data_root=str(data_root), threshold=None, false_accept_rate=None,
-                              cameras=[], start=0, next=0, listing="")
+    gallery.collection.create(dim, index_type, fingerprint=fingerprint, preprocessing=PREPROCESSING, mirror=mirror,
+                              data_root=str(data_root), threshold=None, false_accept_rate=None, cameras=[])
     gallery._restore()
     return gallery
 
@@ -115,19 +112,15 @@ class MilvusGallery:
     hit = GalleryIndex.hit  # which reads paths, pids, camids, names and data_root
 
     def __init__(self, uri, run, part=""):
-        self.uri, self.run, self.part, self.bad, self._hits = str(uri), run, part, [], {}
+        self.uri, self.run, self.bad, self._hits = str(uri), run, [], {}
         name = re.sub("[^A-Za-z0-9]", "_", run)[:100]  # all that Milvus allows; the number keeps a-b and a_b apart
-        self.collection = Collection(self.uri, f"reid_{name}_{content_number(json.dumps([run, part]).encode()):016x}")
-        for field in FIELDS[:5]:
+        self.collection = Collection(self.uri, f"reid_{name}_{key_of(json.dumps([FORMAT, run, part])):016x}")
+        for field in FIELDS:
             setattr(self, f"{field}s", _Column(self, field))
         self.embeddings = _Column(self, "vector")
 
     def _restore(self):
-        settings = self.collection.settings()
-        if [settings.get(name) for name in ("format", "run", "part")] != [FORMAT, self.run, self.part]:
-            raise ReidError(f"{self.uri}: the collection {self.collection.name} does not hold the run {self.run} in the format "
-                            "of this version; choose another --exp_name or --gallery_uri")
-        vars(self).update(settings)
+        vars(self).update(self.collection.settings())
 
     def _made_by(self, fingerprint):
         return (self.fingerprint, self.preprocessing) == (fingerprint, PREPROCESSING)
@@ -149,50 +142,45 @@ class MilvusGallery:
         """Search as `nearest` does; return one RankedList for each query. queries: Q values of `ranked.Query`, or None."""
         return ranked_lists(self, *self.nearest(embeddings, topk, camids, frames, exclude), queries)
 
-    def nearest(self, embeddings, topk, camids=None, frames=None, exclude=None):
+    def nearest(self, embeddings, topk, camids=None, frames=None, exclude=None, condition=""):
         """The `topk` most similar rows of each query: (scores float32 [Q, k], rows int64 [Q, k]), best first.
 
-        The arguments are those of `GalleryIndex.nearest`; the engine applies camids and frames. Equal scores are in the order
-        in which the images came. FLAT is exact. HNSW and IVF_SQ8 look at 10 x topk rows at least and return float32 scores,
-        which for IVF_SQ8 are computed here from fetched embeddings. More than 16,384 rows for a query raise ReidError.
+        The arguments are those of `GalleryIndex.nearest`, and a condition in Milvus' language; the engine applies it, camids
+        and frames. Equal scores are ordered by path. FLAT is exact. More than 16,384 rows for a query raise ReidError.
         """
-        conditions = [] if camids is None else [f"camid in {[int(camid) for camid in camids]}"]
+        conditions = [condition] if condition else []
+        if camids is not None:
+            conditions.append(f"camid in {[int(camid) for camid in camids]}")
         if frames is not None:
             conditions.append(f"frame >= {int(frames[0])} and frame <= {int(frames[1])}")
-        return self._nearest(embeddings, topk, " and ".join(conditions), exclude)
-
-    def _nearest(self, embeddings, topk, condition, exclude=None):
         exclude = exclude.tolist() if isinstance(exclude, torch.Tensor) else exclude or [[]] * len(embeddings)
         exclude = [{rows} if isinstance(rows, int) else set(rows) for rows in exclude]
-        need, quantized = topk + max(map(len, exclude), default=0), self.index_type == "IVF_SQ8"
+        need = topk + max(map(len, exclude), default=0)
         if need > DEPTH:
             raise ReidError(f"topk {topk}: Milvus returns at most {DEPTH:,} rows for a query, {need:,} are needed")
-        limit = min(10 * need if quantized else need + TIES, DEPTH)
+        limit = min(need + TIES, DEPTH)
         scores, rows = torch.full((len(embeddings), topk), -torch.inf), torch.full((len(embeddings), topk), -1)
         self._hits = {}  # replaced, not cleared: another thread may be reading the hits of its own search
-        for part in (~embeddings.isnan().any(1)).nonzero().flatten().split(max(1, (VECTORS if quantized else HITS) // limit)):
-            for i, hits in zip(part.tolist(), self._request(embeddings[part].float(), need, limit, condition)):
+        for part in (~embeddings.isnan().any(1)).nonzero().flatten().split(max(1, HITS // limit)):
+            for i, hits in zip(part.tolist(), self._request(embeddings[part].float(), need, limit, " and ".join(conditions))):
                 kept = [(score, row) for score, _, row in sorted(hits) if row not in exclude[i]][:topk]
                 for place, (score, row) in enumerate(kept):
                     scores[i, place], rows[i, place] = -score, row
         return scores, rows
 
     def _request(self, embeddings, need, limit, condition):
-        """[(-score, position, row)] for each query, unsorted; asks for more if the list ends within equal scores."""
-        fields = [*FIELDS, "vector"] if self.index_type == "IVF_SQ8" else list(FIELDS)
+        """[(-score, path, row)] for each query, unsorted; asks for more if the list ends within equal scores."""
         parameters = INDEXES[self.index_type][1](min(10 * need, DEPTH))
-        found = self.collection.call("search", data=list(embeddings.numpy()), limit=limit, filter=condition, output_fields=fields,
-                                     anns_field="vector", search_params={"metric_type": "IP", "params": parameters})
+        found = self.collection.call("search", data=list(embeddings.numpy()), limit=limit, filter=condition,
+                                     output_fields=list(FIELDS), anns_field="vector",
+                                     search_params={"metric_type": "IP", "params": parameters})
         answers = []
         for query, hits in zip(embeddings, found):
-            entities, scores = [{"key": hit["key"], **hit["entity"]} for hit in hits], [hit["distance"] for hit in hits]
-            if hits and "vector" in fields:  # the engine's scores are those of quantized embeddings
-                scores = (torch.tensor([entity.pop("vector") for entity in entities]) @ query).tolist()
-            if self.index_type == "FLAT" and len(hits) == limit < DEPTH and scores[-1] == scores[need - 1]:
+            if len(hits) == limit < DEPTH and hits[-1]["distance"] == hits[need - 1]["distance"]:
                 answers += self._request(query[None], need, min(4 * limit, DEPTH), condition)
                 continue
-            self._hits |= {entity["key"]: entity for entity in entities}
-            answers.append([(-score, entity["position"], entity["key"]) for score, entity in zip(scores, entities)])
+            self._hits |= {hit["key"]: hit["entity"] for hit in hits}
+            answers.append([(-hit["distance"], hit["entity"]["path"], hit["key"]) for hit in hits])
         return answers
 
     def add(self, extractor, records, strict=False, progress=True):
@@ -202,15 +190,26 @@ class MilvusGallery:
         path: killed at any moment, the same call goes on after the last acknowledged batch and ends with the same rows.
         Images that cannot be read are left out and listed in `bad` (`strict` raises ReidError).
         """
-        if not self._made_by(extractor.fingerprint):
-            raise ReidError("images can only be added to a gallery by the weights that made it")
-        self._require(mirror=extractor.mirror, dim=extractor.dim, data_root=str(records.root))
-        self.bad, started, progress = [], time.monotonic(), progress and distributed.rank == 0
-        start = distributed.share(self._first_position(records) if distributed.rank == 0 else None)
+        self._require(fingerprint=extractor.fingerprint, preprocessing=PREPROCESSING, mirror=extractor.mirror,
+                      dim=extractor.dim, data_root=str(records.root))
+        self.bad, started, written, progress = [], time.monotonic(), 0, progress and distributed.rank == 0
+        if distributed.rank == 0:
+            self._add_cameras(records)
         mine = torch.arange(distributed.rank, len(records), distributed.world_size)
-
-        written = self._write(records, mine, start, lambda block, _: batches(
-            extractor.stream(block.files(), strict, False, self.bad)), progress=progress)
+        with (tqdm(total=len(mine), unit="row", disable=not progress) as bar,
+              ThreadPoolExecutor(1) as pool):  # the engine takes one batch while the next is embedded
+            pending = pool.submit(int)
+            for part in mine.split(BLOCK):
+                block = records.select(part)
+                stats = file_stats(block.files())
+                new = self._new(block, stats)
+                bar.update(len(part) - len(new))
+                block, stats = block.select(new), stats[:, new]
+                for found, embeddings in batches(extractor.stream(block.files(), strict, False, self.bad)):
+                    written += pending.result()
+                    pending = pool.submit(self._upsert, embeddings, block.select(found), stats[:, found])
+                    bar.update(len(found))
+            written += pending.result()
         ranks = distributed.gather_objects((written, self.bad))
         written, self.bad = sum(count for count, _ in ranks), [item for _, bad in ranks for item in bad]
         if distributed.rank == 0:
@@ -226,71 +225,39 @@ class MilvusGallery:
 
         stats: int64 [3, N] as `reid.retrieval.index.file_stats` returns, or None to read the files.
         """
-        written = self._write(records, torch.arange(len(records)), self._first_position(records),
-                              lambda block, rows: [(torch.arange(len(rows)), embeddings[rows])], stats)
+        stats = file_stats(records.files()) if stats is None else stats
+        new = self._new(records, stats)
+        self._add_cameras(records)
+        for rows in new.split(BATCH):
+            self._upsert(embeddings[rows], records.select(rows), stats[:, rows])
         self.collection.call("flush")
-        return written
+        return len(new)
 
-    def _first_position(self, records):
-        """Position of the first of `records`, after those of earlier calls; the same list of paths gets the same again."""
-        settings = self.collection.settings()
-        start, listing = settings["start"], content_number(json.dumps(list(records.paths)).encode())
-        if listing != settings["listing"]:
-            start, self.cameras = settings["next"], sorted({*settings["cameras"], *records.camids.unique().tolist()})
-            self.collection.set(start=start, next=start + len(records), listing=listing, cameras=self.cameras)
-        return start
-
-    def _write(self, records, rows, start, embed, stats=None, progress=False):
-        """Write those of `rows` of `records` that are not in the gallery; return their number.
-
-        embed(block, rows) yields (positions in `block` int64 [n], embeddings [n, D]); `block` has the records of `rows`.
-        """
-        written = 0
-        with (tqdm(total=len(rows), unit="row", disable=not progress) as bar,
-              ThreadPoolExecutor(1) as pool):  # the engine takes one batch while the next is embedded
-            pending = pool.submit(int)
-            for part in rows.split(BLOCK):
-                block = records.select(part)
-                files = file_stats(block.files()) if stats is None else stats[:, part]
-                changed = self._changed(block, files[2].tolist())
-                bar.update(len(part) - len(changed))
-                part, block, files = part[changed], block.select(changed), files[:, changed]
-                for found, embeddings in embed(block, part):
-                    written += pending.result()
-                    pending = pool.submit(self._upsert, block.select(found), embeddings, part[found] + start, files[:, found])
-                    bar.update(len(found))
-            return written + pending.result()
-
-    def _changed(self, block, contents):
-        """Positions in `block` of the images that are not in the gallery, or with other contents: int64 [n]."""
-        keys, changed = [key_of(path) for path in block.paths], []
-        there = self.collection.fetch(keys, ["path", "content"])
-        for i, (key, path, content) in enumerate(zip(keys, block.paths, contents)):
-            row = there.setdefault(key, {"path": path, "content": None})
+    def _new(self, records, stats):
+        """Positions in `records` of the images that are not in the gallery, or with other contents: int64 [n]."""
+        keys, new = [key_of(path) for path in records.paths], []
+        there = self.collection.fetch(keys, ["content"])
+        for i, (key, path, content) in enumerate(zip(keys, records.paths, stats[2].tolist())):
             if any("\ud800" <= letter <= "\udfff" for letter in path):
-                self.bad.append((block.root / path, "its name is not UTF-8, which Milvus requires; rename it"))
-            elif path != row["path"]:
-                self.bad.append((block.root / path, "its path has the same 63-bit key as another; rename it"))
-            elif content != row["content"]:
-                changed.append(i)
-        return torch.tensor(changed, dtype=torch.int64)
+                self.bad.append((records.root / path, "its name is not UTF-8, which Milvus requires; rename it"))
+            elif key not in there or there[key]["content"] != content:
+                new.append(i)
+        return torch.tensor(new, dtype=torch.int64)
 
-    def _upsert(self, records, embeddings, positions, files):
-        columns = torch.stack([records.pids, records.camids, records.seqs, records.frames, positions, *files], 1).tolist()
+    def _upsert(self, embeddings, records, stats):
+        columns = torch.stack([records.pids, records.camids, records.seqs, records.frames, *stats], 1).tolist()
         vectors = embeddings.half().float().numpy()  # rounded as in the .pt index: both hold the same numbers and rank alike
-        return self.collection.write([{"key": key_of(path), "path": path, "vector": vector, **dict(zip(NUMBERS, numbers))}
-                                      for path, vector, numbers in zip(records.paths, vectors, columns)])
+        self.collection.call("upsert", data=[{"key": key_of(path), "path": path, "vector": vector, **dict(zip(NUMBERS, numbers))}
+                                             for path, vector, numbers in zip(records.paths, vectors, columns)])
+        return len(vectors)
 
-    def remove(self, paths):
-        """Delete the images of these paths (relative to data_root); return how many there were."""
-        rows = list(self.collection.fetch([key_of(path) for path in paths], ["key"]))
-        if rows:
-            self.collection.call("delete", ids=rows)
-        return len(rows)
+    def _add_cameras(self, records):
+        self.cameras = sorted({*self.collection.settings()["cameras"], *records.camids.unique().tolist()})
+        self.collection.set(cameras=self.cameras)
 
     def download(self, limit=2_000_000, condition=""):
-        """Return the rows that meet `condition` as a GalleryIndex, in the order in which the images came. `limit` is that of a
-        whole gallery: 2 million embeddings of 1,024 numbers are 4 GiB as float16."""
+        """Return the rows that meet `condition` as a GalleryIndex, sorted by path. `limit` is that of a whole gallery: 2 million
+        embeddings of 1,024 numbers are 4 GiB as float16."""
         if not condition and (count := len(self)) > limit:
             raise ReidError(f"{self.uri}: {count:,} rows, but at most {limit:,} are evaluated in memory; evaluate on a dataset "
                             "of its own, and search the large gallery")
@@ -298,47 +265,43 @@ class MilvusGallery:
         for block in self.collection.read(["path", *NUMBERS, "vector"], condition):
             embeddings.append(torch.tensor([row.pop("vector") for row in block]).half())
             rows += block
-        order = sorted(range(len(rows)), key=lambda i: (rows[i]["position"], rows[i]["path"]))
-        rows = [rows[i] for i in order]
-        numbers = {name: torch.tensor([row[name] for row in rows], dtype=torch.int64) for name in NUMBERS}
-        records = Records(Path(self.data_root), [row["path"] for row in rows], *(numbers[name] for name in FIELDS[1:5]))
-        index = GalleryIndex(torch.cat(embeddings)[order], records, self.fingerprint, self.mirror,
-                             [numbers[name] for name in ("size", "mtime", "content")])
+        order = sorted(range(len(rows)), key=lambda i: rows[i]["path"])
+        pids, camids, seqs, frames, *stats = (torch.tensor([rows[i][name] for i in order], dtype=torch.int64) for name in NUMBERS)
+        records = Records(Path(self.data_root), [rows[i]["path"] for i in order], pids, camids, seqs, frames)
+        index = GalleryIndex(torch.cat(embeddings)[order], records, self.fingerprint, self.mirror, stats)
         index.threshold, index.false_accept_rate = self.threshold, self.false_accept_rate
         return index
 
     def recall(self, k=10, sample=100, limit=200_000):
         """Return (recall@k of `nearest` against exact search, rows compared). `sample` images of the gallery are the queries; of
-        a gallery with more than `limit` rows, the first `limit` images are searched."""
-        condition = f"position < {limit}" if len(self) > limit else ""
+        a gallery with more than `limit` rows, about so many are compared: keys are hashes, so low keys are a random part."""
+        size = max(len(self), 1)
+        condition = f"key <= {(2**63 - 1) * min(limit, size) // size}"
         index = self.download(condition=condition)
-        if not len(index):
-            raise ReidError(f"{self.uri}: the gallery of {self.run} is empty")
         queries = index.embeddings[:: max(1, len(index) // sample)][:sample].float()
         exact = index.nearest(queries, min(k, len(index)))[1]
-        keys = torch.tensor([[key_of(index.paths[row]) for row in rows] for rows in exact.tolist()])
-        found = self._nearest(queries, exact.shape[1], condition)[1]
+        keys = torch.tensor([key_of(path) for path in index.paths])[exact]
+        found = self.nearest(queries, exact.shape[1], condition=condition)[1]
         return float((found[:, :, None] == keys[:, None]).any(1).float().mean()), len(index)
 
 
 class _Column:
-    """One field of the rows of a gallery, indexed by row numbers: int64 [n], a list, or one number."""
+    """One field of the rows of a gallery. A row number gives one value, a tensor of them a tensor of the values."""
 
     def __init__(self, gallery, field):
         self.gallery, self.field = gallery, field
 
     def __getitem__(self, rows):
-        rows, vectors = torch.as_tensor(rows, dtype=torch.int64), self.field == "vector"
-        keys, found = rows.flatten().tolist(), {} if vectors else self.gallery._hits
+        rows = torch.as_tensor(rows)
+        keys = rows.flatten().tolist()
+        found = {} if self.field == "vector" else self.gallery._hits
         if missing := [key for key in keys if key not in found]:
-            found |= self.gallery.collection.fetch(missing, ["vector"] if vectors else FIELDS)
+            found |= self.gallery.collection.fetch(missing, [self.field] if self.field == "vector" else FIELDS)
         if gone := [key for key in keys if key not in found]:
             raise ReidError(f"{self.gallery.uri}: no row {gone[0]}; it was removed")
         values = [found[key][self.field] for key in keys]
-        if self.field == "path":
-            return values if rows.ndim else values[0]
-        shape = (*rows.shape, self.gallery.dim) if vectors else rows.shape
-        return torch.tensor(values, dtype=torch.float32 if vectors else torch.int64).reshape(shape)
+        values = values if rows.ndim else values[0]
+        return values if self.field == "path" else torch.tensor(values)
 
 
 def key_of(path):

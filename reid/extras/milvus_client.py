@@ -3,10 +3,10 @@
 import json
 import logging
 import os
+import re
 import time
 from contextlib import suppress
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import torch
 
@@ -18,13 +18,12 @@ TIMEOUT = 60  # seconds that a call may take, and for which it is repeated while
 DEPTH = 16_384  # rows that Milvus returns at most for one query
 VECTORS = 2048  # embeddings in one reply: 8 MiB if they have 1,024 numbers; gRPC ends at 64 MiB
 BATCH = 1024  # rows of one write, which is acknowledged as a whole
-NUMBERS = ("pid", "camid", "seq", "frame", "position", "size", "mtime", "content")  # int64 fields besides the primary key
+NUMBERS = ("pid", "camid", "seq", "frame", "size", "mtime", "content")  # int64 fields besides the primary key
 INDEXES = {  # name -> (parameters of the build, parameters of a search that looks at n rows or more)
     "FLAT": ({}, lambda n: {}),
     "HNSW": ({"M": 16, "efConstruction": 200}, lambda n: {"ef": max(2 * n, 128)}),
     "IVF_SQ8": ({"nlist": 1024}, lambda n: {"nprobe": 64}),
 }
-SAFE = "every acknowledged row is kept; the same command goes on with the rest"
 
 
 def is_file(uri):
@@ -35,15 +34,10 @@ def is_file(uri):
 def connect(uri):
     """Return a MilvusClient; raise ReidError without pymilvus, for a wrong address, or if no engine answers."""
     if is_file(uri):
-        if Path(uri).is_file():
-            raise ReidError(f"{uri}: is a file, but milvus-lite keeps a folder; choose another name")
         Path(uri).parent.mkdir(parents=True, exist_ok=True)
-    else:
-        parts = urlsplit(uri)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ReidError(f"--gallery_uri {without_secrets(uri)}: give index/<run>.pt, a name.db, or http://host:19530")
-        if "@" in uri or parts.query:
-            raise ReidError(f"--gallery_uri {without_secrets(uri)}: no password in an address; put user:password in {TOKEN}")
+    elif not re.fullmatch("https?://[^@?/]+(/[^@?]*)?", uri):
+        raise ReidError(f"--gallery_uri {without_secrets(uri)}: give index/<run>.pt, a name.db, or http://host:19530; "
+                        f"user:password belongs in {TOKEN}")
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         from pymilvus import MilvusClient
@@ -55,7 +49,7 @@ def connect(uri):
         return MilvusClient(str(uri), token=os.environ.get(TOKEN, ""), timeout=TIMEOUT, dedicated=True,
                             grpc_options={"grpc.use_local_subchannel_pool": 1})
     except Exception as error:  # MilvusException, and anything from the embedded engine
-        advice = ("does another process use it? Only one can open a file; start `milvus-lite server` for more"
+        advice = ("is it a folder? Does another process use it? Only one can: start `milvus-lite server` for more"
                   if is_file(uri) else f"check the address, whether the server runs, and {TOKEN} if it wants one")
         raise ReidError(f"{uri}: no Milvus engine ({_reason(error)}); {advice}") from None
 
@@ -85,8 +79,8 @@ class Collection:
 
     def failure(self, method, error):
         """Return the ReidError for what pymilvus raised."""
-        safe = SAFE if method in ("upsert", "flush", "delete") else "the rows are as they were"
-        return ReidError(f"{self.uri}: {method} failed ({_reason(error)}); {safe}")
+        return ReidError(f"{self.uri}: {method} failed ({_reason(error)}); every acknowledged row is kept, and the same command "
+                         "goes on with the rest")
 
     def create(self, dim, index_type, **settings):
         """Create the collection, empty and ready to be searched."""
@@ -126,8 +120,9 @@ class Collection:
 
     def fetch(self, keys, fields):
         """Return {key: {field: value}} of the rows that exist among `keys`, a list."""
-        return {row["key"]: row for part in parts(keys, VECTORS if "vector" in fields else DEPTH)
-                for row in self.call("get", ids=part, output_fields=list(fields))}
+        size = VECTORS if "vector" in fields else DEPTH
+        return {row["key"]: row for first in range(0, len(keys), size)
+                for row in self.call("get", ids=keys[first : first + size], output_fields=list(fields))}
 
     def read(self, fields, condition=""):
         """Yield every row that meets `condition`, as lists of {field: value} in no particular order."""
@@ -138,13 +133,6 @@ class Collection:
         except Exception as error:
             raise self.failure("query_iterator", error) from None
         iterator.close()
-
-    def write(self, rows):
-        """Write rows, dicts of all fields, in batches that the engine acknowledges; return their number."""
-        for batch in parts(rows, BATCH):
-            if (count := self.call("upsert", data=batch)["upsert_count"]) != len(batch):
-                raise ReidError(f"{self.uri}: {count} of {len(batch)} rows were acknowledged; {SAFE}")
-        return len(rows)
 
 
 def batches(stream):
@@ -157,11 +145,6 @@ def batches(stream):
             pieces = []
     if pieces:
         yield map(torch.cat, zip(*pieces))
-
-
-def parts(items, size):
-    """Cut a list into lists of `size`."""
-    return (items[first : first + size] for first in range(0, len(items), size))
 
 
 def _is_outage(error):
