@@ -22,10 +22,12 @@ import re
 import signal
 import socket
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import torch
@@ -50,19 +52,20 @@ except ImportError as missing:
 UPLOAD_LIMIT = 10 << 20  # bytes of an image file
 WAITING = 256  # searches in the queue, and connections that are answered; more are refused with 503
 CONNECTIONS = 512  # open connections; more are closed at once, so that the process keeps file descriptors
-HEADER_SECONDS, STALL_SECONDS, BODY_SECONDS = 15, 30, 300  # for a header; without a byte of the body; for the whole body
+HEADER_SECONDS, BODY_SECONDS = 15, 120  # for the header of a request, and for its body
 SAMPLE, NEIGHBOURS = 24, 50  # images to choose from; those of an engine are drawn from so many near a random direction
 PICTURE = 512  # pixels, the longer side of what /image sends at most
 
 
-class Job(NamedTuple):
-    """A search that waits. query: pixels, uint8 [3, H, W], or the embedding [D] of the gallery image `row` (else -1)."""
+@dataclass(eq=False)
+class Job:
+    """A search. query: pixels, uint8 [3, H, W], or the embedding [D] of the gallery image `row`; answer: values or an error."""
 
     query: torch.Tensor
-    row: int
     topk: int
-    cameras: tuple
-    answer: asyncio.Future
+    cameras: frozenset
+    row: int = -1
+    answer: dict | Exception | None = None
 
 
 class Searcher:
@@ -73,50 +76,47 @@ class Searcher:
         cameras = index.cameras if hasattr(index, "cameras") else index.camids.unique().tolist()
         self.cameras = sorted(set(cameras) - {UNKNOWN})
         self.rows = index if hasattr(index, "__contains__") else range(len(index))  # an engine's rows are any 63 bits
-        self.waiting, self.worker, self.thread = [], None, ThreadPoolExecutor(1, "search")
+        self.waiting, self.thread = deque(), ThreadPoolExecutor(1, "search")
 
-    async def search(self, query, topk, cameras, row=-1):
-        """Search for `query` (see Job) in these cameras, or in all, and return the values of the answer."""
+    async def search(self, job):
+        """Return the values of the answer to a Job."""
         started = time.perf_counter()
-        if missing := sorted(set(cameras) - set(self.cameras)):
+        if missing := sorted(job.cameras - set(self.cameras)):
             raise HTTPException(400, f"camera {missing[0]}: the gallery has {', '.join(map(str, self.cameras)) or 'none'}")
         if len(self.waiting) >= WAITING:
-            raise HTTPException(503, "too many searches at once, try again", {"Retry-After": "2"})
-        job = Job(query, row, topk, tuple(sorted(set(cameras))), asyncio.get_running_loop().create_future())
+            raise HTTPException(503, "too many searches at once, try again")
         self.waiting.append(job)
-        if self.worker is None or self.worker.done():
-            self.worker = asyncio.create_task(self._work())
-        return await job.answer | {"threshold": self.index.threshold, "seconds": round(time.perf_counter() - started, 4)}
+        await asyncio.get_running_loop().run_in_executor(self.thread, self._work, job)
+        if isinstance(job.answer, Exception):
+            raise job.answer
+        return job.answer | {"threshold": self.index.threshold, "seconds": round(time.perf_counter() - started, 4)}
 
-    async def _work(self):
-        while self.waiting:
-            batch = self.waiting[: self.extractor.batch_size]
-            del self.waiting[: len(batch)]
+    def _work(self, job):
+        """Answer the jobs that wait, in batches, until `job` has its answer, which an earlier call may have given."""
+        while job.answer is None:
+            batch = [self.waiting.popleft() for _ in range(min(len(self.waiting), self.extractor.batch_size))]
             try:
-                answers = await asyncio.get_running_loop().run_in_executor(self.thread, self._search, batch)
+                self._answer(batch)
             except Exception as error:  # such as a lack of memory: these searches fail, the server goes on
-                answers = [HTTPException(503, str(error)) if isinstance(error, ReidError) else error] * len(batch)
-            for job, answer in zip(batch, answers):
-                if not job.answer.done():  # the client may have left
-                    (job.answer.set_exception if isinstance(answer, Exception) else job.answer.set_result)(answer)
+                for failed in batch:
+                    failed.answer = HTTPException(503, str(error)) if isinstance(error, ReidError) else error
 
-    def _search(self, batch):
-        """The answer to each job, with one search for each set of cameras. An image is not a result of itself."""
-        pixels = [job.query for job in batch if job.query.ndim == 3]
+    def _answer(self, batch):
+        """Embed a batch together, and search once for each set of cameras. An image is not a result of itself."""
+        pixels = [job.query for job in batch if job.row < 0]
         embedded = iter(self.extractor.embed(pixels) if pixels else ())
-        vectors, answers = [next(embedded) if job.query.ndim == 3 else job.query for job in batch], {}
+        for job in batch:
+            job.query = next(embedded) if job.row < 0 else job.query
         for cameras in {job.cameras for job in batch}:
-            group = [i for i, job in enumerate(batch) if job.cameras == cameras]
-            lists = self.index.search(torch.stack([vectors[i] for i in group]), max(batch[i].topk for i in group),
-                                      camids=list(cameras) or None, exclude=torch.tensor([batch[i].row for i in group]))
-            for i, ranked in zip(group, lists):
-                query = self.describe(batch[i].row) if batch[i].row >= 0 else None
+            group = [job for job in batch if job.cameras == cameras]
+            lists = self.index.search(torch.stack([job.query for job in group]), max(job.topk for job in group),
+                                      camids=sorted(cameras) or None, exclude=torch.tensor([job.row for job in group]))
+            for job, ranked in zip(group, lists):
+                query = self.describe(job.row) if job.row >= 0 else None
                 pid = query["pid"] if query else UNKNOWN_PID
-                answers[i] = {"query": query, "results": [
+                job.answer = {"query": query, "results": [
                     self.describe(hit.row) | {"position": hit.position, "score": hit.score, "match": hit.match,
-                                              "verdict": verdict(pid, hit.pid)}
-                    for _, hit in zip(range(batch[i].topk), ranked)]}
-        return [answers[i] for i in range(len(batch))]
+                                              "verdict": verdict(pid, hit.pid)} for hit in islice(ranked, job.topk)]}
 
     def check(self, row):
         """Return `row`; raise HTTPException if the gallery does not have it."""
@@ -166,16 +166,10 @@ def create_app(extractor, index, allowed_hosts=(), index_file=None, topk_limit=2
                           "threshold": index.threshold, "topk_limit": topk_limit, "upload_limit": UPLOAD_LIMIT,
                           "version": os.urandom(4).hex()})  # browsers must not show cached images of another index
 
-    @asynccontextmanager
-    async def lifespan(app):
-        yield
-        searcher.thread.shutdown(cancel_futures=True)
-        decoders.shutdown(cancel_futures=True)
-
     async def run(pool, function, *args):
         return await asyncio.get_running_loop().run_in_executor(pool, function, *args)
 
-    app = FastAPI(title="reid", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="reid", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.changed = lambda: _stamp(index_file) != loaded
     _harden(app, policy, {"localhost", *(name.lower() for name in allowed_hosts)})
     topk_query, camera_query = Query(min(20, topk_limit), ge=1, le=topk_limit), Query([])
@@ -188,12 +182,12 @@ def create_app(extractor, index, allowed_hosts=(), index_file=None, topk_limit=2
     async def search_image(request: Request, topk: int = topk_query, camera: list[int] = camera_query):
         body = await _read(request)
         pixels = await run(decoders, lambda: images.resize([images.decode(body)], extractor.size)[0])
-        return await searcher.search(pixels, topk, camera)
+        return await searcher.search(Job(pixels, topk, frozenset(camera)))
 
     @app.get("/search")
     async def search_row(row: int, topk: int = topk_query, camera: list[int] = camera_query):
         vector = await run(searcher.thread, lambda: index.embeddings[searcher.check(row)].float())
-        return await searcher.search(F.normalize(vector, dim=0), topk, camera, row)
+        return await searcher.search(Job(F.normalize(vector, dim=0), topk, frozenset(camera), row))
 
     @app.get("/sample")
     async def sample():
@@ -213,11 +207,11 @@ def create_app(extractor, index, allowed_hosts=(), index_file=None, topk_limit=2
 
 def _harden(app, policy, names):
     """Refuse requests of other sites, answer errors as {"error": one line}, and restrict what a browser does with answers."""
-    def failed(status, message, headers=None):
-        return JSONResponse({"error": message}, status, headers)
+    def failed(status, message):
+        return JSONResponse({"error": message}, status)
 
     app.add_exception_handler(ReidError, lambda request, error: failed(400, str(error)))
-    app.add_exception_handler(AnyHTTPException, lambda request, error: failed(error.status_code, error.detail, error.headers))
+    app.add_exception_handler(AnyHTTPException, lambda request, error: failed(error.status_code, error.detail))
     app.add_exception_handler(RequestValidationError, lambda request, error: failed(
         400, "; ".join(f"{e['loc'][1]}: {e['msg']}" for e in error.errors())))
     app.add_exception_handler(Exception, lambda request, error: failed(500, "the server failed; its log has the reason"))
@@ -250,10 +244,10 @@ def _refusal(request, names):
 
 
 def _stamp(file):
-    """(inode, size, modification time) of a file, or None."""
-    with suppress(OSError):
-        found = os.stat(file) if file else None
-        return found and (found.st_ino, found.st_size, found.st_mtime_ns)
+    """(inode, size, modification time) of a file; None if there is none."""
+    with suppress(OSError, TypeError):
+        found = os.stat(file)
+        return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _page(info):
@@ -270,18 +264,15 @@ async def _read(request):
     """Read the body, whose size is counted because Content-Length may be wrong, within a time limit."""
     if request.headers.get("content-type", "").lower().startswith("multipart/"):
         raise HTTPException(415, "send the image file itself as the body: curl --data-binary @crop.jpg")
-    body, now = bytearray(), asyncio.get_running_loop().time
+    body = bytearray()
     try:
-        async with asyncio.timeout(BODY_SECONDS), asyncio.timeout(STALL_SECONDS) as stall:
+        async with asyncio.timeout(BODY_SECONDS):
             async for chunk in request.stream():
-                stall.reschedule(now() + STALL_SECONDS)
                 body += chunk
                 if len(body) > UPLOAD_LIMIT:  # uvicorn reads and drops the rest
                     raise HTTPException(413, f"the image file is larger than {UPLOAD_LIMIT >> 20} MB")
-    except TimeoutError as error:
-        raise HTTPException(408, "the upload took too long", {"Connection": "close"}) from error
-    except ClientDisconnect as error:
-        raise HTTPException(400, "the upload broke off") from error
+    except (TimeoutError, ClientDisconnect) as error:
+        raise HTTPException(408, "the upload took too long or broke off") from error
     return bytes(body)
 
 
@@ -292,17 +283,11 @@ class Protocol(H11Protocol):
         super().connection_made(transport)
         if len(self.connections) > CONNECTIONS:
             transport.abort()
-        self.expire()
+        self.loop.call_later(HEADER_SECONDS, self.expire)
 
-    def expire(self, idle_after=...):
-        """Close the connection if no request has arrived since the last call, HEADER_SECONDS ago."""
-        if self.transport.is_closing():
-            return
-        idle = self.cycle is None or self.cycle.response_complete
-        if idle and self.cycle is idle_after:
+    def expire(self):
+        if self.cycle is None:  # no request has arrived
             self.transport.abort()
-        else:
-            self.loop.call_later(HEADER_SECONDS, self.expire, self.cycle if idle else ...)
 
 
 def listen(host, port):
@@ -321,16 +306,12 @@ def make_server(app):
         server.should_exit |= app.state.changed()
 
     server = uvicorn.Server(uvicorn.Config(
-        app, http=Protocol, ws="none", lifespan="on", log_level="error", access_log=False, server_header=False,
+        app, http=Protocol, ws="none", lifespan="off", log_level="error", access_log=False, server_header=False,
         backlog=64,  # asyncio accepts so many connections before `Protocol` can close one
         limit_concurrency=WAITING, timeout_graceful_shutdown=5, callback_notify=stop_if_changed, timeout_notify=1))
-    logging.getLogger("uvicorn.error").addFilter(_keep_record)
+    logging.getLogger("uvicorn.error").addFilter(  # no tracebacks of the requests that are cancelled when the server stops
+        lambda record: not record.exc_info or not isinstance(record.exc_info[1], asyncio.CancelledError))
     return server
-
-
-def _keep_record(record):
-    """Leave the tracebacks of requests that are cancelled when the server stops out of the log."""
-    return not record.exc_info or not isinstance(record.exc_info[1], asyncio.CancelledError)
 
 
 def serve(app, listener):

@@ -104,7 +104,7 @@ def test_build_add_and_search(tmp_path):
     assert ranked[0].path == str(tmp_path / "data/g/0007.jpg") and ranked[0].score > 0.999
     [other] = gallery.search(embedding(b"another image")[None], 1, exclude=ranked.rows[:1])
     assert other[0].row != ranked[0].row
-    with pytest.raises(ReidError, match="made with fingerprint 0{32}, not 1{32}"):
+    with pytest.raises(ReidError, match=r"made with fingerprint 0{32}, not 1{32}"):
         gallery.add(FakeExtractor("1" * 32), records)
     gallery.collection.call("delete", filter="path == 'g/0007.jpg'")  # as docs/scale.md says
     assert len(gallery) == 49 and extractor.embedded == 51
