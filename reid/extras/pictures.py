@@ -1,7 +1,6 @@
 """Pictures of ranked lists: each query beside its hits. Drawn with Pillow; needs no display and no font file."""
 
 import math
-from bisect import bisect_right
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,7 +18,7 @@ PER_LINE, LINES = 10, 10  # hits on a line; lines of a sheet (a query takes one 
 WIDTH, HEIGHT, BORDER = 128, 256, 5  # pixels: a crop is fitted into WIDTH x HEIGHT
 FRAME = (WIDTH + 2 * BORDER, HEIGHT + 2 * BORDER)
 CELL = (FRAME[0] + 14, FRAME[1] + 76)  # with the caption below
-MARGIN, QUERY_GAP, LEGEND = 28, 26, (240, 30)
+MARGIN, QUERY_GAP, LEGEND = 28, 26, 30
 
 INK, FAINT, RULE, PAPER, LETTERBOX = "#1f2328", "#6e7781", "#d8dee4", "#ffffff", "#eef0f2"
 # Okabe and Ito's green and vermilion, distinct for every kind of colour vision; the badges show the same without colour.
@@ -48,14 +47,6 @@ def identity(pid, path):
     return f"id {name}" if name.isdecimal() else name
 
 
-def picture_format(path):
-    """Pillow's name of the format that the suffix of `path` selects. Raises ReidError for others, and for a folder."""
-    path = Path(path)
-    if path.is_dir() or path.suffix.lower() not in FORMATS:
-        raise ReidError(f"--output {path}: give a file that ends in {', '.join(FORMATS)}")
-    return FORMATS[path.suffix.lower()]
-
-
 def draw_ranking(output, ranked_lists, positions=None):
     """Draw ranked lists into picture files and return the paths written.
 
@@ -63,8 +54,9 @@ def draw_ranking(output, ranked_lists, positions=None):
     ranked_lists: list of RankedList; with a threshold each hit is marked as match or no match. positions: draw only these
     ranks, such as (1, 5, 10, 15); default: all up to MAX_HITS. An image that cannot be read becomes a tile that says so.
     """
-    kind, output = picture_format(output), Path(output)
-    sheets, room = [], 0
+    output, sheets, written, room = Path(output), [], [], 0
+    if output.is_dir() or output.suffix.lower() not in FORMATS:
+        raise ReidError(f"--output {output}: give a file that ends in {', '.join(FORMATS)}")
     for ranked in ranked_lists:
         shown = [ranked[p - 1] for p in positions or range(1, MAX_HITS + 1) if 0 < p <= len(ranked)]
         if _lines(shown) > room:
@@ -72,12 +64,11 @@ def draw_ranking(output, ranked_lists, positions=None):
             room = LINES
         sheets[-1].append((ranked, shown))
         room -= _lines(shown)
-    written = []
     for number, sheet in enumerate(sheets, 1):
         file = output.with_stem(f"{output.stem}-{number:03d}") if len(sheets) > 1 else output
         picture = _draw_sheet(sheet)
         with atomic_path(file) as temporary:
-            picture.save(temporary, kind, **({"compress_level": 3} if kind == "PNG" else {"quality": 92}))
+            picture.save(temporary, FORMATS[output.suffix.lower()], compress_level=3, quality=92)  # of PNG; of the others
         written.append(file)
     return written
 
@@ -91,9 +82,9 @@ def _draw_sheet(sheet):
     columns = max(1, min(PER_LINE, max(len(shown) for _, shown in sheet)))
     width = 2 * MARGIN + CELL[0] * (1 + columns) + QUERY_GAP
     present = {verdict(ranked.query.pid, hit.pid) for ranked, shown in sheet for hit in shown}
-    legend, per_line = [kind for kind in MEANING if kind in present], (width - 2 * MARGIN) // LEGEND[0]
+    legend = [kind for kind in MEANING if kind in present]
     bottom = MARGIN + CELL[1] * sum(_lines(shown) for _, shown in sheet)
-    picture = Image.new("RGB", (width, bottom + LEGEND[1] * math.ceil(len(legend) / per_line) + MARGIN // 2), PAPER)
+    picture = Image.new("RGB", (width, bottom + LEGEND * len(legend) + MARGIN // 2), PAPER)
     draw, top = ImageDraw.Draw(picture), MARGIN
     for ranked, shown in sheet:
         if top > MARGIN:
@@ -112,10 +103,8 @@ def _draw_sheet(sheet):
             _caption(draw, x, y, f"{hit.score:.3f}{match}", FAINT if hit.match is False else INK, hit.pid, hit.camid, hit.path)
         top += CELL[1] * _lines(shown)
     for i, kind in enumerate(legend):
-        line, column = divmod(i, per_line)
-        x, y = MARGIN + LEGEND[0] * column, bottom + LEGEND[1] * line
-        picture.paste(_badge(kind), (x, y), _badge(kind))
-        draw.text((x + 30, y + 11), MEANING[kind], FAINT, _font(14), "lm")
+        picture.paste(_badge(kind), (MARGIN, bottom + LEGEND * i), _badge(kind))
+        draw.text((MARGIN + 30, bottom + LEGEND * i + 11), MEANING[kind], FAINT, _font(14), "lm")
     return picture
 
 
@@ -131,14 +120,12 @@ def _caption(draw, x, y, headline, ink, pid, camid, path):
 
 def ellipsis(text, font, width):
     """Cut `text` in the middle so that it is at most `width` pixels wide."""
-    text = "".join(c if c.isprintable() else "?" for c in text)  # Pillow fails on line breaks and surrogates
-    if font.getlength(text) <= width:
-        return text
-
-    def cut(kept):
-        return text[: (kept + 1) // 2] + "…" + text[len(text) - kept // 2 :]
-
-    return cut(max(0, bisect_right(range(len(text)), width, key=lambda kept: font.getlength(cut(kept))) - 1))
+    text = short = "".join(c if c.isprintable() else "?" for c in text)  # Pillow fails on line breaks and surrogates
+    kept = len(text)
+    while kept and font.getlength(short) > width:
+        kept -= 1
+        short = text[: (kept + 1) // 2] + "…" + text[len(text) - kept // 2 :]
+    return short
 
 
 def _tile(picture, x, y, file, kind, label):
@@ -196,7 +183,7 @@ def _frame(kind):
 
 @lru_cache
 def _badge(kind):
-    """A disc with a tick (right), a cross (wrong, distractor) or a bar (junk); a ring for unlabelled."""
+    """A disc with a tick (right), a cross (wrong, distractor) or a bar (junk)."""
     cross, bar, tick = [[(8, 8), (16, 16)], [(8, 16), (16, 8)]], [[(7, 12), (17, 12)]], [[(7, 12.5), (10.5, 16), (17, 8.5)]]
     strokes = {"right": tick, "wrong": cross, "distractor": cross, "junk": bar, "unlabelled": []}[kind]
 
@@ -204,12 +191,7 @@ def _badge(kind):
         draw.ellipse([0, 0, 24 * s - 1, 24 * s - 1], fill=PAPER)
         draw.ellipse([2 * s, 2 * s, 22 * s - 1, 22 * s - 1], fill=COLOURS[kind])
         for stroke in strokes:
-            points = [(x * s, y * s) for x, y in stroke]
-            draw.line(points, PAPER, round(2.4 * s), "curve")
-            for x, y in (points[0], points[-1]):
-                draw.ellipse([x - 1.2 * s, y - 1.2 * s, x + 1.2 * s, y + 1.2 * s], fill=PAPER)
-        if not strokes:
-            draw.ellipse([7 * s, 7 * s, 17 * s, 17 * s], fill=PAPER)
+            draw.line([(x * s, y * s) for x, y in stroke], PAPER, round(2.4 * s), "curve")
     return _smooth((24, 24), paint)
 
 

@@ -85,7 +85,7 @@ def test_sheets_are_numbered(crop, tmp_path, queries, hits, files):
     assert [file.name for file in written] == names
     assert sorted(file.name for file in tmp_path.glob("*.png")) == names
     for file in written:
-        assert Image.open(file).height <= pictures.CELL[1] * pictures.LINES + 3 * pictures.LEGEND[1] + 2 * pictures.MARGIN
+        assert Image.open(file).height <= pictures.CELL[1] * pictures.LINES + pictures.LEGEND + 2 * pictures.MARGIN
 
 
 def test_many_hits_are_capped(crop, tmp_path):
