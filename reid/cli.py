@@ -1,7 +1,6 @@
 """What the scripts share: errors as one line, ranges of arguments, help, and text that is safe to print."""
 
 import argparse
-import errno
 import os
 import re
 import sys
@@ -10,13 +9,6 @@ from pathlib import Path
 
 from reid import ReidError
 
-ADVICE = {  # for an error of the operating system, which then ends the script with one line
-    **dict.fromkeys([errno.ENOSPC, errno.EROFS, errno.EDQUOT], "free some space or choose another folder"),
-    **dict.fromkeys([errno.EACCES, errno.EPERM], "check its permissions"),
-    **dict.fromkeys([errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP], "try another"),
-    **dict.fromkeys([errno.EIO, errno.ESTALE], "check the disk or the network"), errno.EMFILE: "raise the limit of ulimit -n",
-    errno.EFBIG: "raise the limit of ulimit -f or choose another disk",
-}
 # control characters, separators of lines, and marks that reverse the direction of text
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
@@ -105,11 +97,12 @@ def run(parser, main):
         sys.stdout = None
         status = 141
     except OSError as error:
-        if error.errno not in ADVICE:
+        if error.errno is None:  # not from the operating system
             raise
-        status = fail(parser.prog, f"{error.filename or 'write'}: {error.strerror}; {ADVICE[error.errno]}")
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "allocate memory" not in str(error) and "out of memory" not in str(error):
+        status = fail(parser.prog, f"{error.filename or 'write'}: {error.strerror}; check the path, its permissions, the free "
+                      "space and the limits of ulimit")
+    except (MemoryError, RuntimeError) as error:  # torch's are RuntimeErrors
+        if isinstance(error, RuntimeError) and not re.search("allocate memory|out of memory", str(error)):
             raise
         status = fail(parser.prog, "not enough memory; a smaller --batch_size or smaller images need less")
     sys.exit(status)

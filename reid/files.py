@@ -1,6 +1,5 @@
 """Write files whole or not at all, verify what is read, and keep other processes away."""
 
-import ctypes
 import errno
 import hashlib
 import os
@@ -31,10 +30,8 @@ def atomic_path(path):
     symbolic link stays one, and the new file has the permissions of the old. Temporary files of killed processes are
     removed. Raises ReidError if `path` is not a regular file or is read-only.
     """
-    if os.path.exists(path) and not os.path.isfile(path):  # for root, a rename would replace /dev/null
-        raise ReidError(f"{path}: is not a file that can be written; choose another name")
-    if os.path.exists(path) and not os.access(path, os.W_OK):
-        raise ReidError(f"{path}: is read-only; change its permissions or choose another name")
+    if os.path.exists(path) and not (os.path.isfile(path) and os.access(path, os.W_OK)):  # root could replace /dev/null
+        raise ReidError(f"{path}: is not a file, or is read-only; choose another name")
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(target.parent)
@@ -107,32 +104,14 @@ def _lock(fd):
 
 
 def fsync_folder(folder):
-    """Wait until the names in `folder` are on disk."""
+    """Wait until the names in `folder` are on disk, where the file system has such an operation."""
     if os.name == "posix":
-        with _where_supported(), _opened(folder) as fd:
-            os.fsync(fd)
-
-
-def fsync_tree(folder):
-    """Wait until everything in the file system of `folder` is on disk: one call for a tree of 36,000 files."""
-    if os.name != "posix":
-        return
-    libc = ctypes.CDLL(None, use_errno=True)
-    with _opened(folder) as fd, _where_supported():
-        if not hasattr(libc, "syncfs"):
-            os.sync()
-        elif libc.syncfs(fd):  # Linux: waits for this file system only, and reports its errors
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
-
-
-@contextmanager
-def _where_supported():
-    """Ignore that a file system has no such operation; raise what a broken or full disk reports."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
-            raise
+        with _opened(folder) as fd:
+            try:
+                os.fsync(fd)
+            except OSError as error:
+                if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):  # a broken or full disk
+                    raise
 
 
 def checksum(obj):
@@ -172,12 +151,8 @@ def _check_plain(node, depth=0):
         if node.layout != torch.strided or node.device.type != "cpu" or node.is_quantized \
                 or node.numel() * node.element_size() > node.untyped_storage().nbytes():
             raise ValueError("a tensor without its bytes")
-    elif isinstance(node, dict):
-        for key, value in node.items():
-            _check_plain(key, depth + 1)
-            _check_plain(value, depth + 1)
-    elif isinstance(node, (list, tuple, set)):
-        for value in node:
+    elif isinstance(node, (dict, list, tuple, set)):
+        for value in (*node, *node.values()) if isinstance(node, dict) else node:
             _check_plain(value, depth + 1)
 
 
@@ -210,14 +185,13 @@ def load(path, kind, version, mmap=False, verify=None):
         _check_plain(record)
     except Exception as error:  # torch raises half a dozen types for damaged files, KeyError for text files
         raise ReidError(f"{path}: not a readable {kind} file ({first_line(error)}); it is damaged or not ours") from error
-    if not isinstance(record, dict) or record.get("format") != kind:
-        found = record.get("format", "a plain dict") if isinstance(record, dict) else type(record).__name__
+    found = record.get("format", "a plain dict") if isinstance(record, dict) else type(record).__name__
+    if not isinstance(record, dict) or found != kind:
         raise ReidError(f"{path}: expected a {kind} file, found {found!r:.60}")
     if record.get("version") != version:
-        found = record.get("version")
-        raise ReidError(f"{path}: {kind} version {found!r:.20}, this code reads version {version}; make it again")
+        raise ReidError(f"{path}: {kind} version {record.get('version')!r:.20}, this code reads version {version}; make it again")
     stored = record.pop("sha256", None)
-    if verify or (verify is None and path.stat().st_size <= VERIFY_LIMIT):
-        if stored != checksum(record):
-            raise ReidError(f"{path}: checksum differs, the file is damaged; restore it or make it again")
+    verify = path.stat().st_size <= VERIFY_LIMIT if verify is None else verify
+    if verify and stored != checksum(record):
+        raise ReidError(f"{path}: checksum differs, the file is damaged; restore it or make it again")
     return record
