@@ -75,11 +75,10 @@ def _fetch(url, shown, file):
             return  # complete
         if code in (408, 425, 429) or code >= 500:
             raise requests.HTTPError(f"the server answered {code} {answer.reason}", response=answer)
-        if code not in (200, 206, 416):
-            raise ReidError(f"{shown}: the server answered {code} {answer.reason}; give another --url, or --archive")
-        if code != 416 and "html" in answer.headers.get("Content-Type", ""):
-            raise ReidError(f"{shown}: the server answered with a web page, not an archive; open it in a browser, download "
-                            "the archive there and give it to --archive")
+        page = code in (200, 206) and "html" in answer.headers.get("Content-Type", "")
+        if page or code not in (200, 206, 416):
+            raise ReidError(f"{shown}: the server answered {'with a web page' if page else f'{code} {answer.reason}'}; download "
+                            "the archive in a browser and give it to --archive, or give another --url")
         continues = code == 206 and span.startswith(f"bytes {have}-")
         if not continues:
             file.seek(0)
@@ -107,13 +106,11 @@ def from_archive(path):
     Raises ReidError for what cannot be read, is encrypted, or unpacks to more than photographs do.
     """
     path, empty = Path(path), True
-    if not path.exists():
-        raise ReidError(f"{path}: no such file or folder")
     try:
         for image in _folder_images(path) if path.is_dir() else _archive_images(path):
             empty = False
             yield image
-    except ReidError:
+    except (ReidError, FileNotFoundError):
         raise
     except Exception as error:  # the archive readers raise a dozen types, among them MemoryError and struct.error
         raise ReidError(f"{path}: cannot be unpacked ({first_line(error)}); it is not a whole .zip, .tar, .tar.gz or .tar.xz "
@@ -132,11 +129,9 @@ def _wanted(member):
 
 
 def _folder_images(path):
-    for where, folders, names in os.walk(path.resolve()):
-        folders.sort()
-        for file in (Path(where, name) for name in sorted(names)):
-            if (wanted := _wanted(f"{file.parent.name}/{file.name}")) and file.is_file():  # not a dangling link
-                yield *wanted, file
+    for file in sorted(path.resolve().rglob("*")):
+        if (wanted := _wanted(str(file))) and file.is_file():  # not a dangling link
+            yield *wanted, file
 
 
 def _archive_images(path):

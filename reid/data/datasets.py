@@ -142,23 +142,20 @@ def load_training_set(roots, train_all):
     if len({Path(root).name for root in roots}) < len(roots):
         raise ReidError(f"--data_root {' '.join(roots)}: two roots with the same name; their ids could not be kept apart")
     missing = [Path(root) / "val" for root in roots if not (Path(root) / "val").is_dir()]
-    images = {}  # split -> [(file, class)]
+    images = {"train": [], "val": []}  # split -> [(file, class)]
     for split in ("train",) if missing else ("train", "val"):
-        images[split] = []
         for root in roots:
             records = read_split(root, split)
             records = records.select(records.pids > DISTRACTOR)
             names = [pid if len(roots) == 1 else f"{Path(root).name}/{pid}" for pid in records.pids.tolist()]
-            images[split] += zip(records.files(), names)
+            images["train" if train_all else split] += zip(records.files(), names)
     if missing and not train_all:
         raise ReidError(f"{missing[0]}: no such folder; make it with data_prep.py, or train without it with --train_all")
-    if train_all:
-        images = {"train": [image for split in images.values() for image in split]}
     classes = sorted({name for _, name in images["train"]})
     label = {name: i for i, name in enumerate(classes)}
-    if strangers := sorted({name for _, name in images.get("val", ())} - set(classes), key=str):
+    if strangers := sorted({name for _, name in images["val"]} - set(classes), key=str):
         raise ReidError(f"val/ has identities that train/ has not: {strangers[:3]}; make both with data_prep.py")
 
     def labelled(part):
         return LabelledImages([file for file, _ in part], torch.tensor([label[name] for _, name in part], dtype=torch.int64))
-    return labelled(images["train"]), labelled(images["val"]) if images.get("val") else None, classes
+    return labelled(images["train"]), labelled(images["val"]) if images["val"] else None, classes

@@ -38,18 +38,17 @@ class Canvas:
             lit = [(x + shift * w, y) for (x, y), w in zip(points, widths)]
             outline = _outline(lit, [w * part for w in widths])
             self.dim.polygon(outline, fill=level)
-            if part == 1:
-                self._fill(outline, colour, texture)
+            if part == 1 and texture:
+                self._paste(outline, texture)
+            elif part == 1:
+                self.paint.polygon(outline, fill=colour)
             for (x, y), w in zip(lit, widths) if ends else ():
                 r = w * part / 2
                 self.dim.ellipse([x - r, y - r, x + r, y + r], fill=level)
                 if part == 1:
-                    self.paint.ellipse([x - r, y - r, x + r, y + r], fill=colour)
+                    self.mark(x, y, r, r, colour)
 
-    def _fill(self, outline, colour, texture):
-        if texture is None:
-            self.paint.polygon(outline, fill=colour)
-            return
+    def _paste(self, outline, texture):
         xs, ys = zip(*outline)
         x, y = math.floor(min(xs)), math.floor(min(ys))
         size = (max(2, math.ceil(max(xs)) - x), max(2, math.ceil(max(ys)) - y))
@@ -104,6 +103,7 @@ class Figure:
         self.front = self.cos > -0.15
         self.shoulder = (0.092 if p.female else 0.106) * (0.6 + 0.4 * p.build)
         self.bob = 0.008 * math.cos(2 * phase)
+        self.skirt = p.legs in ("skirt", "dress", "longskirt")
 
     def at(self, x, y, z=0.0):
         """Project body units to pixels: orthographic, looking down a little."""
@@ -127,8 +127,7 @@ class Figure:
         sides = sorted((-1, 1), key=lambda side: -side * self.sin)
         self.canvas.shadow(self.x0, self.foot, self.size)
         if self.front:
-            self.hair_behind()
-            self.backpack()
+            self.back()
         self.arm(sides[0], 0.84)
         if abs(self.sin) < 0.5:  # seen from the front or back, the trunk hides both shoulders' inner half
             self.arm(sides[1], 0.95)
@@ -138,8 +137,7 @@ class Figure:
         self.trunk()
         self.head()
         if not self.front:
-            self.hair_behind()
-            self.backpack()
+            self.back()
         self.straps()
         if abs(self.sin) >= 0.5:
             self.arm(sides[1], 1.0)
@@ -189,28 +187,27 @@ class Figure:
         sleeve = p.top2 if p.pattern == "blocks" and p.layer == "shirt" else p.top
         thick = 0.0 if p.layer == "shirt" else 0.01
         if p.sleeve == "long":
-            widths = [0.062 * b + thick, 0.052 * b + thick, 0.044 + thick]
-            self.tube([top, elbow, wrist], widths, sleeve, tone)
+            self.tube([top, elbow, wrist], [0.062 * b + thick, 0.052 * b + thick, 0.044 + thick], sleeve, tone)
         elif p.sleeve == "short":
-            self.tube([top, _between(elbow, top, 0.5), _between(elbow, top, 0.25)], [0.062 * b, 0.066 * b, 0.068 * b],
-                      sleeve, tone)
+            points = [top, _between(elbow, top, 0.5), _between(elbow, top, 0.25)]
+            self.tube(points, [0.062 * b, 0.066 * b, 0.068 * b], sleeve, tone)
 
     def hips(self):
         """Draw what the legs then cover."""
-        if self.p.legs not in ("skirt", "dress", "longskirt"):
+        if not self.skirt:
             wide = self.girth(0.085 if self.p.female else 0.08, 0.068)
-            rows = [(0, 0.58, 0), (0, 0.5, 0), (0, 0.455, 0)]
-            self.tube(rows, [wide * 0.9, wide, wide * 0.72], self.p.bottom, 0.97, ends=False)
+            widths = [wide * 0.9, wide, wide * 0.72]
+            self.tube([(0, 0.58, 0), (0, 0.5, 0), (0, 0.455, 0)], widths, self.p.bottom, 0.97, ends=False)
 
     def trunk(self):
         p, s = self.p, self.shoulder
         hips, waist, chest = (0.088, 0.07, 0.084) if p.female else (0.082, 0.08, 0.096)
-        if p.legs in ("skirt", "dress", "longskirt"):
+        if self.skirt:
             hem, flare = (0.1, 0.12) if p.legs == "longskirt" else (0.3, 0.118)
             sway = 0.02 * math.sin(self.phase)
             self.body([(0, 0.6, 0, waist, 0.055), (0, 0.5, 0, hips * 1.1, 0.08), (0, hem, sway, flare, 0.105)], p.bottom)
         low = {"shirt": 0.475, "jacket": 0.45, "hoodie": 0.46, "coat": 0.3}[p.layer]
-        low += 0.06 if p.layer != "coat" and p.legs in ("skirt", "dress", "longskirt") else 0
+        low += 0.06 if p.layer != "coat" and self.skirt else 0
         thick = 1.0 if p.layer == "shirt" else 1.08
         rows = [(0.84, 0.04, 0.04), (0.826, s * 0.66, 0.052), (0.808, s * 1.06, 0.062), (0.78, s * 1.1, 0.068),
                 (0.72, chest, 0.078 if p.female else 0.072), (0.6, waist, 0.06), (0.52, hips * 1.02, 0.068),
@@ -243,8 +240,8 @@ class Figure:
         if front and p.pattern == "print":
             draw.rounded_rectangle([middle - w * 0.24, h * 0.2, middle + w * 0.24, h * 0.46], w // 12, fill=p.top2)
         if front and p.layer in ("jacket", "coat"):  # open: the shirt
-            draw.polygon([(middle - w * 0.2, 0), (middle + w * 0.2, 0), (middle + w * 0.1, h), (middle - w * 0.1, h)],
-                         fill=p.inner)
+            a, b = w * 0.2, w * 0.1
+            draw.polygon([(middle - a, 0), (middle + a, 0), (middle + b, h), (middle - b, h)], fill=p.inner)
         if front and p.layer == "hoodie":  # zip and pocket
             draw.line([(middle, 0), (middle, h)], fill=darker(p.top, 0.4), width=max(2, w // 30))
             draw.rounded_rectangle([middle - w * 0.3, h * 0.66, middle + w * 0.3, h * 0.9], 6, fill=darker(p.top, 0.15))
@@ -281,23 +278,27 @@ class Figure:
                 c.mark(ex, y - tall * 0.03, w * 0.2, tall * 0.05, mix(p.hair, p.skin, 0.45))
                 c.mark(ex, y + tall * 0.14, w * 0.13, tall * 0.08, mix(p.skin, (30, 15, 10), 0.7))
                 if p.glasses:
-                    box = [ex - w * 0.3, y - tall * 0.02, ex + w * 0.3, y + tall * 0.3]
-                    c.paint.ellipse(box, outline=(60, 55, 52), width=1)
+                    c.paint.ellipse([ex - w * 0.3, y - tall * 0.02, ex + w * 0.3, y + tall * 0.3], outline=(60, 55, 52), width=1)
         mx = x + w * 0.3 * self.sin
         if p.beard:
             c.ball(mx, y + tall * 0.76, w * 0.72, tall * 0.26, p.hair)
         c.mark(mx, y + tall * 0.4, w * 0.12, tall * 0.06, mix(p.skin, (130, 70, 50), 0.35))
         c.mark(mx, y + tall * 0.63, w * 0.26, tall * 0.05, mix(p.skin, (160, 40, 45), 0.5))
 
-    def hair_behind(self):
-        """Draw hair that falls below the head: under the body from the front, over it from behind."""
-        p = self.p
+    def back(self):
+        """Draw long hair and a backpack: under the body from the front, over it from behind."""
+        p, z = self.p, -0.09
         if p.style in ("long", "bob"):
             low = 0.74 if p.style == "long" else 0.85
             self.tube([(0, 0.96, -0.01), (0, 0.9, -0.02), (0, low, -0.035)],
                       [0.1 * p.head, self.girth(0.062, 0.06), self.girth(0.058, 0.035)], p.hair)
         elif p.style == "ponytail":
             self.tube([(0, 0.95, -0.055), (0, 0.9, -0.08), (0, 0.79, -0.065)], [0.03, 0.045, 0.022], p.hair)
+        if p.bag == "backpack":
+            rows = ((0.82, 0.05, 0.035), (0.78, 0.08, 0.05), (0.62, 0.085, 0.06), (0.57, 0.07, 0.05))
+            self.body([(0, y, z, wide, deep) for y, wide, deep in rows], p.bag_colour, 0.95)
+            if not self.front:
+                self.body([(0, y, z - 0.03, 0.055, 0.02) for y in (0.67, 0.6)], darker(p.bag_colour, 0.3))
 
     def hat(self, x, y, r, tall):
         p, c = self.p, self.canvas
@@ -312,30 +313,20 @@ class Figure:
             peak = r * (0.55 + 0.35 * abs(self.cos))
             c.ball(x + self.sin * r * 1.05, y - tall * (0.28 - 0.1 * self.cos), peak, tall * 0.12, dark)
 
-    def backpack(self):
-        p, z = self.p, -0.09
-        if p.bag != "backpack":
-            return
-        rows = ((0.82, 0.05, 0.035), (0.78, 0.08, 0.05), (0.62, 0.085, 0.06), (0.57, 0.07, 0.05))
-        self.body([(0, y, z, wide, deep) for y, wide, deep in rows], p.bag_colour, 0.95)
-        if not self.front:
-            self.body([(0, 0.67, z - 0.03, 0.055, 0.02), (0, 0.6, z - 0.03, 0.055, 0.02)], darker(p.bag_colour, 0.3))
-
     def straps(self):
         p, a, dark = self.p, self.shoulder, darker(self.p.bag_colour, 0.2)
         if p.bag == "backpack" and self.front:
-            for side in (-1, 1):
-                self.tube([(side * a * 0.55, 0.828, 0), (side * a * 0.6, 0.72, 0.065), (side * a * 0.75, 0.62, 0.04)],
-                          [0.022] * 3, dark)
+            for s in (-a, a):
+                self.tube([(s * 0.55, 0.828, 0), (s * 0.6, 0.72, 0.065), (s * 0.75, 0.62, 0.04)], [0.022] * 3, dark)
         elif p.bag == "crossbody":
             z = 0.065 if self.front else -0.065
             self.tube([(-p.bag_side * a * 0.6, 0.825, 0), (0, 0.68, z), (p.bag_side * 0.1, 0.52, 0)], [0.016] * 3, dark)
-        elif p.bag == "handbag" and -p.bag_side * self.sin > -0.75:
+        elif p.bag == "handbag" and p.bag_side * self.sin < 0.75:
             self.tube([(p.bag_side * a * 0.95, 0.815, 0), (p.bag_side * 0.115, 0.55, 0.01)], [0.014] * 2, dark)
 
     def handbag(self):
         p = self.p
-        if p.bag in ("handbag", "crossbody") and -p.bag_side * self.sin > -0.75:  # else the body hides it
+        if p.bag in ("handbag", "crossbody") and p.bag_side * self.sin < 0.75:  # else the body hides it
             x, y = p.bag_side * 0.115, 0.55 if p.bag == "handbag" else 0.5
             self.body([(x, y, 0, 0.03, 0.06), (x, y - 0.11, 0, 0.04, 0.075)], p.bag_colour)
 

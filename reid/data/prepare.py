@@ -97,14 +97,12 @@ def fill(root, images, source, counts=None):
     counts: what a complete dataset holds (as MARKET_COUNTS), or None for any. Raises ReidError where they differ, and for
     two different files of the same name and identity.
     """
-    folders = {root / split for split in SPLITS}
-    for folder in folders:
-        folder.mkdir()
+    for split in SPLITS:
+        (root / split).mkdir()
     for split, person, name, content in tqdm(images, desc="grouping", unit=" images", disable=None):
         folder = root / split / person
-        if folder not in folders:
-            folder.mkdir(exist_ok=True)
-            folders.add(folder)
+        if not folder.is_dir():
+            folder.mkdir()
         _place(content, folder / name)
     _hold_out(root)
     found = {split: len(list_images(root / split)) for split in SPLITS}
@@ -225,14 +223,9 @@ def read_times(file):
                 if path in times or not (0 <= camera < 10**9 and abs(second) < 10**12):
                     raise ValueError
                 times[path] = camera, second
-    except KeyError as error:
-        raise ReidError(f"{file}: no column {error.args[0]}; its first line must name path, camera, time") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ReidError(f"{file}: cannot be read as CSV ({getattr(error, 'strerror', None) or error}); give one with the "
-                        "columns path, camera, time") from None
-    except (ValueError, TypeError, AttributeError, OverflowError):
-        raise ReidError(f"{file}, line {rows.line_num}: not a path that occurs once, a camera number, and a time in seconds or "
-                        "ISO 8601") from None
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError, csv.Error):
+        raise ReidError(f"{file}, line {rows.line_num}: give, in the columns path, camera and time, a path that occurs once, a "
+                        "camera number, and a time in seconds or ISO 8601") from None
     earliest = min((second for _, second in times.values()), default=0)
     return {path: (camera, round((second - earliest) * FRAMES_PER_SECOND)) for path, (camera, second) in times.items()}
 
@@ -246,11 +239,9 @@ def _seconds(text):
 
 def _named_by(times, source, files):
     """Return {path with a name like Market-1501's: path} for `files`, each of which must be in `times`, and vice versa."""
-    for path in files:
-        if path not in times:
-            raise ReidError(f"{source}: has no line for {path}; list every image")
-    if strange := next((path for path in times if path not in files), None):
-        raise ReidError(f"{source}: {strange} is no image of the tree; paths are relative to it")
+    if different := sorted(times.keys() ^ files.keys()):
+        raise ReidError(f"{source}: {different[0]} is in the list or in the tree, not in both; list each image of the tree, by "
+                        "its path in it")
     named = {}
     for number, path in enumerate(sorted(files)):
         folder, (camera, frame) = os.path.dirname(path), times[path]

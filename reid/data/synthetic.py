@@ -92,9 +92,9 @@ def _scene(rng, camid):
     wall = rgb(rng.choice(["#b8aa96", "#8f6f5c", "#c9c6bd", "#7d8790", "#a0896c", "#d7cfbf"]), rng)
     image = Image.new("RGB", (w, h), wall)
     draw = ImageDraw.Draw(image)
+    far, near = mix(ground, (255, 255, 255), 0.18), mix(ground, (0, 0, 0), 0.12)
     for y in range(horizon, h):
-        draw.line([(0, y), (w, y)], fill=mix(mix(ground, (255, 255, 255), 0.18), mix(ground, (0, 0, 0), 0.12),
-                                             (y - horizon) / (h - horizon)))
+        draw.line([(0, y), (w, y)], fill=mix(far, near, (y - horizon) / (h - horizon)))
     _backdrop(draw, rng, ["shop", "green", "brick", "glass", "cars", "houses"][camid % 6], w, horizon, wall)
     joint = mix(ground, (0, 0, 0), 0.22)
     if camid % 3:  # paving, in perspective
@@ -143,9 +143,9 @@ def _backdrop(draw, rng, kind, w, horizon, wall):
             draw.ellipse([x - r, y - r, x + r, y + r], fill=mix((46, 74, 40), (126, 152, 84), rng.random()))
         for x in range(rng.randint(0, 90), w, 230) if kind == "cars" else ():
             paint, y = rgb(rng.choice(["#c9ccd0", "#2b2d33", "#8c1f2b", "#dfe0dd", "#2f4a75"]), rng), horizon + 12
+            windows = [(x + 28, y - 48), (x + 56, y - 84), (x + 130, y - 84), (x + 160, y - 48)]
             draw.rounded_rectangle([x, y - 50, x + 180, y], 16, fill=paint)
-            draw.polygon([(x + 28, y - 48), (x + 56, y - 84), (x + 130, y - 84), (x + 160, y - 48)],
-                         fill=mix(paint, (30, 40, 50), 0.7))
+            draw.polygon(windows, fill=mix(paint, (30, 40, 50), 0.7))
             for wheel in (x + 40, x + 142):
                 draw.ellipse([wheel - 18, y - 20, wheel + 18, y + 16], fill=(32, 32, 34))
 
@@ -234,8 +234,8 @@ def dataset(num_ids, seed):
                 yield crop("gallery", -1, camid, seq, frames[-1] + rng.randint(1, 9), 9, person, bad=True)
         if not train:
             for stranger in (None, rng.choice(strangers)):
-                yield crop("gallery", 0, rng.choice(CAMERAS), rng.randint(1, SEQUENCES),
-                           rng.randrange(SEQUENCE_FRAMES), 5, stranger)
+                camid, seq, frame = rng.choice(CAMERAS), rng.randint(1, SEQUENCES), rng.randrange(SEQUENCE_FRAMES)
+                yield crop("gallery", 0, camid, seq, frame, 5, stranger)
 
 
 def _walk(person, cameras, rng):

@@ -74,13 +74,11 @@ class Run:
                 raise ReidError(f"{last}: trained with --{key} {saved[key]}, which this version does not have; start a new run")
         saved = {key: value for key, value in saved.items() if key not in REMOVED}
         check_ranges(argparse.Namespace(**saved), LIMITS)
-        for key, value in vars(args).items():
-            if key in operational or key not in saved:
-                continue
-            if value != parser.get_default(key) and value != saved[key]:
-                raise ReidError(f"--resume goes on with --{key} {saved[key]}, not {value}; leave it out, or start a new run")
         kept = {key: value for key, value in vars(args).items() if key in operational or key not in saved}
-        return argparse.Namespace(**{**saved, **kept})
+        for key, value in vars(args).items():
+            if key not in kept and value not in (parser.get_default(key), saved[key]):
+                raise ReidError(f"--resume goes on with --{key} {saved[key]}, not {value}; leave it out, or start a new run")
+        return argparse.Namespace(**saved | kept)
 
     def restore(self, trainer, files):
         """Bring the trainer to where the run has stopped, and return (epoch, step within it) to go on at.
@@ -92,11 +90,9 @@ class Run:
         if not self.state:
             return 0, 0
         training, last = self.state["training"], self.folder / "last.pth"
-        if list(self.state["config"]["classes"]) != list(trainer.model.config["classes"]):
-            raise ReidError(f"{last}: was trained on other identities than those of --data_root; give the same dataset")
-        if training.get("images", self.images) != self.images:  # older checkpoints have no such entry
-            raise ReidError(f"{last}: was trained on {training['images'][0]:,} images, --data_root has {len(names):,} and not "
-                            "the same; give the same dataset")
+        if list(self.state["config"]["classes"]) != list(trainer.model.config["classes"]) \
+                or training.get("images", self.images) != self.images:  # older checkpoints have no such entry
+            raise ReidError(f"{last}: was trained on other images than the {len(names):,} of --data_root; give the same dataset")
         if not 0 <= training["step"] < trainer.steps or training["epoch"] < 0:
             raise ReidError(f"{last}: stopped at step {training['step']} of an epoch that has {trainer.steps}; it is damaged")
         try:

@@ -267,7 +267,7 @@ def test_truncated_and_damaged_archives(tmp_path, prep, kind):
 def test_what_is_no_archive(tmp_path, prep, data):
     (tmp_path / "file.zip").write_bytes(data)
     refused(prep("--archive", tmp_path / "file.zip"), "file.zip")
-    refused(prep("--archive", tmp_path / "missing.zip"), "missing.zip", "no such file")
+    refused(prep("--archive", tmp_path / "missing.zip"), "missing.zip", "No such file")
     (tmp_path / "empty").mkdir()
     refused(prep("--archive", tmp_path / "empty"), "no image named like")
     clean(tmp_path)

@@ -401,12 +401,11 @@ def remove_half(train_folder):
             file.unlink()
 
 
-@pytest.mark.parametrize("change, message", [(rename_identity, "other identities"), (swap_identities, "not the same"),
-                                             (remove_half, "not the same")])
-def test_only_the_same_images_can_be_resumed(stopped, change, message):
+@pytest.mark.parametrize("change", [rename_identity, swap_identities, remove_half])
+def test_only_the_same_images_can_be_resumed(stopped, change):
     folder, arguments = stopped
     change(folder / "data" / "train")
-    assert message in fails(folder, *arguments)
+    assert "other images" in fails(folder, *arguments)
 
 
 def rewrite(path, change):
