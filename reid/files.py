@@ -1,5 +1,6 @@
 """Write files whole or not at all, verify what is read, and keep other processes away."""
 
+import ctypes
 import errno
 import hashlib
 import os
@@ -103,15 +104,22 @@ def _lock(fd):
     return True
 
 
-def fsync_folder(folder):
-    """Wait until the names in `folder` are on disk, where the file system has such an operation."""
-    if os.name == "posix":
-        with _opened(folder) as fd:
-            try:
-                os.fsync(fd)
-            except OSError as error:
-                if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):  # a broken or full disk
-                    raise
+def fsync_folder(folder, tree=False):
+    """Wait until the names in `folder` are on disk, where the file system has such an operation.
+
+    tree: wait for everything in its file system, where there is `syncfs` (Linux): one call for a tree of 36,000 files.
+    """
+    if os.name != "posix":
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    with _opened(folder) as fd:
+        try:
+            os.fsync(fd)
+            if tree and hasattr(libc, "syncfs") and libc.syncfs(fd):
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
+        except OSError as error:
+            if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):  # a broken or full disk
+                raise
 
 
 def checksum(obj):

@@ -222,6 +222,12 @@ def test_lock_is_held_once(tmp_path, name):
         pass
 
 
+def test_everything_of_a_tree_is_written(tmp_path):
+    storage.fsync_folder(tmp_path, tree=True)
+    with pytest.raises(OSError):
+        storage.fsync_folder(tmp_path / "nothing", tree=True)
+
+
 @pytest.mark.parametrize("text, shown", [
     ("plain ü 日本 \u00a0.jpg", "plain ü 日本 \u00a0.jpg"), ("a\nleft out: b", "a\\nleft out: b"),
     ("\x1b]0;x\x07", "\\x1b]0;x\\x07"),

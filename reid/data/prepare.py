@@ -53,8 +53,7 @@ def building(output):
         _clear(partial)
         try:
             yield partial
-            if hasattr(os, "sync"):  # not on Windows
-                os.sync()  # whole or absent, after a power failure as well; one call for 36,000 files
+            fsync_folder(partial, tree=True)  # whole or absent, after a power failure as well
             if output.is_dir():
                 output.rmdir()  # empty, see `finished`; Windows does not rename over a folder
             partial.rename(output)
