@@ -6,7 +6,6 @@ import io
 import math
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -56,33 +55,21 @@ def write_report(path, title, queries, gallery, data, results, intervals, roc, a
         title=title, style=Markup(style), digest=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
         mark=Markup(MARK), badges=BADGES, gallery=gallery, result=result, results=results, roc=roc,
         arguments={name: without_secrets(str(value)) for name, value in arguments.items()},
-        figures=_figures(results, intervals),
-        charts=[_cmc_chart(results), _roc_chart(roc), _score_chart(roc, arguments["far"])],
+        intervals=intervals, cmc=_cmc_chart(results), curve=_roc_chart(roc), scores=_score_chart(roc, arguments["far"]),
+        far=arguments["far"],
         cameras=metrics.camera_table(*data.values(), protocol=protocol), tiles=tiles, found=found,
         worst=[_worst_query(tiles, query, result, found) for query in analysis.worst_queries(result, QUERIES)],
         confused=analysis.confusions(found, result, data["q_pids"], data["g_pids"]),
         similar=analysis.similar_strangers(found, result, roc), dissimilar=analysis.dissimilar_matches(found, roc),
-        left_out=_left_out(tiles, result, queries.bad + gallery.bad), made_with=_made_with(queries, gallery) | versions,
+        left_out=_left_out(tiles, result, queries.bad + gallery.bad), queries=queries, versions=versions, code=__version__,
         meaning=pictures.MEANING, shown=SHOWN, card_count=CARDS, unlike=analysis.UNLIKE)
     with atomic_path(path) as temporary:
         temporary.write_bytes(html.encode("utf-8", "replace"))
     return Path(path)
 
 
-class Tile(NamedTuple):
-    """A crop as the template draws it. kind: a key of `pictures.COLOURS`; facts: identity and camera, where labelled."""
-
-    kind: str
-    label: str
-    score: float | None
-    path: str
-    identity: str
-    facts: list
-    source: str  # data URI of a JPEG
-
-
 class Tiles:
-    """The crops of a report. Rows are those of `data`: with --multi_query a tracklet is shown by its first image."""
+    """The crops of a report, as dicts. Rows are those of `data`: with --multi_query a tracklet is shown by its first image."""
 
     def __init__(self, queries, gallery, data, arguments):
         self.queries, self.gallery, self.data = queries, gallery, data
@@ -111,7 +98,8 @@ class Tiles:
         path, pid, camid = index.paths[row], int(index.pids[row]), int(index.camids[row])
         identity = pictures.identity(pid, path)
         facts = [fact for fact in (identity, f"cam {camid}" if camid >= 0 else "") if fact]
-        return Tile(kind, label, score, path, identity, facts, _data_uri(Path(index.data_root) / path))
+        return {"kind": kind, "label": label, "score": score, "path": path, "identity": identity, "facts": facts,
+                "source": _data_uri(Path(index.data_root) / path)}
 
 
 @lru_cache(1024)
@@ -119,16 +107,6 @@ def _data_uri(file):
     out = io.BytesIO()
     pictures.crop(file).save(out, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
-
-
-def _figures(results, intervals):
-    """The table of results: {name: [(value, interval or None) of each scoring]}, fractions."""
-    figures = {"mAP": [(result.mAP, intervals[name]["mAP"]) for name, result in results.items()],
-               "mAP (trapezoid)": [(result.mAP_trapezoid, None) for result in results.values()]}
-    figures |= {f"Rank-{k}": [(result.rank[k], intervals[name]["rank1"] if k == 1 else None) for name, result in results.items()]
-                for k in (1, 5, 10, 20)}
-    figures["mINP"] = [(result.mINP, None) for result in results.values()]
-    return figures | {f"at {k}": [(float(result.match_rate[k - 1]), None) for result in results.values()] for k in (1, 5, 10, 15)}
 
 
 def _worst_query(tiles, query, result, found):
@@ -155,16 +133,7 @@ def _left_out(tiles, result, unreadable):
     return rows
 
 
-def _made_with(queries, gallery):
-    people = gallery.pids[gallery.pids > 0]
-    return {"Queries": f"{len(queries):,} images of {len(queries.pids[queries.pids > 0].unique()):,} identities",
-            "Gallery": f"{len(gallery):,} images: {len(people):,} of {len(people.unique()):,} identities, "
-                       f"{int((gallery.pids == 0).sum()):,} distractors, {int((gallery.pids < 0).sum()):,} junk",
-            "Weights": gallery.fingerprint, "Preprocessing": gallery.preprocessing,
-            "Mirrored images": "averaged" if gallery.mirror else "no", "Code": __version__}
-
-
-# A chart for the template: {"caption", "x" and "y": (label, lowest, highest, [(value, text) of the ticks]), "series"}, each
+# A chart for the template: {"x" and "y": (label, lowest, highest, [(value, text) of the ticks]), "series"}, each
 # series (name, colour, kind, [(x, y)]) with the kind "line", "dots", "area" or "rule" (vertical).
 
 def _cmc_chart(results):
@@ -172,7 +141,7 @@ def _cmc_chart(results):
               for i, (name, result) in enumerate(results.items())]
     low = min(90, math.floor(min(points[0][1] for *_, points in series) / 10) * 10)
     step = 2 if low == 90 else 10 if low >= 40 else 20
-    return {"caption": "CMC: queries with a match within the first k ranks.", "series": series,
+    return {"series": series,
             "x": ("rank k", 0.5, 20.5, [(k, k) for k in (1, 5, 10, 15, 20)]),
             "y": ("queries (%)", low, 100, [(y, y) for y in range(100, low - 1, -step)])}
 
@@ -184,9 +153,7 @@ def _roc_chart(roc):
                      for histogram in (roc.different_histogram, roc.same_histogram))
     dots = [(math.log10(rate), 100 * share) for rate, share in roc.tpr.items() if rate >= 10**low]
     curve = sorted([(math.log10(rate), 100 * share) for rate, share in zip(rates, shares) if rate >= 10**low] + dots)
-    return {"caption": f"ROC over {roc.same_pairs:,} pairs of one person and {roc.different_pairs:,} pairs of two: the share "
-                       "of each that scores above a threshold (TAR and FAR).",
-            "series": [("", SERIES[0], "line", curve), ("", SERIES[0], "dots", dots)],
+    return {"series": [("", SERIES[0], "line", curve), ("", SERIES[0], "dots", dots)],
             "x": ("false accept rate", low, 0, [(power, f"{10.0**power:g}") for power in range(low, 1)]),
             "y": ("true-match rate (%)", 0, 100, [(y, y) for y in range(0, 101, 20)])}
 
@@ -204,7 +171,6 @@ def _score_chart(roc, rate):
     top = max(y for *_, points in series for _, y in points)
     series.append((f"threshold {threshold:.3f}", pictures.INK, "rule", [(min(max(threshold, low), high), 0)]))
     tenths = range(-10, 11, 1 if high - low < 0.9 else 2)
-    return {"caption": f"Cosines of both kinds of pairs. The threshold {threshold:.4f} accepts {rate:g} of the pairs of two "
-                       f"people and {100 * roc.tpr[rate]:.1f} % of the pairs of one.", "series": series,
+    return {"series": series,
             "x": ("cosine", low, high, [(t / 10, f"{t / 10:g}") for t in tenths if low <= t / 10 <= high]),
             "y": ("share of the pairs", 0, 1.05 * top, [])}
