@@ -46,7 +46,11 @@ def export_onnx(checkpoint, output, files, mirror=True, pixels="uint8"):
     index keeps, the preprocessing, the input and mirror. files: images to compare on. Raises ReidError, and leaves `output`
     as it was, where a package is missing or a cosine is below LEAST_COSINE.
     """
-    onnx, runtime = _packages()
+    try:
+        import onnx
+        import onnxruntime
+    except ImportError as error:
+        raise ReidError(f"--export onnx needs {error.name}: pip install -e '.[export]'") from error
     if not files:
         raise ReidError(f"{output}: no images to compare the export with PyTorch on; give some with --query_paths")
     extractor = Extractor(checkpoint, device="cpu", precision="fp32", mirror=mirror)
@@ -58,21 +62,12 @@ def export_onnx(checkpoint, output, files, mirror=True, pixels="uint8"):
         onnx.helper.set_model_props(graph, {"fingerprint": extractor.fingerprint, "preprocessing": PREPROCESSING,
                                             "input": INPUTS[pixels], "mirror": str(mirror).lower()})
         onnx.save(graph, temporary)
-        session = runtime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
         lowest = float((expected * _embed(session, files, extractor.size, pixels)).sum(1).min())
         if not lowest >= LEAST_COSINE:  # also where it is NaN
             raise ReidError(f"{output}: not written, its embeddings differ from PyTorch's (cosine {lowest:.6f} is below "
                             f"{LEAST_COSINE}); try another version of torch or onnxruntime")
     return lowest
-
-
-def _packages():
-    try:
-        import onnx
-        import onnxruntime
-    except ImportError as error:
-        raise ReidError(f"--export onnx needs {error.name}: pip install -e '.[export]'") from error
-    return onnx, onnxruntime
 
 
 def _write(network, size, path):

@@ -61,17 +61,16 @@ class OpenVinoNetwork:
             raise ReidError(f"--engine openvino: not made for {model.config['backbone']} on {model.mean.device}; "
                             "use --engine torch")
         kept = path.with_suffix(f".{precision}.openvino")
-        self._core, self._model = openvino.Core(), model
-        self._precision = {"fp32": "f32", "bf16": "bf16"}[precision]
-        self._workers, self._threads = workers, torch.get_num_threads()
+        self._core, self._model, self._workers, threads = openvino.Core(), model, workers, torch.get_num_threads()
+        self._hints = {"INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision], "INFERENCE_NUM_THREADS": threads}
         self._compiled, self._lock, self._own = {}, threading.Lock(), threading.local()
         processor = self._core.get_property("CPU", "FULL_DEVICE_NAME")
-        key = f"{fingerprint} {precision} {self._threads} {processor} {openvino.__version__}"
+        key = f"{fingerprint} {precision} {threads} {processor} {openvino.__version__}"
         with suppress(ReidError, RuntimeError, OSError):  # missing, damaged, or of an OpenVINO with another format
             record = load(kept, "reid-openvino", 1)
             if record.get("key") == key:
                 blob = io.BytesIO(record["blob"].numpy())
-                self._compiled[1] = self._core.import_model(blob, "CPU", self._hints(1))
+                self._compiled[1] = self._core.import_model(blob, "CPU", self._hints | {"NUM_STREAMS": 1})
         if not self._compiled:
             self._check()
             blob = torch.frombuffer(bytearray(self._compiled[1].export_model().getvalue()), dtype=torch.uint8)
@@ -90,12 +89,10 @@ class OpenVinoNetwork:
         if streams not in requests:
             with self._lock:
                 if streams not in self._compiled:
-                    self._compiled[streams] = self._core.compile_model(self.graph, "CPU", self._hints(streams))
+                    hints = self._hints | {"NUM_STREAMS": streams}
+                    self._compiled[streams] = self._core.compile_model(self.graph, "CPU", hints)
             requests[streams] = self._compiled[streams].create_infer_request()
         return torch.from_numpy(requests[streams].infer([images.contiguous().numpy()])[0].copy())
-
-    def _hints(self, streams):
-        return {"INFERENCE_PRECISION_HINT": self._precision, "INFERENCE_NUM_THREADS": self._threads, "NUM_STREAMS": streams}
 
     def _check(self):
         size = self._model.config["height"], self._model.config["width"]
@@ -115,8 +112,8 @@ def build_graph(model):
         return tensor.detach().float().cpu().numpy()
 
     def conv(x, layer):
-        stride, padding = list(layer.stride), list(layer.padding)
-        return ops.convolution(x, ops.constant(array(layer.weight)), stride, padding, padding, [1, 1])
+        padding = list(layer.padding)
+        return ops.convolution(x, array(layer.weight), list(layer.stride), padding, padding, [1, 1])
 
     def norm_relu(x, norm):
         scale = norm.weight / (norm.running_var + norm.eps).sqrt()
