@@ -207,11 +207,11 @@ def create_app(extractor, index, allowed_hosts=(), index_file=None, topk_limit=2
 
 def _harden(app, policy, names):
     """Refuse requests of other sites, answer errors as {"error": one line}, and restrict what a browser does with answers."""
-    def failed(status, message):
-        return JSONResponse({"error": message}, status)
+    def failed(status, message, headers=None):
+        return JSONResponse({"error": message}, status, headers)
 
     app.add_exception_handler(ReidError, lambda request, error: failed(400, str(error)))
-    app.add_exception_handler(AnyHTTPException, lambda request, error: failed(error.status_code, error.detail))
+    app.add_exception_handler(AnyHTTPException, lambda request, error: failed(error.status_code, error.detail, error.headers))
     app.add_exception_handler(RequestValidationError, lambda request, error: failed(
         400, "; ".join(f"{e['loc'][1]}: {e['msg']}" for e in error.errors())))
     app.add_exception_handler(Exception, lambda request, error: failed(500, "the server failed; its log has the reason"))
@@ -272,7 +272,7 @@ async def _read(request):
                 if len(body) > UPLOAD_LIMIT:  # uvicorn reads and drops the rest
                     raise HTTPException(413, f"the image file is larger than {UPLOAD_LIMIT >> 20} MB")
     except (TimeoutError, ClientDisconnect) as error:
-        raise HTTPException(408, "the upload took too long or broke off") from error
+        raise HTTPException(408, "the upload took too long or broke off", {"Connection": "close"}) from error
     return bytes(body)
 
 

@@ -411,6 +411,16 @@ def test_connections_beyond_the_limit_are_closed(index, monkeypatch):
             connection.close()
 
 
+def test_a_body_that_stalls_is_cut(index, crop, monkeypatch):
+    monkeypatch.setattr(page, "BODY_SECONDS", 0.3)
+    with Site(index) as running:
+        with running.connect() as connection:
+            connection.sendall(b"POST /search HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000\r\n\r\n" + crop[:500])
+            sent = closed(connection)
+        assert sent.startswith(b"HTTP/1.1 408") and b"the upload took too long" in sent
+        assert running.post(crop).status_code == 200
+
+
 def test_a_body_that_trickles_is_cut(index, monkeypatch):
     monkeypatch.setattr(page, "BODY_SECONDS", 0.5)
     with Site(index) as running, running.connect() as connection:
