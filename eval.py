@@ -40,16 +40,13 @@ def get_args_parser():
     add("--single_shot", type=int, metavar="N", help="also N times with one random gallery image of each person and camera "
         "(default: off)")
     add("--rerank", action="store_true", help="also with k-reciprocal re-ranking")
-    add("--spacetime", action="store_true", help="also with camera and time, learnt from the training identities")
+    add("--spacetime", action="store_true", help="also with camera and time, learned from the training identities")
     add("--far", type=float, default=1e-3, help="false accept rate of the threshold that is stored with the index")
     add = parser.add_argument_group("output").add_argument
     add("--json", metavar="PATH", help="write everything that was measured (default: not written)")
     add("--report", metavar="HTML", help="write a page with tables, charts, worst queries and likely label errors (default: "
         "not written)")
-    machine = parser.add_argument_group("machine")
-    add_arguments(machine)
-    machine.add_argument("--strict", action="store_true", help="stop at the first image that cannot be read, instead of "
-                         "leaving it out")
+    add_arguments(parser)
     return parser
 
 

@@ -8,11 +8,13 @@ import argparse
 import glob
 import json
 import sys
+from itertools import islice
 from pathlib import Path
 
 from reid import ReidError, distributed
 from reid.checkpoint import checkpoint_path
 from reid.cli import HelpFormatter, check_outputs, check_ranges, printable, run
+from reid.data import synthetic
 from reid.data.datasets import UNKNOWN, UNKNOWN_PID, Name, folder_pid, list_images, parse_name, read_folder, read_split
 from reid.files import atomic_path
 from reid.retrieval.extract import Extractor, add_arguments
@@ -29,11 +31,11 @@ def get_args_parser():
     add = parser.add_argument_group("run").add_argument
     add("--exp_name", default="masked-hog-908", help="run whose models/<run>/best.pth embeds")
     add("--query_paths", nargs="+", help="images, folders or globs (default: the first query of --data_root)")
-    add("--serve", action="store_true", help="open a search page instead")
+    add("--serve", action="store_true", help="open a search page instead of printing ranked lists")
     add("--host", default="127.0.0.1", help="address of the search page; the default is reachable from this machine only")
     add("--port", type=int, default=8000, help="port of the search page")
     add("--allowed_hosts", nargs="+", default=[], metavar="NAME", help="names of this machine that browsers may open the search "
-        "page by, beside its IP addresses and localhost (default: none)")
+        "page by, beside its IP addresses and localhost")
     add("--export", choices=["onnx"], help="write models/<run>/best.onnx instead, checked against PyTorch (default: off)")
     add("--onnx_input", choices=["uint8", "float"], default="uint8", help="of the export: bytes, or for trackers float RGB, "
         "normalised, to models/<run>/best.float.onnx")
@@ -50,15 +52,12 @@ def get_args_parser():
     add = parser.add_argument_group("scoring").add_argument
     add("--topk", type=int, default=5, help="hits for each query")
     add("--rerank", action="store_true", help=f"re-rank the best {CANDIDATES} (k-reciprocal encoding)")
-    add("--spacetime", action="store_true", help="also weigh camera and time, as learnt by eval.py --spacetime")
+    add("--spacetime", action="store_true", help="also weigh camera and time, as learned by eval.py --spacetime")
     add = parser.add_argument_group("output").add_argument
     add("--output", metavar="PNG", help="draw the ranked lists; more queries than fit go on numbered sheets (default: off)")
     add("--positions", type=int, nargs="+", metavar="K", help="draw these positions only, such as 1 5 10 15 (default: all)")
     add("--json", metavar="PATH", help="write the ranked lists (default: not written)")
-    machine = parser.add_argument_group("machine")
-    add_arguments(machine)
-    machine.add_argument("--strict", action="store_true", help="stop at the first image that cannot be read, instead of "
-                         "leaving it out")
+    add_arguments(parser)
     return parser
 
 
@@ -97,6 +96,8 @@ def main(args):
     lists = index.search(embeddings, topk, camids=args.cameras, frames=args.frames, queries=queries, **ranks)
     if rank:
         return distributed.stop()
+    if lists and not any(map(len, lists)):
+        raise ReidError("no gallery image fits --cameras and --frames; the gallery's names may hold neither")
     if args.rerank:
         lists = rerank_lists(lists, embeddings, args.topk, evidence)
     elif args.spacetime:
@@ -106,7 +107,7 @@ def main(args):
     for file, reason in index.bad + bad:
         print(f"left out: {printable(file)}: {printable(reason)}", file=sys.stderr)
     if bad and not lists:
-        raise ReidError("none of the queries could be read")
+        raise ReidError("none of the queries could be read; give images such as JPEG or PNG")
     return 3 if index.bad or bad else 0
 
 
@@ -114,6 +115,10 @@ def check_arguments(args):
     """Raise ReidError for arguments that cannot work, before any work is done; return the URI of the index."""
     check_ranges(args, {"topk": (1, 1 << 40), "positions": (1, 1 << 40), "cameras": (-1, 1 << 40), "batch_size": (1, 1 << 16),
                         "port": (0, 65535)})
+    if args.positions and min(args.positions) > args.topk:
+        raise ReidError(f"--positions {min(args.positions)}: beyond --topk {args.topk}, so nothing would be drawn")
+    if args.frames and args.frames[0] > args.frames[1]:
+        raise ReidError(f"--frames {args.frames[0]} {args.frames[1]}: give the first frame, then the last one")
     uri = args.gallery_uri or f"index/{args.exp_name}.pt"
     if args.load_index and args.save_index:
         raise ReidError("--load_index and --save_index: an index that is loaded is saved already; give one of them")
@@ -135,11 +140,12 @@ def make_extractor(checkpoint, args):
 
 
 def export(args, checkpoint):
-    """Write best.onnx beside the checkpoint, after comparing its output with PyTorch's on the query images."""
+    """Write best.onnx beside the checkpoint, after comparing its output with PyTorch's on the query images, or drawn ones."""
     from reid.extras.onnx import export_onnx
 
     output = checkpoint.with_suffix(".onnx" if args.onnx_input == "uint8" else ".float.onnx")
-    lowest = export_onnx(checkpoint, output, find_queries(args)[:64], args.mirror is not False, args.onnx_input)
+    images = find_queries(args)[:64] if args.query_paths else [content for *_, content in islice(synthetic.dataset(4, 0), 8)]
+    lowest = export_onnx(checkpoint, output, images, args.mirror is not False, args.onnx_input)
     print(f"{output}: written; lowest cosine to PyTorch {lowest:.6f}")
 
 
@@ -154,7 +160,7 @@ def find_queries(args):
         else:  # a quoted pattern is expanded here; a file may also be called "a[1].jpg"
             names = [Path(path)] if Path(path).exists() else [Path(name) for name in sorted(glob.glob(path, recursive=True))]
         if not names:
-            raise ReidError(f"--query_paths {path}: no such image")
+            raise ReidError(f"--query_paths {path}: {'no images in this folder' if Path(path).is_dir() else 'no such image'}")
         found += names
     return found
 
@@ -168,7 +174,8 @@ def load_gallery(args, uri, extractor):
     else:
         index = GalleryIndex.load(uri, extractor)
     check_made_of(index, uri, args.gallery or args.data_root or index.data_root,
-                  f"make it again: python inference.py --save_index --exp_name {args.exp_name}")
+                  f"make it again: python inference.py --save_index --exp_name {args.exp_name}"
+                  + (f" --gallery {args.gallery}" if args.gallery else ""))
     if args.mirror is None:
         extractor.mirror = index.mirror
     return index

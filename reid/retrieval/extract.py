@@ -235,7 +235,7 @@ class Extractor:
 
 
 def add_arguments(parser):
-    """Add the options of a script that embeds, for `Extractor.from_args`. `mirror` is None where it is not given."""
+    """Add the group of options "machine", for `Extractor.from_args`. `mirror` is None where it is not given."""
     add = parser.add_argument_group("machine").add_argument
     add("--mirror", action=argparse.BooleanOptionalAction, help="average each image with its mirror image (default: as the "
         "index; on for a new one)")
@@ -247,6 +247,7 @@ def add_arguments(parser):
         "images")
     add("--batch_size", type=int, help="images at once, on a CPU in each worker (default: 8 on a CPU, 256 on a GPU; twice "
         "that without mirror images)")
+    add("--strict", action="store_true", help="stop at the first image that cannot be read, instead of leaving it out")
 
 
 def load_batch(files, part, size):

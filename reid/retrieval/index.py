@@ -208,7 +208,8 @@ class GalleryIndex:
         """Open an index, memory-mapped. With an Extractor (or a fingerprint) one of other weights raises ReidError."""
         again = f"make it again: python eval.py --save_index --exp_name {Path(path).stem}"
         if not Path(path).is_file():
-            raise ReidError(f"{path}: no such index; {again.replace(' again', '')}")
+            raise ReidError(f"{path}: no such index; {again.replace(' again', '')} (or inference.py --save_index for a gallery "
+                            "without queries)")
         index = cls._restore(load(path, FORMAT, VERSION, mmap=True), path)
         wanted = getattr(extractor_or_fingerprint, "fingerprint", extractor_or_fingerprint)
         index.device = getattr(extractor_or_fingerprint, "device", "cpu")
@@ -271,7 +272,7 @@ def check_replaceable(path, data_root):
         raise ReidError(f"{path}: exists and is not an index that can be read; remove it, or choose another --gallery_uri")
     if not same_folder(found.get("data_root"), data_root):
         raise ReidError(f"{path}: the index of {found.get('data_root')} would be replaced by one of {data_root}; remove it, or "
-                        "choose another --gallery_uri")
+                        f"name another, such as --gallery_uri {Path(path).with_stem(Path(path).stem + '-2')}")
 
 
 def check_made_of(gallery, uri, data_root, again):

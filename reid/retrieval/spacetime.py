@@ -35,7 +35,7 @@ FORMAT, VERSION = "reid-spacetime", 2
 TAU = 8.0  # s; the resolution of differences is about STEP * TAU around 0, and STEP of themselves beyond TAU
 STEP, BANDWIDTH = 0.1, 0.15  # width of a bin, and of the Gaussian that smooths, on the axis asinh(difference / TAU)
 TICK = TAU / 16  # s; resolution of the time line
-REACH = 1 << 16  # ticks, 9 hours; longer differences are not learnt and have even odds
+REACH = 1 << 16  # ticks, 9 hours; longer differences are not learned and have even odds
 PRIOR = 3.0  # identities' worth of even odds that each pair of cameras starts with: bounds the odds where data is sparse
 TOGETHER, MIN_TOGETHER = 80.0, 3.0  # s, identities: sightings this close, of this many, give the offset of two recordings
 CROWD, QUERIES, SOME = 128, 1000, 4096  # images of an identity, queries and strangers that are used: thinned evenly above
@@ -91,10 +91,10 @@ class SpaceTime:
             raise ReidError(f"{path}: not there; learn it with: python eval.py --spacetime --exp_name {Path(path).parent.name}")
         record = files.load(path, FORMAT, VERSION)
         if record.get("fingerprint") != fingerprint:
-            raise ReidError(f"{path}: learnt with other weights; remove it to learn it again")
+            raise ReidError(f"{path}: learned with other weights; remove it to learn it again")
         known, here = record.get("dataset"), dataset_name(data_root)
         if known != here:
-            raise ReidError(f"{path}: learnt from {known!s:.200}, not from {here}; remove it to learn it again")
+            raise ReidError(f"{path}: learned from {known!s:.200}, not from {here}; remove it to learn it again")
         try:
             model = cls(**{field.name: record[field.name] for field in fields(cls)})
             c, k = len(model.cameras), len(model.start)

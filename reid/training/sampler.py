@@ -26,7 +26,8 @@ def pk_batches(labels, batch_size, per_id, seed, epoch):
         raise ReidError(f"--batch_size {batch_size} must be --num_instances ({per_id}, at least 2) times 2 or more identities")
     identities = len(labels.unique())
     if people > identities:
-        raise ReidError(f"--batch_size {batch_size} needs {people} identities in a batch, the training set has {identities}")
+        raise ReidError(f"--batch_size {batch_size} needs {people} identities in a batch, the training set has {identities}; "
+                        f"give --batch_size {identities * per_id} or less")
     generator = seeded_generator(seed, epoch, "batches")
     groups = {}
     batches = []

@@ -75,7 +75,7 @@ def test_direction_matters_and_the_order_of_the_two_images_does_not(model):
         (-1, -1, -1),
         (2, 1, -1),
         (2, -1, 26500),
-        (2, 1, 10**9),  # further apart than anything learnt
+        (2, 1, 10**9),  # further apart than anything learned
     ],
 )
 def test_unknown_camera_or_time_leaves_the_visual_score(model, other):
@@ -185,7 +185,7 @@ def test_a_model_belongs_to_its_weights_and_its_dataset(model, tmp_path):
     with pytest.raises(ReidError, match="other weights; remove it"):
         SpaceTime.load(path, "0" * 16, data_root)
     namesake = dataset(tmp_path / "elsewhere" / "people")  # the same name and the same number of images
-    with pytest.raises(ReidError, match=r"learnt from .*people .*, not from .*elsewhere/people"):
+    with pytest.raises(ReidError, match=r"learned from .*people .*, not from .*elsewhere/people"):
         SpaceTime.load(path, "f" * 16, namesake)
     (data_root / "train" / "0001" / "new.jpg").touch()
     with pytest.raises(ReidError, match=r"2 training images of 1 identities.*3 training images of 1 identities"):
