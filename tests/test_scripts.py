@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from reid import ReidError
-from reid.checkpoint import load_checkpoint, restore_model, save_checkpoint
+from reid.checkpoint import save_checkpoint
 from reid.model import build_model, default_config
 from reid.retrieval.index import GalleryIndex
 
@@ -50,10 +50,7 @@ def workplace(root, people, tmp_path_factory):
           "--height", 64, "--width", 32, "--batch_size", 16, "--lr", 0.01, "--warmup_epochs", 1)
     torch.manual_seed(0)
     save_checkpoint(folder / "models/blank/best.pth", build_model(default_config([1, 2], height=64, width=32)), {}, {})
-    started = load_checkpoint(default)
-    started["config"].update(height=64, width=32)
-    save_checkpoint(folder / "models/start/best.pth", restore_model(started), {}, {})
-    for run in ("small", "blank", "start"):
+    for run in ("small", "blank"):
         works(root, folder, "eval.py", "--exp_name", run, "--data_root", people, "--save_index", "--json", f"{run}.json")
     return folder
 
@@ -63,8 +60,8 @@ def visual(workplace, name):
 
 
 def test_training_raises_rank_1(workplace):
-    rank1 = {run: visual(workplace, run)["rank"]["1"] for run in ("small", "blank", "start")}
-    assert rank1["small"] > rank1["blank"] + 0.1 and rank1["small"] > rank1["start"] + 0.1, rank1
+    rank1 = {run: visual(workplace, run)["rank"]["1"] for run in ("small", "blank")}
+    assert rank1["small"] > rank1["blank"] + 0.3, rank1
 
 
 def test_load_index_gives_the_same_without_the_images(root, people, workplace):
