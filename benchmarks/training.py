@@ -84,7 +84,7 @@ def benchmark(args):
     device = pick_device(args.device)
     cuda = device.type == "cuda"
     batch_size = args.batch_size or (64 if cuda else 16)
-    rounds, steps = (3, 2) if args.quick and not cuda else (args.rounds, 50 if cuda else 4)
+    rounds, steps = (3, 1) if args.quick and not cuda else (args.rounds, 50 if cuda else 4)
     workers = args.workers if cuda else 0  # on few cores the workers of a DataLoader only take turns with the step
 
     def run_of(loop):
@@ -110,7 +110,7 @@ def benchmark(args):
 
 
 if __name__ == "__main__":
-    parser = common.get_args_parser(__doc__, "3 rounds of 2 steps on a CPU")
+    parser = common.get_args_parser(__doc__, "3 rounds of a step each on a CPU")
     parser.add_argument("--batch_size", type=int, help="default: 16 on a CPU, 64 on a GPU")
     parser.add_argument("--workers", type=int, default=4, help="threads that decode and processes of the DataLoader, on a GPU")
     parser.add_argument("--device", default="auto")
