@@ -33,7 +33,6 @@ LINKED += (ROOT / "models").glob("*/README.md")
 SCRIPTS = {"train.py": train, "eval.py": evaluate, "inference.py": inference, "data_prep.py": data_prep}
 MOST_WORDS = 1300  # of README.md
 FOREIGN = {"--build-arg", "--extra-index-url", "--gpus", "--nproc_per_node", "--user"}  # options of Docker, pip and torchrun
-STALE = {"docs/reliability.md"}  # being rewritten
 
 # Settings that turn hours into seconds; everything else of a command line stays as it is.
 SMALL = {"num_epochs": 1, "warmup_epochs": 0.0, "height": 64, "width": 32, "batch_size": 16, "weights": "none"}
@@ -186,11 +185,6 @@ def test_every_python_block_of_a_page_runs(page, request):
         run_python(code, page, namespace)
 
 
-def skip_stale(page):
-    if name_of(page) in STALE:
-        pytest.skip(f"{name_of(page)} is being rewritten")
-
-
 def options(module):
     return {option for action in module.get_args_parser()._actions for option in action.option_strings}
 
@@ -214,7 +208,6 @@ def named_options(text):
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=name_of)
 def test_every_option_exists(page):
-    skip_stale(page)
     known = {script: options(module) for script, module in SCRIPTS.items()}
     benchmarks = {path.name: path.read_text() for path in (ROOT / "benchmarks").glob("*.py")}
     for script, option in set(named_options(page.read_text())) - {(None, option) for option in FOREIGN}:
@@ -232,7 +225,6 @@ def test_named_options_are_found():
 
 
 def test_every_line_of_the_experiments_is_understood():
-    skip_stale(ROOT / "EXPERIMENTS.md")
     text = (ROOT / "EXPERIMENTS.md").read_text().replace("$lr", "0.1").replace("$wd", "1e-4").replace("$seed", "1")
     lines = [line for _, language, code in blocks(text) if language == "bash" for line in commands(code)]
     found = [match for line in lines for match in re.findall(r"python (\w+\.py)([^;&|#]*)", line)]
@@ -249,7 +241,6 @@ def anchors(text):
 
 @pytest.mark.parametrize("page", LINKED, ids=name_of)
 def test_links_and_paths_exist(page):
-    skip_stale(page)
     text = page.read_text()
     links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"<(?:img|a) [^>]*(?:src|href)=\"([^\"]+)\"", text)
     for link in links:
