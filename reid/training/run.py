@@ -75,8 +75,10 @@ class Run:
         saved = {key: value for key, value in saved.items() if key not in REMOVED}
         check_ranges(argparse.Namespace(**saved), LIMITS)
         kept = {key: value for key, value in vars(args).items() if key in operational or key not in saved}
+        if args.data_root == parser.get_default("data_root"):  # not given: the run's own dataset
+            kept.pop("data_root")
         for key, value in vars(args).items():
-            if key not in kept and value not in (parser.get_default(key), saved[key]):
+            if key in saved and key not in operational and value not in (parser.get_default(key), saved[key]):
                 raise ReidError(f"--resume goes on with --{key} {saved[key]}, not {value}; leave it out, or start a new run")
         return argparse.Namespace(**saved | kept)
 
@@ -177,7 +179,8 @@ class Run:
     def finish(self):
         """Say where the weights are, and leave the process group."""
         if distributed.rank == 0:
-            print(f"done: {self.folder / 'best.pth'}; evaluate with: python eval.py --exp_name {self.name} --save_index")
+            print(f"done: {self.folder / 'best.pth'}; evaluate with: python eval.py --exp_name {self.name} "
+                  f"--data_root {self.args.data_root[0]} --save_index")
         distributed.stop()
 
 

@@ -408,6 +408,13 @@ def test_only_the_same_images_can_be_resumed(stopped, change):
     assert "other images" in fails(folder, *arguments)
 
 
+def test_resume_takes_the_dataset_of_the_run(stopped, people, capsys):
+    folder, _ = stopped
+    with chdir(folder):
+        train.main(train.get_args_parser().parse_args(["--exp_name", "whole", "--resume"]))
+    assert f"python eval.py --exp_name whole --data_root {people} --save_index" in capsys.readouterr().out
+
+
 def rewrite(path, change):
     record = load_checkpoint(path)
     change(record)
