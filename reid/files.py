@@ -196,8 +196,9 @@ def load(path, kind, version, mmap=False, verify=None):
     found = record.get("format", "a plain dict") if isinstance(record, dict) else type(record).__name__
     if not isinstance(record, dict) or found != kind:
         raise ReidError(f"{path}: expected a {kind} file, found {found!r:.60}")
-    if record.get("version") != version:
-        raise ReidError(f"{path}: {kind} version {record.get('version')!r:.20}, this code reads version {version}; make it again")
+    found = record.get("version")
+    if not isinstance(found, int) or found != version:  # a tensor would raise in the comparison
+        raise ReidError(f"{path}: {kind} version {found!r:.20}, this code reads version {version}; make it again")
     stored = record.pop("sha256", None)
     verify = path.stat().st_size <= VERIFY_LIMIT if verify is None else verify
     if verify and stored != checksum(record):

@@ -56,6 +56,9 @@ def test_wrong_kind_version_and_missing(path):
         storage.load(path, "other", 1)
     with pytest.raises(ReidError, match="version 1, this code reads version 2"):
         storage.load(path, "kind", 2)
+    torch.save({"format": "kind", "version": torch.zeros(2)}, path)
+    with pytest.raises(ReidError, match="this code reads version"):
+        storage.load(path, "kind", 1)
     with pytest.raises(ReidError, match="no such file"):
         storage.load(path.with_name("b.pt"), "kind", 1)
     torch.save([1, 2], path)
