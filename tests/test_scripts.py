@@ -186,7 +186,7 @@ def test_errors_of_eval(root, people, workplace, tmp_path):
     for split in ("gallery", "query"):
         (tmp_path / "empty" / split).mkdir(parents=True)
     assert "no images" in fails(root, workplace, "eval.py", "--exp_name", "small", "--data_root", tmp_path / "empty")
-    assert "runs here: blank, small, start" in fails(root, workplace, "eval.py", "--exp_name", "nobody", "--data_root", people)
+    assert "runs here: blank, small" in fails(root, workplace, "eval.py", "--exp_name", "nobody", "--data_root", people)
     small = ("--exp_name", "small", "--load_index", "--data_root")
     assert "made of" in fails(root, workplace, "eval.py", *small, tmp_path)
     assert "--mirror" in fails(root, workplace, "eval.py", *small, people, "--no-mirror")
@@ -201,7 +201,7 @@ def test_an_index_of_another_folder_is_refused(root, people, workplace, tmp_path
     for name, *options in (("eval.py", "--data_root", tmp_path / "data"), ("inference.py", "--data_root", tmp_path / "data"),
                            ("inference.py", "--data_root", people, "--gallery", tmp_path / "data" / "gallery")):
         assert "index/small.pt: made of" in fails(root, workplace, name, "--exp_name", "small", *options, "--load_index")
-        assert "choose another --gallery_uri" in fails(root, workplace, name, "--exp_name", "small", *options, "--save_index")
+        assert "name another, such as --gallery_uri" in fails(root, workplace, name, "--exp_name", "small", *options, "--save_index")
     assert "give one of them" in fails(root, workplace, "inference.py", "--exp_name", "small", "--data_root", people,
                                        "--load_index", "--save_index")
     victim = sorted((people / "gallery").rglob("*.jpg"))[0]

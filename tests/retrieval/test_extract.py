@@ -93,7 +93,7 @@ def test_without_the_operators_of_the_folded_network_the_plain_one_embeds(checkp
 def test_folded_default_model(root):
     """On the default model, and on drawn shapes rather than noise, bf16 costs less than 2e-4 of cosine."""
     extractor = Extractor(root / "models/masked-hog-908/best.pth", "cpu", "bf16" if BF16 else "fp32", mirror=False)
-    blobs = F.interpolate(torch.rand(4, 3, 8, 4, generator=torch.Generator().manual_seed(0)), (256, 128), mode="bicubic")
+    blobs = F.interpolate(torch.rand(4, 3, 8, 4, generator=torch.Generator().manual_seed(0)), extractor.size, mode="bicubic")
     pixels = (255 * blobs.clamp(0, 1)).to(torch.uint8)
     assert (extractor.embed(pixels) * extractor._model(pixels)).sum(1).min() > 0.9998
 
