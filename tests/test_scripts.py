@@ -208,7 +208,8 @@ def test_an_index_of_another_folder_is_refused(root, people, workplace, tmp_path
     for name, *options in (("eval.py", "--data_root", tmp_path / "data"), ("inference.py", "--data_root", tmp_path / "data"),
                            ("inference.py", "--data_root", people, "--gallery", tmp_path / "data" / "gallery")):
         assert "index/small.pt: made of" in fails(root, workplace, name, "--exp_name", "small", *options, "--load_index")
-        assert "name another, such as --gallery_uri" in fails(root, workplace, name, "--exp_name", "small", *options, "--save_index")
+        line = fails(root, workplace, name, "--exp_name", "small", *options, "--save_index")
+        assert "name another, such as --gallery_uri" in line
     assert "give one of them" in fails(root, workplace, "inference.py", "--exp_name", "small", "--data_root", people,
                                        "--load_index", "--save_index")
     victim = sorted((people / "gallery").rglob("*.jpg"))[0]
