@@ -99,7 +99,8 @@ def plan_epoch(args, labels, epoch):
 
 
 def augmented(images, numbers, args):
-    return augment.apply(images, numbers, args.flip, args.erase, args.jitter, args.gray, args.blur)
+    images = augment.apply(images, numbers, args.flip, args.erase, args.jitter, args.gray, args.blur)
+    return images if images.is_cuda else images.contiguous()  # channels-last, bf16 gradients are 10 times slower on some CPUs
 
 
 def train_step(trainer, images, numbers, labels):
