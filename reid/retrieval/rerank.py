@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reid import ReidError
+from reid.retrieval.search import fast_bf16
 
 GROUP = 16  # columns that share one maximum while the best of a row are looked for
 SHORTLIST = 2.5  # candidates that the bf16 product keeps for each neighbour wanted
@@ -133,8 +134,7 @@ def _neighbours(x: Tensor, k: int, block: int, bonus: Callable | None) -> tuple[
 
 def _fast_bf16(x: Tensor) -> bool:
     """Whether a bf16 product is several times faster than a float32 one, which AMX makes it on a CPU."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return x.device.type == "cpu" and capabilities.get("amx_bf16", False)
+    return x.device.type == "cpu" and fast_bf16(x.device)
 
 
 def _neighbours_by_shortlist(x, k, keep, block, bonus):
