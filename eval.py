@@ -14,11 +14,11 @@ import torch
 
 from reid import ReidError, __version__, distributed
 from reid.checkpoint import checkpoint_path, fingerprint, load_checkpoint, versions
-from reid.cli import HelpFormatter, check_outputs, check_ranges, printable, run
+from reid.cli import HelpFormatter, check_network, check_outputs, check_ranges, printable, run
 from reid.data.datasets import folder_pid, read_split
 from reid.files import atomic_path
 from reid.retrieval import metrics, spacetime
-from reid.retrieval.extract import Extractor, add_arguments
+from reid.retrieval.extract import add_arguments
 from reid.retrieval.index import GalleryIndex, check_made_of, check_replaceable, is_milvus
 from reid.retrieval.protocol import PROTOCOLS
 from reid.retrieval.rerank import estimate_bytes, rerank
@@ -55,17 +55,16 @@ def main(args):
     if args.compare:
         return print(compare_table(*(saved_run(name, args.protocol) for name in args.compare)))
     rank, world_size = distributed.start(args.device)
-    checkpoint = checkpoint_path(args.exp_name)
-    record = load_checkpoint(checkpoint)
+    checkpoint, record, wanted = open_model(args)
     if args.load_index:
-        index = load_index(args, uri, fingerprint(record))
+        index = load_index(args, uri, wanted)
     else:
         index = build_index(args, checkpoint, rank, world_size)
     if rank:  # the other ranks have embedded their part
         return distributed.stop()
 
     data = gather_data(args, index)
-    cross_domain = is_cross_domain(record, args.data_root)
+    cross_domain = None if args.network else is_cross_domain(record, args.data_root)
     print(f"{args.exp_name} on {args.data_root}: {len(index.queries):,} queries, {len(index):,} images in the gallery, "
           f"{'mirrored images averaged' if index.mirror else 'no mirrored images'}", flush=True)
     if cross_domain:
@@ -101,6 +100,7 @@ def check_arguments(args):
     """Raise ReidError for arguments that cannot work, before any work is done; return the URI of the index."""
     check_ranges(args, {"far": (1e-9, 1), "batch_size": (1, 1 << 16), "single_shot": (1, 1000)})
     check_outputs([("json", args.json, (".json",))])
+    check_network(args)
     if args.multi_query and args.spacetime:
         raise ReidError("--spacetime needs the time of each query, which --multi_query averages over: give one of them")
     if args.multi_query and args.protocol == "nocam":
@@ -115,20 +115,23 @@ def check_arguments(args):
     return uri
 
 
-def make_extractor(checkpoint, args):
-    """The Extractor of the options, with OpenVINO's engine where --engine asks for it."""
-    network = None
-    if args.engine != "torch":
-        from reid.extras.openvino import engine_of
+def open_model(args):
+    """Return (path, record, fingerprint) of the run's checkpoint; of --network only the fingerprint is real."""
+    if args.network:
+        from reid.extras.network import network_fingerprint
 
-        network = engine_of(args)
-    return Extractor.from_args(checkpoint, args, network)
+        return Path("index", args.exp_name, "network"), {"args": {}}, network_fingerprint(args.network, args.network_input)
+    path = checkpoint_path(args.exp_name)
+    record = load_checkpoint(path)
+    return path, record, fingerprint(record)
 
 
 def build_index(args, checkpoint, rank, world_size):
     """Embed gallery and queries of the dataset."""
+    from reid.extras.network import make_extractor
+
     images, queries = read_split(args.data_root, "gallery"), read_split(args.data_root, "query")
-    extractor = make_extractor(checkpoint, args)
+    extractor = make_extractor(args, checkpoint)
     if rank == 0:
         print(extractor.describe(), flush=True)
     options = {"strict": args.strict, "rank": rank, "world_size": world_size, "progress": rank == 0}
@@ -218,12 +221,14 @@ def extra_scores(args, checkpoint, data, index):
 
 def learn_spacetime(args, checkpoint, wanted):
     """Read models/<run>/spacetime.pt, or learn it from the training identities, never from the test set."""
+    from reid.extras.network import make_extractor
+
     path = checkpoint.with_name("spacetime.pt")
     if path.exists():
         return spacetime.SpaceTime.load(path, wanted, args.data_root)
     train = read_split(args.data_root, "train")
     print(f"camera and time: learning from {len(train.pids.unique()):,} training identities", flush=True)
-    embeddings, kept, _ = make_extractor(checkpoint, args).embed_records(train.files())
+    embeddings, kept, _ = make_extractor(args, checkpoint).embed_records(train.files())
     train = train.select(kept)
     columns = train.pids, train.camids, train.seqs, train.frames
     evidence = replace(spacetime.fit(*columns), weight=spacetime.fit_weight(embeddings, *columns))
@@ -292,9 +297,10 @@ def say_left_out(index):
 
 
 def saved_run(name, protocol):
-    """(name, index, EvalResult) of a run whose index was saved with its queries."""
-    uri = f"index/{name}.pt"
-    index = GalleryIndex.load(uri, fingerprint(load_checkpoint(checkpoint_path(name))))
+    """(name, index, EvalResult) of a run, or of a --network by its name, whose index was saved with its queries."""
+    uri, checkpoint = f"index/{name}.pt", Path(f"models/{name}/best.pth")
+    wanted = fingerprint(load_checkpoint(checkpoint_path(name))) if checkpoint.exists() or not Path(uri).exists() else None
+    index = GalleryIndex.load(uri, wanted)
     if index.queries is None:
         raise ReidError(f"{uri}: has a gallery but no queries; make it again: python eval.py --save_index --exp_name {name}")
     data = gather_data(argparse.Namespace(multi_query=False), index)

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from reid import ReidError, distributed
 from reid.checkpoint import checkpoint_path
-from reid.cli import HelpFormatter, check_outputs, check_ranges, printable, run
+from reid.cli import HelpFormatter, check_network, check_outputs, check_ranges, printable, run
 from reid.data import synthetic
 from reid.data.datasets import UNKNOWN, UNKNOWN_PID, Name, folder_pid, list_images, parse_name, read_folder, read_split
 from reid.files import atomic_path
-from reid.retrieval.extract import Extractor, add_arguments
+from reid.retrieval.extract import add_arguments
 from reid.retrieval.index import GalleryIndex, check_made_of, check_replaceable, is_milvus
 from reid.retrieval.ranked import Query, rerank_lists, weigh_lists
 from reid.retrieval.spacetime import SpaceTime
@@ -62,8 +62,10 @@ def get_args_parser():
 
 
 def main(args):
+    from reid.extras import network
+
     uri = check_arguments(args)
-    checkpoint = checkpoint_path(args.exp_name)
+    checkpoint = Path("index", args.exp_name, "network") if args.network else checkpoint_path(args.exp_name)
     if args.export:
         return export(args, checkpoint)
     if args.serve:
@@ -71,7 +73,7 @@ def main(args):
 
         listener = page.listen(args.host, args.port)  # a taken port is an error before the gallery is embedded
     rank, world_size = distributed.start(args.device)  # torchrun: every rank embeds its part
-    extractor = make_extractor(checkpoint, args)
+    extractor = network.make_extractor(args, checkpoint)
     index = load_gallery(args, uri, extractor) if args.load_index else None
     args.data_root = args.data_root or (index.data_root if index is not None else DATA_ROOT)
     query_files = [] if args.serve else find_queries(args)
@@ -115,6 +117,9 @@ def check_arguments(args):
     """Raise ReidError for arguments that cannot work, before any work is done; return the URI of the index."""
     check_ranges(args, {"topk": (1, 1 << 40), "positions": (1, 1 << 40), "cameras": (-1, 1 << 40), "batch_size": (1, 1 << 16),
                         "port": (0, 65535)})
+    check_network(args)
+    if args.network and args.export:
+        raise ReidError("--export: writes the network of a run; leave out --network")
     if args.positions and min(args.positions) > args.topk:
         raise ReidError(f"--positions {min(args.positions)}: beyond --topk {args.topk}, so nothing would be drawn")
     if args.frames and args.frames[0] > args.frames[1]:
@@ -127,16 +132,6 @@ def check_arguments(args):
     if args.save_index and not is_milvus(uri):
         check_replaceable(uri, args.gallery or args.data_root or DATA_ROOT)
     return uri
-
-
-def make_extractor(checkpoint, args):
-    """The Extractor of the options, with OpenVINO's engine where --engine asks for it."""
-    network = None
-    if args.engine != "torch":
-        from reid.extras.openvino import engine_of
-
-        network = engine_of(args)
-    return Extractor.from_args(checkpoint, args, network)
 
 
 def export(args, checkpoint):

@@ -51,6 +51,16 @@ def check_outputs(outputs, inputs=()):
                 raise ReidError(f"--{option} {path}: {old} is one of the images that are read; choose another name")
 
 
+def check_network(args):
+    """Check --network and --network_input. The name of the network's file takes the place of the run's in `args.exp_name`."""
+    if (args.network is None) != (args.network_input is None):
+        raise ReidError("--network and --network_input: give both, the file and the pixels that it expects")
+    if args.network:
+        if args.engine == "torch":
+            raise ReidError("--engine torch: --network is computed by OpenVINO; leave --engine out")
+        args.exp_name = Path(args.network).stem
+
+
 def printable(text):
     """Return `text` with control characters escaped (`\\x1b`, `\\n`), so that a file name cannot imitate other output."""
     return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))

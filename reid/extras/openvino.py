@@ -40,32 +40,61 @@ def engine_of(args):
     return if_possible
 
 
-class OpenVinoNetwork:
-    """Pooled features of uint8 images, like `reid.model.plain_network`. precision: fp32 or bf16.
+def import_openvino(option):
+    """Return the module openvino; raises ReidError, naming the option that needs it, where it is not installed."""
+    sys.modules.setdefault("openvino_telemetry", None)  # Block OpenVINO's telemetry, which reports each import.
+    try:
+        import openvino
+    except ImportError as error:
+        raise ReidError(f"{option} needs its package: pip install -e '.[openvino]'") from error
+    return openvino
+
+
+class CompiledGraph:
+    """Compute `graph`, an openvino.Model uint8 [?, 3, H, W] -> float32 [?, D], on the CPU. precision: fp32 or bf16.
 
     To be called from `workers` threads: a batch gets a worker's share of the cores, an image (and its mirror image) all of
-    them. path: the checkpoint, beside which the graph that was compiled for single images is kept; it is used if it is of the
-    same `fingerprint` of the weights, processor and version. Raises ReidError without the package, for another backbone or
-    device, or where the features differ from PyTorch's.
+    them. option: what the user gave, named where the package is missing.
     """
 
     engine = "openvino"
 
+    def __init__(self, option, precision, workers):
+        self._core, self._workers = import_openvino(option).Core(), workers
+        self._hints = {"INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],
+                       "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        self._compiled, self._lock, self._own = {}, threading.Lock(), threading.local()
+
+    def __call__(self, images):
+        """uint8 [n, 3, H, W] -> float32 [n, D]."""
+        streams = self._workers if len(images) > 2 else 1
+        requests = self._own.__dict__
+        if streams not in requests:
+            with self._lock:
+                if streams not in self._compiled:
+                    hints = self._hints | {"NUM_STREAMS": streams}
+                    self._compiled[streams] = self._core.compile_model(self.graph, "CPU", hints)
+            requests[streams] = self._compiled[streams].create_infer_request()
+        return torch.from_numpy(requests[streams].infer([images.contiguous().numpy()])[0].copy())
+
+
+class OpenVinoNetwork(CompiledGraph):
+    """Pooled features of uint8 images before the neck, like `reid.model.plain_network`.
+
+    path: the checkpoint, beside which the graph that was compiled for single images is kept; it is used if it is of the
+    same `fingerprint` of the weights, processor and version. Raises ReidError without the package, for another backbone or
+    device, or where the features differ from PyTorch's.
+    """
+
     def __init__(self, model, precision, workers, path, fingerprint):
-        sys.modules.setdefault("openvino_telemetry", None)  # Block OpenVINO's telemetry, which reports each import.
-        try:
-            import openvino
-        except ImportError as error:
-            raise ReidError("--engine openvino needs its package: pip install -e '.[openvino]'") from error
+        super().__init__("--engine openvino", precision, workers)
         if model.config["backbone"] != "densenet121" or model.mean.device.type != "cpu":
             raise ReidError(f"--engine openvino: not made for {model.config['backbone']} on {model.mean.device}; "
                             "use --engine torch")
-        kept = path.with_suffix(f".{precision}.openvino")
-        self._core, self._model, self._workers, threads = openvino.Core(), model, workers, torch.get_num_threads()
-        self._hints = {"INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision], "INFERENCE_NUM_THREADS": threads}
-        self._compiled, self._lock, self._own = {}, threading.Lock(), threading.local()
+        self._model, kept = model, path.with_suffix(f".{precision}.openvino")
         processor = self._core.get_property("CPU", "FULL_DEVICE_NAME")
-        key = f"{fingerprint} {precision} {threads} {processor} {openvino.__version__}"
+        version = sys.modules["openvino"].__version__
+        key = f"{fingerprint} {precision} {torch.get_num_threads()} {processor} {version}"
         with suppress(ReidError, RuntimeError, OSError):  # missing, damaged, or of an OpenVINO with another format
             record = load(kept, "reid-openvino", 1)
             if record.get("key") == key:
@@ -81,18 +110,6 @@ class OpenVinoNetwork:
     def graph(self):
         """The network as an openvino.Model."""
         return build_graph(self._model)
-
-    def __call__(self, images):
-        """uint8 [n, 3, H, W] -> pooled features before the neck, float32 [n, D]."""
-        streams = self._workers if len(images) > 2 else 1
-        requests = self._own.__dict__
-        if streams not in requests:
-            with self._lock:
-                if streams not in self._compiled:
-                    hints = self._hints | {"NUM_STREAMS": streams}
-                    self._compiled[streams] = self._core.compile_model(self.graph, "CPU", hints)
-            requests[streams] = self._compiled[streams].create_infer_request()
-        return torch.from_numpy(requests[streams].infer([images.contiguous().numpy()])[0].copy())
 
     def _check(self):
         size = self._model.config["height"], self._model.config["width"]

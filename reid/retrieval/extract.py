@@ -46,20 +46,23 @@ class Extractor:
         self.fingerprint = fingerprint(record)
         self.size = (self.config["height"], self.config["width"])
         self.dim = self.config["embedding_size"]
-        self.device = pick_device("cpu" if network and device == "auto" else device)
+        self._start("cpu" if network and device == "auto" else device, precision, mirror, batch_size, compile)
+        self._model = restore_model(record, path).eval().requires_grad_(False).to(self.device)
+        self._features, self._neck = self._network(network, path), self._model.neck
+        self.engine = getattr(self._features, "engine", "torch")
+
+    def _start(self, device, precision, mirror, batch_size, compile="off"):
+        self.device = pick_device(device)
         self.precision = pick_precision(self.device, precision)
         self.compile, self.mirror = compile, mirror
         self.batch_size = batch_size or VIEWS.get(self.device.type, 512) // (2 if mirror else 1)
-        self._model = restore_model(record, path).eval().requires_grad_(False).to(self.device)
-        self._features = self._network(network, path)
-        self.engine = getattr(self._features, "engine", "torch")
         self._compiled = self._pool = None
         self._room = 1 << 30  # images that have been found to fit into the GPU's memory together
 
     def _network(self, network, path):
         """uint8 [n, 3, H, W] -> pooled features float32 [n, D], as fast as engine, precision and backbone allow."""
         if network:
-            features = network(self._model, self.precision, _workers(), path, self.fingerprint)
+            features = network(self._model, self.precision, worker_count(), path, self.fingerprint)
             if features:
                 return features
         dtype = DTYPES[self.precision]
@@ -153,7 +156,7 @@ class Extractor:
             batch, failures = load_batch(files, part, self.size)
             return part, failures, None if batch is None else self._embed(batch)
 
-        workers = _workers()
+        workers = worker_count()
         size = min(self.batch_size, -(-len(files) // workers) or 1)
         # Another engine has its own threads, with which PyTorch's would compete outside of the workers.
         if workers == 1 or (len(files) < 2 and self.engine == "torch"):
@@ -180,7 +183,7 @@ class Extractor:
         compiled = self.compile == "on" or (self.compile == "auto" and len(files) >= COMPILE_FROM)
         if compiled and self._compiled is None:
             self._compiled = torch.compile(plain_network(self._model, DTYPES[self.precision]))
-        stream, waiting, workers = torch.cuda.Stream(self.device), None, _workers()
+        stream, waiting, workers = torch.cuda.Stream(self.device), None, worker_count()
         threads = self._threads(workers)
 
         def load(part):
@@ -230,12 +233,12 @@ class Extractor:
     def _embed(self, batch, network=None):
         """uint8 [n, 3, H, W] -> embeddings float32 [n, dim], on the device."""
         views = torch.cat([batch, batch.flip(3)]) if self.mirror else batch
-        neck = self._model.neck((network or self._features)(views).float())
+        neck = self._neck((network or self._features)(views).float())
         return F.normalize(neck[: len(batch)] + neck[len(batch) :] if self.mirror else neck)
 
 
 def add_arguments(parser):
-    """Add the group of options "machine", for `Extractor.from_args`. `mirror` is None where it is not given."""
+    """Add the options for `reid.extras.network.make_extractor`. `mirror` is None where it is not given."""
     add = parser.add_argument_group("machine").add_argument
     add("--mirror", action=argparse.BooleanOptionalAction, help="average each image with its mirror image (default: as the "
         "index; on for a new one)")
@@ -248,6 +251,11 @@ def add_arguments(parser):
     add("--batch_size", type=int, help="images at once, on a CPU in each worker (default: 8 on a CPU, 256 on a GPU; twice "
         "that without mirror images)")
     add("--strict", action="store_true", help="stop at the first image that cannot be read, instead of leaving it out")
+    add = parser.add_argument_group("network of another origin").add_argument
+    add("--network", metavar="FILE", help="embed with an OpenVINO (.xml) or ONNX network on the CPU, instead of a run's; the "
+        "name of the file takes the place of the run's (default: off)")
+    add("--network_input", choices=["bgr255", "rgb255", "imagenet"], help="pixels that it expects: 0 to 255, or RGB minus "
+        "ImageNet's mean over its deviation")
 
 
 def load_batch(files, part, size):
@@ -322,7 +330,7 @@ def in_order(pool, work, parts, ahead):
             future.cancel()
 
 
-def _workers():
+def worker_count():
     """Threads that embed side by side on a CPU. Past 16 each has several cores, because they share one interpreter."""
     return min(torch.get_num_threads(), 16)
 
