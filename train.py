@@ -15,13 +15,14 @@ from tqdm import tqdm
 
 from reid import ReidError, cli, distributed
 from reid.checkpoint import load_weights
-from reid.data.datasets import load_training_set
+from reid.data.datasets import load_training_set, read_folder
 from reid.model import EMBEDDING_SIZES, build_model, default_config, pick_device
 from reid.training import augment
 from reid.training.cache import ImageCache
-from reid.training.losses import distillation_loss, identity_loss, triplet_loss
+from reid.training.losses import cosine_loss, identity_loss, relational_loss, soft_label_loss, triplet_loss
 from reid.training.run import Run, StopSignal
-from reid.training.sampler import pk_batches
+from reid.training.sampler import pk_batches, unlabelled_batches
+from reid.training.teacher import load_teacher
 from reid.training.trainer import Trainer
 
 NORM_BATCHES = 64  # batches that give averaged weights their batch-norm statistics
@@ -39,6 +40,8 @@ def get_args_parser():
     add("--data_root", nargs="+", default=["data/market-1501-grouped"], help="grouped dataset; several are trained on jointly")
     add("--train_all", action="store_true", help="val/ joins train/, and the last epoch is the best")
     add("--batch_size", type=int, default=64, help="over all GPUs")
+    add("--unlabelled", metavar="DIR", help="crops without identities, which join each batch and only follow --teacher")
+    add("--unlabelled_batch", type=int, default=64, help="crops of --unlabelled in a batch, over all GPUs")
     add("--num_instances", type=int, default=4, help="images of each identity in a batch (the K of the PK sampler)")
     add = parser.add_argument_group("network").add_argument
     add("--backbone", choices=list(EMBEDDING_SIZES), default="densenet121", help="of the embedding")
@@ -53,12 +56,17 @@ def get_args_parser():
     add("--jitter", type=float, default=0.0, help="brightness, contrast and saturation scaled by up to 1 +- this")
     add("--gray", type=float, default=0.0, help="probability of a grey image")
     add("--blur", type=float, default=0.0, help="probability of Gaussian blur")
+    add("--tint", type=float, default=0.0, help="each channel scaled by up to 1 +- this, and a gamma of up to exp(+-this)")
     add = parser.add_argument_group("loss").add_argument
     add("--smoothing", type=float, default=0.1, help="label smoothing of the cross-entropy")
     add("--pair_weight", type=float, default=1.0, help="weight of the triplet loss")
     add("--margin", type=float, default=0.3, help="margin of the triplet loss")
-    add("--teacher", help="checkpoint to distil from, e.g. models/<run>/best.pth, trained on the same identities")
-    add("--distill", type=float, default=1.0, help="weight of the distillation loss, with --teacher")
+    add("--teacher", metavar="FILE", help="distil from it: embeddings of the training images by any model, an index or a "
+        "dict of paths and embeddings (docs/your-cameras.md); or a checkpoint trained on the same identities")
+    add("--unlabelled_teacher", metavar="FILE", help="embeddings of the crops of --unlabelled, if not in the file of --teacher")
+    add("--distill", type=float, default=1.0, help="weight of the losses that follow --teacher")
+    add("--cosine", type=float, default=5.0, help="weight, among these, of the cosine to the teacher's embeddings")
+    add("--clip", type=float, default=0.0, help="largest norm of the gradient; 0 is off")
     add = parser.add_argument_group("schedule").add_argument
     add("--num_epochs", type=int, default=60, help="of training")
     add("--lr", type=float, default=0.05, help="highest learning rate, after the warm-up and before the cosine")
@@ -86,48 +94,62 @@ def learning_rate(step, steps, args):
     return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def plan_epoch(args, labels, epoch):
+def plan_epoch(args, labels, crops, epoch):
     """Return this rank's part of an epoch: rows int64 [steps, B / world_size], and random numbers for their augmentation.
 
-    A pure function of (seed, epoch), of which each rank takes its own columns. So no rank sees the images of another, together
-    they see what one process would, and resuming needs no state.
+    The first columns are images of `labels`; those of the `crops` without identities follow, and their rows, too. A pure function
+    of (seed, epoch), of which each rank takes its own columns. So no rank sees the images of another, together they see what one
+    process would, and resuming needs no state.
     """
     rows = pk_batches(labels, args.batch_size, args.num_instances, args.seed, epoch)
-    numbers = augment.draw(len(rows), args.batch_size, args.seed, epoch)
-    share = args.batch_size // distributed.world_size
-    return tuple(part[:, distributed.rank * share : (distributed.rank + 1) * share] for part in (rows, numbers))
+    if crops:
+        more = unlabelled_batches(crops, len(rows), args.unlabelled_batch, args.seed, epoch)
+        rows = torch.cat([rows, len(labels) + more], 1)
+    numbers = augment.draw(*rows.shape, args.seed, epoch)
+    columns = torch.arange(rows.shape[1]).tensor_split([args.batch_size])  # with and without identities
+    own = torch.cat([part.tensor_split(distributed.world_size)[distributed.rank] for part in columns])
+    return rows[:, own], numbers[:, own]
 
 
 def augmented(images, numbers, args):
-    images = augment.apply(images, numbers, args.flip, args.erase, args.jitter, args.gray, args.blur)
-    return images if images.is_cuda else images.contiguous()  # channels-last, bf16 gradients are 10 times slower on some CPUs
+    return augment.apply(images, numbers, args.flip, args.erase, args.jitter, args.gray, args.blur, args.tint)
 
 
-def train_step(trainer, images, numbers, labels):
+def train_step(trainer, images, numbers, labels, rows):
     """Update the weights once. The Trainer runs this as it is, or records it as a CUDA graph: nothing may wait for the device.
 
-    images: uint8 [B, 3, H, W]; numbers: float32 [B, P] of `augment.draw`; labels: int64 [B]. Returns what is logged.
+    images: uint8 [B, 3, H, W]; numbers: float32 [B, P] of `augment.draw`; labels: int64 [L], of the first L images, as the others
+    have no identity; rows: int64 [B], the positions of the images in the training set. Returns what is logged.
     """
-    args = trainer.args
+    args, labelled = trainer.args, len(labels)
     images = augmented(images, numbers, args)
     with trainer.autocast():
-        features, logits = trainer.network(images)
+        features, embeddings, logits = trainer.network(images)
+        targets, target_logits = trainer.teacher(images, rows) if trainer.teacher else (None, None)
 
-    loss_id = identity_loss(logits, labels, args.smoothing)
-    loss_pair = triplet_loss(distributed.gather(features), distributed.gather(labels), args.margin)  # of all ranks
-    loss = loss_id + args.pair_weight * loss_pair
-    if trainer.teacher:
-        loss = loss + args.distill * distillation_loss(features, logits, *trainer.ask_teacher(images))
+    logged = {"loss_id": identity_loss(logits[:labelled], labels, args.smoothing),
+              "loss_pair": triplet_loss(distributed.gather(features[:labelled]), distributed.gather(labels), args.margin)}
+    loss = logged["loss_id"] + args.pair_weight * logged["loss_pair"]
+    if targets is not None:  # of all images; what is gathered is that of all ranks
+        logged["loss_relational"] = relational_loss(distributed.gather(embeddings), distributed.gather(targets))
+        logged["loss_cosine"] = cosine_loss(trainer.teacher.map(embeddings), targets)
+        loss = loss + args.distill * (logged["loss_relational"] + args.cosine * logged["loss_cosine"])
+    if target_logits is not None:
+        logged["loss_soft"] = soft_label_loss(logits, target_logits)
+        loss = loss + args.distill * logged["loss_soft"]
 
     trainer.optimizer.zero_grad(set_to_none=True)
     trainer.scaler.scale(loss).backward()  # the scale is 1, except for fp16
     distributed.average_([parameter.grad for parameter in trainer.parameters])
+    if args.clip:
+        trainer.scaler.unscale_(trainer.optimizer)
+        torch.nn.utils.clip_grad_norm_(trainer.parameters, args.clip)
     trainer.scaler.step(trainer.optimizer)
     trainer.scaler.update()
     if args.ema:
         trainer.average_weights(args.ema)
-    accuracy = (logits.argmax(1) == labels).float().mean()
-    return {"loss": loss, "loss_id": loss_id, "loss_pair": loss_pair, "accuracy": accuracy}
+    accuracy = (logits[:labelled].argmax(1) == labels).float().mean()
+    return {"loss": loss, **logged, "accuracy": accuracy}
 
 
 @torch.inference_mode()
@@ -145,13 +167,13 @@ def validate(trainer, cache, labels):
     return {"val/accuracy": accuracy, "val/loss": loss}
 
 
-def train_epoch(trainer, batches, numbers, labels, epoch, first, stop):
+def train_epoch(trainer, batches, epoch, first, stop):
     """Train on `batches`, those of an epoch from step `first` on. Returns the step after the last one that was done."""
     steps, done = trainer.steps, first
     progress = tqdm(batches, f"epoch {epoch + 1}/{trainer.args.num_epochs}", steps, initial=first,
                     disable=distributed.rank > 0 or None)
-    for i, images in enumerate(progress, first):
-        trainer.step(images, numbers[i], labels[i], learning_rate(epoch * steps + i, steps, trainer.args))
+    for i, batch in enumerate(progress, first):
+        trainer.step(*batch, learning_rate(epoch * steps + i, steps, trainer.args))
         done = i + 1
         if done < steps and distributed.any_(stop.asked):
             break
@@ -162,42 +184,48 @@ def main(args):
     rank, world_size = distributed.start(args.device)
     run = Run(args, get_args_parser(), OPERATIONAL)  # the name, the folder and its lock, and what --resume finds there
     args = run.args
-    if args.batch_size % world_size:
-        raise ReidError(f"--batch_size {args.batch_size}: must be a multiple of the {world_size} processes")
+    for name in ["batch_size"] + ["unlabelled_batch"] * bool(args.unlabelled):
+        if getattr(args, name) % world_size:
+            raise ReidError(f"--{name} {getattr(args, name)}: must be a multiple of the {world_size} processes")
     device = distributed.device or pick_device(args.device)
     torch.manual_seed(args.seed)
 
     train_set, val_set, classes = load_training_set(args.data_root, args.train_all)
-    steps = len(plan_epoch(args, train_set.labels, 0)[0])  # a set that cannot fill a batch fails here, before the decoding
+    crops = read_folder(args.unlabelled).files() if args.unlabelled else []
+    # What does not fit, such as a set that cannot fill a batch, fails here, before the images are decoded.
+    steps = len(plan_epoch(args, train_set.labels, len(crops), 0)[0])
+    model = build_model(default_config(classes, args.backbone, args.height, args.width))
+    teacher = load_teacher(args, model, train_set.files, crops)
     size = (args.height, args.width)
-    cache = ImageCache(train_set.files, size, device, args.cache, args.num_data_loaders)
+    cache = ImageCache(train_set.files + crops, size, device, args.cache, args.num_data_loaders)
     val_cache = ImageCache(val_set.files, size, device, args.cache, args.num_data_loaders) if val_set else None
 
-    model = build_model(default_config(classes, args.backbone, args.height, args.width))
     if not run.state:
         load_weights(model, args.weights, args.weights_partial, verbose=print if rank == 0 else lambda line: None)
-    model.to(device)
-    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], args.lr,
-                                momentum=0.9, nesterov=True, weight_decay=args.weight_decay, fused=True)
-    trainer = Trainer(model, optimizer, train_step, args, steps, device)
+    parameters = [parameter for module in (model, teacher) if module for parameter in module.to(device).parameters()]
+    optimizer = torch.optim.SGD([parameter for parameter in parameters if parameter.requires_grad], args.lr, momentum=0.9,
+                                nesterov=True, weight_decay=args.weight_decay, fused=True)
+    trainer = Trainer(model, optimizer, train_step, args, steps, device, teacher)
     if rank == 0:
-        print(f"{run.name}: {len(cache):,} images of {len(classes)} identities, {steps} steps an epoch, "
+        print(f"{run.name}: {len(train_set.files):,} images of {len(classes)} identities, "
+              f"{f'{len(crops):,} crops without, ' if crops else ''}{steps} steps an epoch, "
               f"images on {cache.where}; {trainer.describe()}", flush=True)
-    start, first = run.restore(trainer, train_set.files)  # the epoch, and the step within it, to go on at
+    start, first = run.restore(trainer, cache.files)  # the epoch, and the step within it, to go on at
 
     stop = StopSignal(second_kills=world_size == 1)  # of several processes, torchrun ends all
     with run.tracking() as tracker, closing(trainer):
-        plan = plan_epoch(args, train_set.labels, start)
+        plan = plan_epoch(args, train_set.labels, len(crops), start)
         for epoch in range(start, args.num_epochs):
             (rows, numbers), started = plan, time.perf_counter()
-            labels, numbers = train_set.labels[rows].to(device), numbers.to(device)
+            labels, numbers = train_set.labels[rows[:, : args.batch_size // world_size]].to(device), numbers.to(device)
             trainer.train()
-            done = train_epoch(trainer, cache.batches(rows[first:]), numbers, labels, epoch, first, stop)
+            columns = (column[first:] for column in (numbers, labels, rows.to(device)))
+            done = train_epoch(trainer, zip(cache.batches(rows[first:]), *columns), epoch, first, stop)
             if done < steps:
                 run.stopped(trainer, epoch, done)  # raises KeyboardInterrupt
-            plan = plan_epoch(args, train_set.labels, epoch + 1)  # while a GPU works off its queue
+            plan = plan_epoch(args, train_set.labels, len(crops), epoch + 1)  # while a GPU works off its queue
             metrics = trainer.end_epoch(epoch * steps + done)
-            metrics["train/images_per_s"] = (done - first) * args.batch_size / (time.perf_counter() - started)
+            metrics["train/images_per_s"] = (done - first) * rows.shape[1] * world_size / (time.perf_counter() - started)
 
             first, last = 0, epoch + 1 == args.num_epochs
             if last or (val_cache and (epoch + 1) % args.eval_freq == 0):

@@ -76,7 +76,7 @@ class OurLoop:
 
     def step(self):
         i = self.done % len(self.rows)
-        self.trainer.step(self.cache[self.rows[i]], self.numbers[i], self.labels[i], 0.01)
+        self.trainer.step(self.cache[self.rows[i]], self.numbers[i], self.labels[i], self.rows[i], 0.01)
         self.done += 1
 
 

@@ -120,11 +120,14 @@ class ReidModel(nn.Module):
         return self.body(x).float().mean((2, 3))
 
     def forward(self, images):
-        """Training: (pooled features [N, D], logits [N, classes]). Evaluation: embeddings float32 [N, D], norm 1."""
+        """Training: (pooled features, output of the neck, logits): [N, D], [N, D], [N, classes].
+
+        Evaluation: embeddings float32 [N, D], the output of the neck at norm 1.
+        """
         pooled = self.features(images)
         neck = self.neck(pooled)
         if self.training:
-            return pooled, self.classifier(neck)
+            return pooled, neck, self.classifier(neck)
         return F.normalize(neck.float())
 
 

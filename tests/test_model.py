@@ -51,5 +51,6 @@ def test_the_embedding_is_the_normalised_output_of_the_neck():
         pooled = plain_network(model, torch.float32)(images)
         assert pooled.shape == (2, 1024) and torch.allclose(model(images), F.normalize(model.neck(pooled)), atol=1e-6)
         assert torch.allclose(model(images.float()), model(images))
-    pooled, logits = model.train()(images)
-    assert pooled.shape == (2, 1024) and torch.allclose(logits, model.classifier(model.neck(pooled)), atol=1e-4)
+    pooled, neck, logits = model.train()(images)
+    assert pooled.shape == (2, 1024) and torch.allclose(neck, model.neck(pooled), atol=1e-4)
+    assert torch.allclose(logits, model.classifier(neck), atol=1e-4)

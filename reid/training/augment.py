@@ -14,7 +14,7 @@ from reid.images import MEAN
 from reid.training.sampler import seeded_generator
 
 PAD = 10  # black pixels around the image before the random crop (Luo et al., arXiv 1903.07071)
-NUMBERS = {"flip": 1, "crop": 2, "colour": 4, "blur": 2, "erase": 5}  # how many uniform numbers each of them takes
+NUMBERS = {"flip": 1, "crop": 2, "colour": 4, "blur": 2, "erase": 5, "tint": 4}  # how many uniform numbers each of them takes
 
 
 def draw(steps, batch_size, seed, epoch):
@@ -22,15 +22,17 @@ def draw(steps, batch_size, seed, epoch):
     return torch.rand(steps, batch_size, sum(NUMBERS.values()), generator=seeded_generator(seed, epoch, "augmentation"))
 
 
-def apply(images, numbers, flip=0.5, erase=0.5, jitter=0.0, gray=0.0, blur=0.0):
+def apply(images, numbers, flip=0.5, erase=0.5, jitter=0.0, gray=0.0, blur=0.0, tint=0.0):
     """Augment images, uint8 [N, 3, H, W], by `numbers` of `draw`, float32 [N, ...] on the same device.
 
-    All but jitter are the probability that an image is changed. Returns float32 [N, 3, H, W] in 0..255, channels last.
+    All but jitter and tint are the probability that an image is changed. Returns float32 [N, 3, H, W] in 0..255, channels last.
     """
     u = dict(zip(NUMBERS, numbers.T.split(list(NUMBERS.values()))))
     x = flip_and_crop(images, u["flip"][0] < flip, u["crop"])
     if jitter or gray:
         x = colour(x, u["colour"], jitter, gray)
+    if tint:
+        x = light(x, u["tint"], tint)
     if blur:
         x = gaussian_blur(x, u["blur"], blur)
     if erase:
@@ -65,6 +67,16 @@ def colour(x, u, jitter, gray):
     x = (mean + (x - mean) * contrast).clamp(0, 255)
     grey = (x * weights).sum(-1, keepdim=True)
     return (grey + (x - grey) * saturation).clamp(0, 255)
+
+
+def light(x, u, tint):
+    """Imitate other lamps and exposures: scale each channel by 1 - tint to 1 + tint, then apply a gamma of exp(-+tint).
+
+    x: float32 [N, H, W, 3] in 0..255. Every image has a gamma of its own, and its channels each have a factor of their own.
+    """
+    gain = (1 + tint * (2 * u[:3] - 1)).T[:, None, None]
+    gamma = torch.exp(tint * (2 * u[3] - 1))[:, None, None, None]
+    return 255 * (x * gain / 255).clamp(0, 1).pow(gamma)
 
 
 def gaussian_blur(x, u, probability):

@@ -22,13 +22,29 @@ def triplet_loss(features, labels, margin=0.3):
     return F.relu(hardest_positive - hardest_negative + margin).mean()
 
 
-def distillation_loss(features, logits, teacher_features, teacher_logits, temperature=4.0):
-    """Follow a teacher: its class probabilities (Hinton et al., arXiv 1503.02531) and its similarities within the batch.
+def relational_loss(embeddings, targets):
+    """Similarities within the batch equal to a teacher's (similarity-preserving distillation; Tung and Mori, ICCV 2019).
 
-    features: [N, D]; logits: [N, C]; the teacher's features may have another size. Comparing similarities (Tung and Mori,
-    arXiv 1907.09682) rather than features makes that possible.
+    embeddings: [N, D]; targets: [N, T], the teacher's, of any dimension. N times the mean squared error of the two [N, N]
+    matrices of cosine similarities; the factor N keeps the weight of an image the same in batches of any size.
     """
-    soft = F.kl_div(F.log_softmax(logits.float() / temperature, 1), F.softmax(teacher_logits.float() / temperature, 1),
-                    reduction="batchmean") * temperature**2
-    ours, theirs = F.normalize(features.float()), F.normalize(teacher_features.float())
-    return soft + len(ours) * F.mse_loss(ours @ ours.T, theirs @ theirs.T)
+    ours, theirs = F.normalize(embeddings.float()), F.normalize(targets.float())
+    return len(ours) * F.mse_loss(ours @ ours.T, theirs @ theirs.T)
+
+
+def cosine_loss(mapped, targets):
+    """1 - cosine similarity with a teacher's embeddings, mean over the batch. mapped, targets: [N, T].
+
+    mapped: a linear map of the embeddings to the teacher's space, which learns as well (a regressor as of FitNets; Romero et al.,
+    ICLR 2015).
+    """
+    return 1 - F.cosine_similarity(mapped.float(), targets.float()).mean()
+
+
+def soft_label_loss(logits, teacher_logits, temperature=4.0):
+    """Follow a teacher's class probabilities (Hinton et al., arXiv 1503.02531). logits, teacher_logits: [N, C].
+
+    KL divergence of the probabilities at `temperature`, mean over the batch, times its square: so the gradient keeps its scale.
+    """
+    ours, theirs = (F.log_softmax(values.float() / temperature, 1) for values in (logits, teacher_logits))
+    return F.kl_div(ours, theirs, reduction="batchmean", log_target=True) * temperature**2

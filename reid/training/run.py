@@ -14,10 +14,11 @@ from reid.cli import check_ranges, first_line
 from reid.files import checksum, locked, save
 
 MANY = 1 << 20
-LIMITS = dict.fromkeys(["flip", "erase", "jitter", "gray", "blur", "smoothing", "ema", "weight_decay"], (0, 1)) | {
+LIMITS = dict.fromkeys(["flip", "erase", "jitter", "gray", "blur", "tint", "smoothing", "ema", "weight_decay"], (0, 1)) | {
     "batch_size": (2, MANY), "num_instances": (2, MANY), "height": (32, 2048), "width": (32, 2048), "num_data_loaders": (0, 1024),
     "num_epochs": (1, MANY), "eval_freq": (1, MANY), "warmup_epochs": (0, MANY), "lr": (0, 1e38), "pair_weight": (0, MANY),
-    "margin": (-MANY, MANY), "distill": (0, MANY), "seed": (0, 1 << 40)}
+    "margin": (-MANY, MANY), "distill": (0, MANY), "cosine": (0, MANY), "clip": (0, 1e38), "unlabelled_batch": (1, MANY),
+    "seed": (0, 1 << 40)}
 # settings of earlier versions, and the only value that a run may have had to be resumed
 REMOVED = {"pair_loss": "triplet", "mixstyle": 0, "ibn": False, "grid": 0, "jpeg": 0, "dropout": 0, "drop_path": 0, "swa": 0,
            "pool": "avg", "last_stride": 1}
@@ -85,16 +86,19 @@ class Run:
     def restore(self, trainer, files):
         """Bring the trainer to where the run has stopped, and return (epoch, step within it) to go on at.
 
-        files: the paths of the training set. Raises ReidError if it is not the one that the run was started with.
+        files: the paths of the training images, those without identities included. Raises ReidError if they, or the embeddings
+        of a teacher, are not those that the run was started with.
         """
         names = [f"{Path(file).parent.name}/{Path(file).name}" for file in files]
-        self.images = [len(names), checksum(names)]
+        targets = [] if trainer.teacher is None or trainer.teacher.embeddings is None else [trainer.teacher.embeddings]
+        self.images = [len(names), checksum(names + targets)]
         if not self.state:
             return 0, 0
         training, last = self.state["training"], self.folder / "last.pth"
         if list(self.state["config"]["classes"]) != list(trainer.model.config["classes"]) \
                 or training.get("images", self.images) != self.images:  # older checkpoints have no such entry
-            raise ReidError(f"{last}: was trained on other images than the {len(names):,} of --data_root; give the same dataset")
+            raise ReidError(f"{last}: was trained on other images or embeddings than these {len(names):,}; give the same "
+                            "--data_root, --unlabelled and --teacher")
         if not 0 <= training["step"] < trainer.steps or training["epoch"] < 0:
             raise ReidError(f"{last}: stopped at step {training['step']} of an epoch that has {trainer.steps}; it is damaged")
         try:

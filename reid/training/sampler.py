@@ -1,6 +1,7 @@
-"""PK sampling: batches of `per_id` images of each of several identities."""
+"""The images of each batch: some of each of several identities (PK sampling), and crops without identities."""
 
 import hashlib
+import math
 
 import torch
 
@@ -41,6 +42,17 @@ def pk_batches(labels, batch_size, per_id, seed, epoch):
         batches.append([row for name in chosen for row in groups[name].pop()])
         groups = {name: rows for name, rows in groups.items() if rows}
     return torch.tensor(batches, dtype=torch.int64)
+
+
+def unlabelled_batches(count, steps, batch_size, seed, epoch):
+    """Draw the crops without identities of one epoch: int64 [steps, batch_size], rows of `count`.
+
+    Every crop is drawn once before one is drawn again. A pure function of (seed, epoch), as `pk_batches` is.
+    """
+    generator = seeded_generator(seed, epoch, "unlabelled")
+    rounds = math.ceil(steps * batch_size / count)
+    order = torch.cat([torch.randperm(count, generator=generator) for _ in range(rounds)])
+    return order[: steps * batch_size].view(steps, batch_size)
 
 
 def _deal(labels, per_id, generator):

@@ -5,11 +5,9 @@ import gc
 import warnings
 
 import torch
-import torch.nn.functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from reid import ReidError, distributed
-from reid.checkpoint import load_checkpoint, restore_model
 from reid.cli import first_line
 from reid.model import DTYPES, pick_precision
 
@@ -17,23 +15,24 @@ COMPILE_STEPS = 10_000  # steps of a run from which compiling, which takes 70 to
 
 
 class Trainer:
-    """Call `train_step(trainer, images, numbers, labels)` for every batch, in the fastest way that the machine supports.
+    """Call `train_step(trainer, images, numbers, labels, rows)` for every batch, in the fastest way that the machine supports.
 
     train_step: one update of the weights; returns a dict of scalar tensors to log. It may use `network` (the model, perhaps
     compiled), `optimizer`, `scaler`, `parameters`, `teacher`, `args` and the methods below, and must not wait for the device.
     On CUDA it is recorded once as a CUDA graph and replayed, so that Python's decisions in it are taken once.
-    optimizer: over the parameters of `model` that require gradients. args: the settings of train.py. steps: those of an epoch.
+    optimizer: over the parameters that learn, of `model` and of the map of `teacher`, a Teacher or None. args: the settings of
+    train.py. steps: those of an epoch.
     """
 
-    def __init__(self, model, optimizer, train_step, args, steps, device):
+    def __init__(self, model, optimizer, train_step, args, steps, device, teacher=None):
         cuda = device.type == "cuda"
         if cuda:
             torch.cuda.set_device(device.index or 0)  # streams and graphs belong to the current device
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
             torch.backends.cudnn.benchmark = True
         self.model, self.optimizer, self.train_step, self.args, self.device = model, optimizer, train_step, args, device
-        self.network = model
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.network, self.teacher = model, teacher
+        self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for group in optimizer.param_groups:
             if cuda:
                 group["lr"] = torch.tensor(group["lr"], device=device)  # a graph reads it from memory
@@ -44,7 +43,6 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         self.scaler.scale(torch.zeros((), device=device))  # creates its tensors, which a graph may not
         self.averaged = copy.deepcopy(model).requires_grad_(False) if args.ema else None
-        self.teacher = self._load_teacher(args.teacher) if args.teacher else None
         long = cuda and args.num_epochs * steps >= COMPILE_STEPS
         self.compile_wanted, self.graph_wanted = args.compile == "on" or (args.compile == "auto" and long), cuda
         self.prepared, self.graph, self.inputs, self.scalars = False, None, None, None
@@ -73,14 +71,14 @@ class Trainer:
         """Return the context in which the networks compute in `precision`."""
         return torch.autocast(self.device.type, DTYPES[self.precision], enabled=self.precision != "fp32")
 
-    def step(self, images, numbers, labels, learning_rate):
-        """Train on a batch. images: uint8 [B, 3, H, W]; numbers: float32 [B, P] of `augment.draw`; labels: int64 [B]."""
+    def step(self, images, numbers, labels, rows, learning_rate):
+        """Train on a batch, tensors on the device as `train_step` takes them."""
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], torch.Tensor):
                 group["lr"].fill_(learning_rate)
             else:
                 group["lr"] = learning_rate
-        batch = images, numbers, labels
+        batch = images, numbers, labels, rows
         try:
             if not self.prepared:
                 self._prepare(batch)
@@ -163,21 +161,6 @@ class Trainer:
         scale = [self.scaler._scale, self.scaler._growth_tracker] if self.scaler.is_enabled() else []
         return [*self.parameters, *self.model.buffers(), *averaged, *moments, *scale]
 
-    def _load_teacher(self, path):
-        record = load_checkpoint(path)
-        if record["config"]["classes"] != self.model.config["classes"]:
-            raise ReidError(f"--teacher {path}: trained on other identities than this run; train it on the same --data_root")
-        return restore_model(record, path).to(self.device).eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def ask_teacher(self, images):
-        """Return the teacher's embeddings [N, D] and logits [N, C] of augmented images, float32 [N, 3, H, W]."""
-        size = (self.teacher.config["height"], self.teacher.config["width"])
-        with self.autocast():
-            resized = images if images.shape[-2:] == size else F.interpolate(images, size, mode="bilinear")
-            neck = self.teacher.neck(self.teacher.features(resized))
-            return neck, self.teacher.classifier(neck)
-
     @torch.no_grad()
     def average_weights(self, decay):
         """Update the moving average: averaged = decay * averaged + (1 - decay) * weights."""
@@ -245,6 +228,7 @@ class Trainer:
         """Return what exact resume needs beside the weights. No random state: a step draws no random numbers."""
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
                 "averaged": self.averaged.state_dict() if self.averaged else None, "rates": self.rates,
+                "map": self.teacher.map.state_dict() if self.teacher else None,
                 "logged": torch.stack(self.logged) if self.logged else None}
 
     def load_state(self, weights, state):
@@ -257,5 +241,7 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         if self.averaged:
             self.averaged.load_state_dict(state["averaged"])
+        if self.teacher:
+            self.teacher.map.load_state_dict(state["map"])
         if state.get("rates"):  # stopped within an epoch; older checkpoints do not have them
             self.rates, self.logged = list(state["rates"]), list(state["logged"].to(self.device))

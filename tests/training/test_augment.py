@@ -24,7 +24,7 @@ def numbers(count, seed=0):
     return augment.draw(1, count, seed, 0)[0]
 
 
-def one_at_a_time(image, u, flip, erase, jitter, gray, blur):
+def one_at_a_time(image, u, flip, erase, jitter, gray, blur, tint):
     """The same augmentation of one image [3, H, W], written plainly. u: the numbers of each augmentation."""
     (height, width), x = SIZE, image.numpy().astype(np.float64)
     if u["flip"][0] < flip:
@@ -39,6 +39,8 @@ def one_at_a_time(image, u, flip, erase, jitter, gray, blur):
     x = (mean + (x - mean) * contrast).clip(0, 255)
     grey = (x * weights).sum(0)
     x = (grey + (x - grey) * (0 if u["colour"][3] < gray else saturation)).clip(0, 255)
+    gains = np.array([1 - tint + 2 * tint * value for value in u["tint"][:3]])[:, None, None]
+    x = 255 * (x * gains / 255).clip(0, 1) ** math.exp(tint * (2 * u["tint"][3] - 1))
     if u["blur"][0] < blur:
         bell = np.exp(-(np.arange(-64, 65) ** 2) / (2 * ((0.1 + 1.9 * u["blur"][1]) * height / 256) ** 2))
         for axis, size in ((1, height), (2, width)):
@@ -55,7 +57,7 @@ def one_at_a_time(image, u, flip, erase, jitter, gray, blur):
 
 
 def test_equals_one_image_at_a_time():
-    settings = {"flip": 0.5, "erase": 0.5, "jitter": 0.4, "gray": 0.2, "blur": 0.5}
+    settings = {"flip": 0.5, "erase": 0.5, "jitter": 0.4, "gray": 0.2, "blur": 0.5, "tint": 0.3}
     drawn = numbers(40, seed=1)
     batch = augment.apply(pictures(40), drawn, **settings)
     for image, row, found in zip(pictures(40), drawn.double().tolist(), batch):

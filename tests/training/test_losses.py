@@ -4,9 +4,8 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from reid.training.losses import distillation_loss, identity_loss, triplet_loss
+from reid.training.losses import cosine_loss, identity_loss, relational_loss, soft_label_loss, triplet_loss
 
 
 def test_triplet_by_hand():
@@ -33,8 +32,29 @@ def test_identity_loss_by_hand():
     assert identity_loss(logits, labels, 0.1).item() == pytest.approx(-0.95 * math.log(0.75) - 0.05 * math.log(0.25), abs=1e-6)
 
 
-def test_distillation_is_zero_for_the_teacher_itself_and_takes_other_sizes():
-    features, logits = torch.randn(6, 8), torch.randn(6, 5)
-    assert distillation_loss(features, logits, features, logits).item() == pytest.approx(0, abs=1e-5)
-    assert distillation_loss(features, logits, F.pad(features, (0, 8)), logits).item() == pytest.approx(0, abs=1e-5)
-    assert distillation_loss(features, logits, -features.flip(0), logits.flip(0)).item() > 0.1
+def test_relational_loss_equals_a_plain_loop():
+    generator = torch.Generator().manual_seed(0)
+    embeddings, targets = torch.randn(5, 8, generator=generator), torch.randn(5, 3, generator=generator)
+    def cosine(rows, i, j):
+        return float(rows[i] @ rows[j] / (rows[i].norm() * rows[j].norm()))
+    errors = [(cosine(embeddings, i, j) - cosine(targets, i, j)) ** 2 for i in range(5) for j in range(5)]
+    assert relational_loss(embeddings, targets).item() == pytest.approx(5 * sum(errors) / 25, rel=1e-5)
+
+
+def test_relational_loss_by_hand():
+    # right angles between ours, none between the teacher's: both entries off the diagonal are wrong by 1; 2 * (0 + 1 + 1 + 0) / 4
+    assert relational_loss(torch.tensor([[3.0, 0], [0, 2]]), torch.tensor([[1.0], [5.0]])).item() == pytest.approx(1, abs=1e-6)
+
+
+def test_cosine_loss_by_hand():
+    # angles of 0, 60 and 90 degrees: cosines of 1, 1/2 and 0
+    mapped, targets = torch.tensor([[2.0, 0], [1, 0], [0, 1]]), torch.tensor([[1.0, 0], [0.5, math.sqrt(0.75)], [3, 0]])
+    assert cosine_loss(mapped, targets).item() == pytest.approx(0.5, abs=1e-6)
+
+
+def test_soft_label_loss_by_hand():
+    # at temperature 4 the logits (0, 4 ln 3) give probabilities 1/4, 3/4; the teacher's (0, 0) give halves
+    logits, teacher = torch.tensor([[0.0, 4 * math.log(3)]]), torch.zeros(1, 2)
+    expected = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
+    assert soft_label_loss(logits, teacher).item() == pytest.approx(16 * expected, abs=1e-5)
+    assert soft_label_loss(logits, logits).item() == pytest.approx(0, abs=1e-6)

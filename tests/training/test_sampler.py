@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from reid import ReidError
-from reid.training.sampler import pk_batches
+from reid.training.sampler import pk_batches, unlabelled_batches
 
 
 def labels_of(counts):
@@ -37,3 +37,14 @@ def test_pk_batches_of_tiny_sets():
     for batch_size, per_id in ((10, 4), (4, 4), (64, 4), (8, 1)):
         with pytest.raises(ReidError, match="--batch_size"):
             pk_batches(labels_of([3, 3, 3]), batch_size, per_id, 0, 0)
+
+
+def test_unlabelled_batches_draw_everything_before_anything_again():
+    batches = unlabelled_batches(10, 7, 4, seed=1, epoch=2)
+    assert batches.shape == (7, 4) and batches.dtype == torch.int64
+    order = batches.flatten()
+    assert order[:10].sort().values.tolist() == order[10:20].sort().values.tolist() == list(range(10))
+    assert torch.equal(batches, unlabelled_batches(10, 7, 4, 1, 2))
+    for seed, epoch in ((2, 2), (1, 3)):
+        assert not torch.equal(batches, unlabelled_batches(10, 7, 4, seed, epoch))
+    assert unlabelled_batches(1000, 2, 3, 0, 0).unique().numel() == 6

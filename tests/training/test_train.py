@@ -15,6 +15,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import train
 from reid import ReidError, distributed
@@ -24,11 +25,12 @@ from reid.model import build_model, default_config
 from reid.training import augment
 from reid.training.cache import ImageCache
 from reid.training.run import Run
+from reid.training.teacher import Teacher, load_teacher
 from reid.training.trainer import Trainer
 
 TINY = ["--height", "64", "--width", "32", "--batch_size", "8", "--lr", "0.005", "--weights", "none", "--precision", "fp32",
         "--warmup_epochs", "1"]
-LEVERS = ["--ema", "0.9", "--jitter", "0.4", "--gray", "0.2", "--blur", "0.3"]
+LEVERS = ["--ema", "0.9", "--jitter", "0.4", "--tint", "0.3", "--gray", "0.2", "--blur", "0.3", "--clip", "5"]
 
 
 def command(root, *args):
@@ -42,10 +44,20 @@ def environment():
 
 
 @pytest.fixture(scope="module")
-def undisturbed(root, people, environment, tmp_path_factory):
+def distilled(people, tmp_path_factory):
+    """The settings of a teacher, whose embeddings of the training images are random, and of crops without identities."""
+    path, names = tmp_path_factory.mktemp("teacher") / "teacher.pt", sorted(file.name for file in people.rglob("*.jpg"))
+    embeddings = torch.randn(len(names), 12, generator=torch.Generator().manual_seed(0)).half()
+    torch.save({"paths": names, "embeddings": embeddings}, path)
+    return ["--teacher", path, "--unlabelled", people / "gallery", "--unlabelled_batch", 4]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(root, people, environment, distilled, tmp_path_factory):
     """A run of two epochs with every setting switched on, that nobody disturbs; its folder and output."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    args = command(root, "--data_root", people, "--exp_name", "whole", "--num_epochs", 2, "--eval_freq", 1, *LEVERS, *TINY)
+    args = command(root, "--data_root", people, "--exp_name", "whole", "--num_epochs", 2, "--eval_freq", 1, *LEVERS, *distilled,
+                   *TINY)
     done = subprocess.run(args, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
@@ -58,6 +70,8 @@ def weights(folder, run, name="last.pth"):
 def test_writes_everything(undisturbed):
     folder, out = undisturbed
     last, best = weights(folder, "whole"), weights(folder, "whole", "best.pth")
+    assert last["training"]["map"]["weight"].shape == (12, 1024) and best.get("training") is None
+    assert set(best["state_dict"]) == set(build_model(best["config"]).state_dict())  # the map is no part of it
     assert last["training"]["epoch"] == 2 and last["args"]["ema"] == 0.9
     assert best["state_dict"]["body.conv0.weight"].dtype == torch.float16
     assert 0 <= best["metrics"]["val/accuracy"] <= 1
@@ -72,7 +86,8 @@ def test_writes_down_what_happened(undisturbed):
 
     folder, _ = undisturbed
     board = EventAccumulator(str(folder / "runs" / "whole")).Reload()
-    scalars = {"train/loss", "train/loss_id", "train/loss_pair", "train/lr", "train/images_per_s", "val/accuracy", "val/loss"}
+    scalars = {"train/loss", "train/loss_id", "train/loss_pair", "train/loss_relational", "train/loss_cosine", "train/lr",
+               "train/images_per_s", "val/accuracy", "val/loss"}
     assert scalars <= set(board.Tags()["scalars"])
     assert [event.step for event in board.Scalars("train/loss")] == [1, 2]
     assert len(board.Images("train/augmented")) == 1
@@ -84,9 +99,9 @@ def test_writes_down_what_happened(undisturbed):
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL, signal.SIGHUP])
-def test_resume_after_a_stop_equals_an_undisturbed_run(root, people, environment, undisturbed, tmp_path, how):
+def test_resume_after_a_stop_equals_an_undisturbed_run(root, people, environment, distilled, undisturbed, tmp_path, how):
     args = ["--data_root", people, "--exp_name", "cut"]
-    start = command(root, *args, "--num_epochs", 2, "--eval_freq", 1, *LEVERS, *TINY)
+    start = command(root, *args, "--num_epochs", 2, "--eval_freq", 1, *LEVERS, *distilled, *TINY)
     process = subprocess.Popen(start, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("epoch 1/"):
@@ -184,28 +199,81 @@ def test_help_shows_every_default():
     assert "(default: 0.3)" in text and "(default: densenet121)" in text
 
 
-def tiny_trainer(*options, steps=1):
-    """A Trainer of a small network of two identities, as train.py makes it."""
+def tiny_trainer(*options, steps=1, targets=None):
+    """A Trainer of a small network of two identities, as train.py makes it. targets: embeddings of a teacher."""
     torch.manual_seed(0)
     args = train.get_args_parser().parse_args([*TINY, *options])
     model = build_model(default_config([1, 2], height=64, width=32))
-    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], args.lr,
-                                momentum=0.9, nesterov=True, weight_decay=args.weight_decay, fused=True)
-    trainer = Trainer(model, optimizer, train.train_step, args, steps, torch.device("cpu"))
+    teacher = load_teacher(args, model, [], []) if targets is None else Teacher(1024, targets)
+    parameters = [*model.parameters(), *(teacher.parameters() if teacher else [])]
+    optimizer = torch.optim.SGD([parameter for parameter in parameters if parameter.requires_grad], args.lr, momentum=0.9,
+                                nesterov=True, weight_decay=args.weight_decay, fused=True)
+    trainer = Trainer(model, optimizer, train.train_step, args, steps, torch.device("cpu"), teacher)
     trainer.train()
     return trainer
 
 
-def tiny_batches(steps):
-    images = torch.randint(256, (steps, 8, 3, 64, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    return images, augment.draw(steps, 8, 0, 0), torch.arange(8) // 4
+def tiny_batches(steps, crops=0):
+    """Images, numbers, labels and rows of batches of eight images of two identities and of `crops` without identities."""
+    generator, count = torch.Generator().manual_seed(0), 8 + crops
+    images = torch.randint(256, (steps, count, 3, 64, 32), dtype=torch.uint8, generator=generator)
+    return images, augment.draw(steps, count, 0, 0), torch.arange(8) // 4, torch.arange(count)
+
+
+def random_targets(count, dimension=6):
+    return torch.randn(count, dimension, generator=torch.Generator().manual_seed(1))
 
 
 def test_the_loss_is_the_sum_of_its_parts():
-    trainer = tiny_trainer("--pair_weight", "0.5", steps=1)
-    images, numbers, labels = tiny_batches(1)
-    logged = train.train_step(trainer, images[0], numbers[0], labels)
-    assert logged["loss"].item() == pytest.approx(logged["loss_id"].item() + 0.5 * logged["loss_pair"].item(), rel=1e-5)
+    trainer = tiny_trainer("--pair_weight", "0.5", "--distill", "0.7", "--cosine", "3", targets=random_targets(12))
+    images, numbers, labels, rows = tiny_batches(1, crops=4)
+    logged = {name: value.item() for name, value in train.train_step(trainer, images[0], numbers[0], labels, rows).items()}
+    expected = logged["loss_id"] + 0.5 * logged["loss_pair"] + 0.7 * (logged["loss_relational"] + 3 * logged["loss_cosine"])
+    assert logged["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def freeze(trainer):
+    """Keep the batch-norm layers from mixing the images of a batch."""
+    trainer.model.eval()
+    trainer.model.training = True  # forward returns what the losses need
+    return trainer
+
+
+def test_the_losses_are_those_of_the_output_of_the_neck():
+    trainer = freeze(tiny_trainer(targets=(targets := random_targets(20))))
+    images, numbers, labels, _ = tiny_batches(1, crops=4)
+    rows = torch.arange(12) + 5
+    with torch.no_grad():
+        neck = trainer.model.neck(trainer.model.features(augment.apply(images[0], numbers[0])))
+        ours, theirs, mapped = map(F.normalize, (neck, targets[rows], neck @ trainer.teacher.map.weight.T))
+        expected = [12 * (ours @ ours.T - theirs @ theirs.T).square().mean().item(), 1 - (mapped * theirs).sum(1).mean().item()]
+    logged = train.train_step(trainer, images[0], numbers[0], labels, rows)
+    assert [logged[name].item() for name in ("loss_relational", "loss_cosine")] == pytest.approx(expected, rel=1e-4)
+
+
+def test_crops_without_identities_are_only_distilled():
+    images, numbers, labels, rows = tiny_batches(1, crops=4)
+    logged, weights = [], []
+    for change in (0, 100):
+        images[0, 8:] = images[0, 8:] // 2 + change
+        trainer = freeze(tiny_trainer(targets=random_targets(12)))
+        logged.append(train.train_step(trainer, images[0], numbers[0], labels, rows))
+        weights.append(trainer.model.body.conv0.weight.detach().clone())
+    for name in ("loss_id", "loss_pair", "accuracy"):
+        assert logged[0][name].item() == pytest.approx(logged[1][name].item(), rel=1e-5), name
+    assert logged[0]["loss_relational"] != logged[1]["loss_relational"]
+    assert (weights[0] - weights[1]).abs().max() > 1e-6
+
+
+def test_the_norm_of_the_gradient_is_clipped():
+    images, numbers, labels, rows = tiny_batches(1, crops=4)
+    steps = []
+    for clip in ("0", "0.5"):
+        trainer = freeze(tiny_trainer("--clip", clip, "--weight_decay", "0", targets=random_targets(12)))
+        train.train_step(trainer, images[0], numbers[0], labels, rows)
+        steps.append(torch.cat([parameter.grad.flatten() for parameter in trainer.parameters]))
+    assert steps[0].norm() > 0.6 and steps[1].norm().item() == pytest.approx(0.5, rel=1e-3)
+    assert torch.allclose(steps[1], steps[0] * 0.5 / steps[0].norm(), atol=1e-4)
 
 
 def test_averaged_weights_and_their_statistics():
@@ -225,8 +293,8 @@ def test_averaged_weights_and_their_statistics():
 
 def test_freezing_keeps_the_statistics_of_the_backbone_and_not_of_the_neck():
     trainer = tiny_trainer("--freeze_bn", "--ema", "0.9")
-    images, numbers, labels = tiny_batches(1)
-    trainer.step(images[0], numbers[0], labels, 0.01)
+    images, numbers, labels, rows = tiny_batches(1)
+    trainer.step(images[0], numbers[0], labels, rows, 0.01)
     trainer.refresh_norms([augment.apply(images[0], numbers[0])])
     for model in (trainer.model, trainer.averaged):
         assert torch.equal(model.body.norm0.running_mean, torch.zeros(64))
@@ -237,9 +305,9 @@ def test_a_first_step_that_fp16_skips_leaves_no_memory_that_was_never_written():
     trainer = tiny_trainer(steps=2)
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=float("inf"))  # overflows, as on a GPU in fp16
     trainer.scaler.scale(torch.zeros(()))
-    images, numbers, labels = tiny_batches(2)
+    images, numbers, labels, rows = tiny_batches(2)
     before = [parameter.detach().clone() for parameter in trainer.parameters]
-    trainer.step(images[0], numbers[0], labels, 0.01)
+    trainer.step(images[0], numbers[0], labels, rows, 0.01)
     assert all(torch.equal(*pair) for pair in zip(before, trainer.parameters, strict=True)), "the step was not skipped"
     for state in trainer.optimizer.state.values():
         assert torch.equal(state["momentum_buffer"], torch.zeros_like(state["momentum_buffer"]))
@@ -248,17 +316,20 @@ def test_a_first_step_that_fp16_skips_leaves_no_memory_that_was_never_written():
 def test_a_teacher_of_another_backbone_and_size(tmp_path):
     path = tmp_path / "teacher.pth"
     save_checkpoint(path, build_model(default_config([1, 2], "resnet50", height=96, width=48)), {}, {})
-    images, numbers, labels = tiny_batches(1)
+    images, numbers, labels, rows = tiny_batches(1, crops=4)
     found = {}
     for weight in (0, 1):
         pupil = tiny_trainer("--teacher", str(path), "--distill", str(weight))
-        pupil.step(images[0], numbers[0], labels, 0.01)
+        pupil.step(images[0], numbers[0], labels, rows, 0.01)
         found[weight] = pupil.end_epoch(1)
     assert found[1]["train/loss"] > found[0]["train/loss"] and found[1]["train/loss_id"] == found[0]["train/loss_id"]
-    assert not pupil.teacher.training and all(parameter.grad is None for parameter in pupil.teacher.parameters())
+    parts = [found[1][f"train/loss_{name}"] for name in ("id", "pair", "relational", "soft")]
+    assert found[1]["train/loss"] == pytest.approx(sum(parts) + 5 * found[1]["train/loss_cosine"], rel=1e-5)
+    network = pupil.teacher.network
+    assert not network.training and all(parameter.grad is None for parameter in network.parameters())
     pupil.model.config["classes"] = [1, 3]
     with pytest.raises(ReidError, match="trained on other identities"):
-        pupil._load_teacher(path)
+        load_teacher(pupil.args, pupil.model, [], [])
 
 
 class PretendGraph:
@@ -304,17 +375,17 @@ def pretend_cuda(monkeypatch, graph, trainer):
 ])
 def test_choosing_the_way_of_the_step_changes_nothing(monkeypatch, capsys, graph, compiler, lines):
     """Warm-up, recording and replay are undone to the last bit, and so is an attempt that fails."""
-    images, numbers, labels = tiny_batches(3)
+    images, numbers, labels, rows = tiny_batches(3, crops=4)
     states = []
     for wanted in (False, True):
-        trainer = tiny_trainer(*LEVERS, steps=3)
+        trainer = tiny_trainer(*LEVERS, steps=3, targets=random_targets(12))
         if wanted:
             pretend_cuda(monkeypatch, graph, trainer)
             if compiler:
                 trainer.compile_wanted = True
                 monkeypatch.setattr(torch, "compile", lambda model: lambda images: compiler(images))
         for step in range(3):
-            trainer.step(images[step], numbers[step], labels, 0.01 * (step + 1))
+            trainer.step(images[step], numbers[step], labels, rows, 0.01 * (step + 1))
         assert (trainer.graph is not None) == (wanted and graph is PretendGraph)
         states.append([*trainer._state_tensors(), *trainer.logged])
     assert all(torch.equal(*pair) for pair in zip(*states, strict=True))
@@ -327,21 +398,39 @@ def test_choosing_the_way_of_the_step_changes_nothing(monkeypatch, capsys, graph
 def test_ranks_share_an_epoch_without_overlap(monkeypatch):
     args = train.get_args_parser().parse_args([*TINY])
     labels = torch.arange(64) // 8
-    rows, numbers = train.plan_epoch(args, labels, 3)
+    rows, numbers = train.plan_epoch(args, labels, 0, 3)
     monkeypatch.setattr(distributed, "world_size", 2)
     shares = []
     for rank in (0, 1):
         monkeypatch.setattr(distributed, "rank", rank)
-        shares.append(train.plan_epoch(args, labels, 3))
+        shares.append(train.plan_epoch(args, labels, 0, 3))
     assert torch.equal(torch.cat([part for part, _ in shares], 1), rows)
     assert torch.equal(torch.cat([part for _, part in shares], 1), numbers)
     for batch in rows:  # two identities, four images of each: a rank has one of them
         assert len(labels[batch].unique()) == 2 and (labels[batch].view(2, 4) == labels[batch].view(2, 4)[:, :1]).all()
 
 
+def test_ranks_share_the_crops_without_identities(monkeypatch):
+    args = train.get_args_parser().parse_args([*TINY, "--unlabelled_batch", "12"])
+    labels = torch.arange(64) // 8
+    rows, numbers = train.plan_epoch(args, labels, 30, 3)
+    assert rows.shape == (8, 20) and numbers.shape[:2] == (8, 20)
+    assert (rows[:, :8] < 64).all() and (rows[:, 8:] >= 64).all() and set(rows[:, 8:].flatten().tolist()) == set(range(64, 94))
+    assert torch.equal(rows[:, :8], train.plan_epoch(args, labels, 0, 3)[0])
+    monkeypatch.setattr(distributed, "world_size", 2)
+    shares = []
+    for rank in (0, 1):
+        monkeypatch.setattr(distributed, "rank", rank)
+        shares.append(train.plan_epoch(args, labels, 30, 3))
+    for whole, (first, second) in zip((rows, numbers), zip(*shares)):
+        assert torch.equal(torch.cat([first[:, :4], second[:, :4], first[:, 4:], second[:, 4:]], 1), whole)
+
+
 def test_a_batch_that_the_ranks_cannot_share(people, tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "start", lambda device: (0, 3))
     assert "must be a multiple of the 3 processes" in fails(tmp_path, "--data_root", people, *TINY)
+    more = ["--batch_size", 12, "--unlabelled", people / "gallery", "--unlabelled_batch", 8]
+    assert "--unlabelled_batch 8: must be a multiple of the 3" in fails(tmp_path, "--data_root", people, *TINY, *more)
 
 
 @pytest.mark.parametrize("count, ranks, shards", [(5, 2, [[0, 2, 4], [1, 3]]), (1, 3, [[0], [], []])])
