@@ -79,6 +79,10 @@ def main(args):
     query_files = [] if args.serve else find_queries(args)
     outputs = [("output", args.output, (".png", ".jpg", ".jpeg", ".webp")), ("json", args.json, (".json",))]
     check_outputs(outputs, [*query_files, args.gallery or Path(args.data_root, "gallery")])
+    embeddings, kept, bad = extractor.embed_records(query_files, strict=args.strict, progress=False)
+    if bad and not len(kept):  # before the gallery is embedded
+        say_left_out(bad)
+        raise ReidError("none of the queries could be read; give images such as JPEG or PNG")
     if index is None:
         index = build_gallery(args, uri, extractor, rank, world_size)
     ranks = {"rank": rank, "world_size": world_size} if isinstance(index, GalleryIndex) and not args.serve else {}
@@ -91,7 +95,6 @@ def main(args):
         return page.serve(page.create_app(extractor, index, [args.host, *args.allowed_hosts], file), listener)
 
     evidence = SpaceTime.load(checkpoint.with_name("spacetime.pt"), index.fingerprint, args.data_root) if args.spacetime else None
-    embeddings, kept, bad = extractor.embed_records(query_files, strict=args.strict, progress=False)
     queries = [query_of(query_files[i], args.data_root) for i in kept.tolist()]
     topk = max(args.topk, CANDIDATES) if args.rerank or args.spacetime else args.topk
     topk = max(1, min(topk, len(index)))
@@ -106,11 +109,14 @@ def main(args):
         lists = weigh_lists(lists, evidence, args.topk)
     write_results(args, index, lists)
     distributed.stop()
-    for file, reason in index.bad + bad:
-        print(f"left out: {printable(file)}: {printable(reason)}", file=sys.stderr)
-    if bad and not lists:
-        raise ReidError("none of the queries could be read; give images such as JPEG or PNG")
+    say_left_out(index.bad + bad)
     return 3 if index.bad or bad else 0
+
+
+def say_left_out(bad):
+    """Print the images that could not be read: [(file, reason)]."""
+    for file, reason in bad:
+        print(f"left out: {printable(file)}: {printable(reason)}", file=sys.stderr)
 
 
 def check_arguments(args):

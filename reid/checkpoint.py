@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from reid import ReidError
-from reid.cli import first_line
 from reid.files import checksum, load, save
 from reid.images import PREPROCESSING
 from reid.model import build_model, check_config
@@ -169,7 +168,7 @@ def _read_state(path):
     try:
         record = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen types
-        raise ReidError(f"--weights {path}: not a file of tensors that can be loaded safely ({first_line(error)})") from error
+        raise ReidError(f"--weights {path}: not a file of tensors that torch.load reads with weights_only=True") from error
     if isinstance(record, dict) and record.get("format") == FORMAT:
         return load_checkpoint(path)["state_dict"]
     for key in ("state_dict", "model_state_dict", "model"):

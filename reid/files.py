@@ -192,7 +192,7 @@ def load(path, kind, version, mmap=False, verify=None):
             record = torch.load(held if os.path.exists(held) else path, map_location="cpu", weights_only=True, mmap=mmap)
         _check_plain(record)
     except Exception as error:  # torch raises half a dozen types for damaged files, KeyError for text files
-        raise ReidError(f"{path}: not a readable {kind} file ({first_line(error)}); it is damaged or not ours") from error
+        raise ReidError(f"{path}: not a readable {kind} file; it is damaged or not ours") from error
     found = record.get("format", "a plain dict") if isinstance(record, dict) else type(record).__name__
     if not isinstance(record, dict) or found != kind:
         raise ReidError(f"{path}: expected a {kind} file, found {found!r:.60}")

@@ -171,8 +171,8 @@ def pick_device(name="auto"):
     try:
         device = torch.device(name)
         torch.empty(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ReidError(f"--device {name} is not available here ({str(error).splitlines()[0]}); try --device cpu") from error
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch lists every kind of device, or its own flags
+        raise ReidError(f"--device {name} is not available here; use auto, cpu, cuda or cuda:<number>") from error
     return device
 
 

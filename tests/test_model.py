@@ -38,7 +38,7 @@ def test_precision_of_a_device(monkeypatch):
 def test_a_device_that_is_not_there():
     assert pick_device("cpu").type == "cpu"
     for name in ("cuda:99", "toaster"):
-        with pytest.raises(ReidError, match=f"--device {name} is not available here"):
+        with pytest.raises(ReidError, match=f"^--device {name} is not available here; use auto, cpu, cuda or cuda:<number>$"):
             pick_device(name)
 
 

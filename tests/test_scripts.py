@@ -181,11 +181,21 @@ def test_errors_of_inference(root, people, workplace, tmp_path):
     assert "no such folder" in fails(root, workplace, "inference.py", "--exp_name", "small", "--data_root", "nowhere")
     assert "index/other.pt" in fails(root, workplace, "inference.py", *small, "--load_index", "--gallery_uri", "index/other.pt")
     stale = fails(root, workplace, "inference.py", *small, "--load_index", "--gallery_uri", "index/blank.pt")
-    assert "eval.py --save_index" in stale
+    assert "eval.py --save_index" in stale and "--exp_name blank" not in stale  # the name of a file is not that of its run
     text = tmp_path / "text.jpg"
     text.write_text("hello")
     assert "none of the queries" in fails(root, workplace, "inference.py", *small, "--load_index", "--query_paths", text)
     assert "--topk 0" in fails(root, workplace, "inference.py", *small, "--load_index", "--topk", 0)
+    assert "text.jpg: is a file; give a folder" in fails(root, workplace, "inference.py", *small, "--gallery", text)
+    assert fails(root, workplace, "inference.py", *small, "--load_index", "--gallery_uri", text).endswith(
+        "text.jpg: not a readable reid-index file; it is damaged or not ours")
+
+
+def test_queries_are_read_before_the_gallery_is_embedded(root, people, workplace, tmp_path):
+    (tmp_path / "text.jpg").write_text("hello")
+    out = script(root, workplace, "inference.py", "--exp_name", "small", "--data_root", people, "--query_paths",
+                 tmp_path / "text.jpg")
+    assert out.returncode == 1 and "none of the queries" in out.stderr and "img/s" not in out.stderr  # no progress bar
 
 
 def test_errors_of_eval(root, people, workplace, tmp_path):

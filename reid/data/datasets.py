@@ -106,7 +106,7 @@ def read_folder(folder):
     """Return the Records of every image below `folder`, sorted by path. Raises ReidError if there are none."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise ReidError(f"{folder}: no such folder")
+        raise ReidError(f"{folder}: {'is a file; give a folder of images' if folder.exists() else 'no such folder'}")
     paths = list_images(folder)
     if not paths:
         raise ReidError(f"{folder}: no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in it or below it")

@@ -206,15 +206,14 @@ class GalleryIndex:
     @classmethod
     def load(cls, path, extractor_or_fingerprint=None):
         """Open an index, memory-mapped. With an Extractor (or a fingerprint) one of other weights raises ReidError."""
-        again = f"make it again: python eval.py --save_index --exp_name {Path(path).stem}"
         if not Path(path).is_file():
-            raise ReidError(f"{path}: no such index; {again.replace(' again', '')} (or inference.py --save_index for a gallery "
-                            "without queries)")
+            raise ReidError(f"{path}: no such index; make it with eval.py --save_index, or without queries with inference.py "
+                            "--save_index")
         index = cls._restore(load(path, FORMAT, VERSION, mmap=True), path)
         wanted = getattr(extractor_or_fingerprint, "fingerprint", extractor_or_fingerprint)
         index.device = getattr(extractor_or_fingerprint, "device", "cpu")
         if index.preprocessing != PREPROCESSING or (wanted is not None and index.fingerprint != wanted):
-            raise ReidError(f"{path}: made by other weights or another preprocessing; {again}")
+            raise ReidError(f"{path}: made by other weights or another preprocessing; make it again with eval.py --save_index")
         return index
 
     @classmethod

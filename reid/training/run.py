@@ -54,6 +54,9 @@ class Run:
         held.callback(_leave, lock.absolute(), self.folder.absolute())
         held.callback(self.writer.shutdown)  # first, so that the last file is written
         weakref.finalize(self, held.close)  # however the run ends, except by kill -9
+        if resume and not (self.folder / "last.pth").is_file():
+            known = ", ".join(sorted(path.parent.name for path in self.folder.parent.glob("*/last.pth"))) or "none"
+            raise ReidError(f"--resume: no {self.folder / 'last.pth'}; runs that can go on: {known}. A new run takes no --resume")
         if resume:
             return load_checkpoint(self.folder / "last.pth")
         if any((self.folder / name).exists() for name in ("last.pth", "best.pth")):

@@ -155,7 +155,7 @@ def script(root, folder, name, *args):
 
 
 def test_a_peer_is_evaluated_compared_and_searched(root, people, network, files, tmp_path):
-    path, module = network
+    path, _ = network
     options = ["--network", path, "--network_input", "imagenet", "--data_root", people]
     status, out, err = script(root, tmp_path, "eval.py", *options, "--save_index", "--json", "out.json")
     assert status == 0 and "tiny-peer on " in out and "cross-domain" not in out, err

@@ -143,6 +143,7 @@ def test_what_users_get_wrong(people, undisturbed, tmp_path):
     assert "--batch_size 6" in fails(tmp_path, "--data_root", people, *TINY, "--batch_size", 6)
     assert "nothing.pth: no such file" in fails(tmp_path, "--data_root", people, *TINY, "--weights", "nothing.pth")
     assert "--resume needs" in fails(tmp_path, "--resume")
+    assert "last.pth; runs that can go on: none" in fails(tmp_path, "--data_root", people, "--exp_name", "new", "--resume")
     folder = undisturbed[0]
     assert "add --resume" in fails(folder, "--data_root", people, *TINY, "--exp_name", "whole")
     assert "--lr 0.005, not 0.1" in fails(folder, "--data_root", people, "--exp_name", "whole", "--resume", "--lr", 0.1)
