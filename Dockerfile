@@ -45,7 +45,8 @@ STOPSIGNAL SIGINT
 # For --serve; a container that answers one query ends before the first check.
 HEALTHCHECK --interval=30s --timeout=5s --start-period=60s CMD ["python", "-c", \
     "from urllib.request import urlopen; urlopen('http://127.0.0.1:8000/healthz', timeout=4)"]
-ENTRYPOINT ["sh", "-c", "exec python inference.py --engine ${ENGINE} --load_index --data_root data/synthetic \"$@\"", "reid"]
+# The index of drawn people is searched, unless the options name a gallery that has to be embedded.
+ENTRYPOINT ["sh", "-c", "case \" $* \" in *' --gallery'[!_]*|*' --data_root'*|*' --save_index'*) ;; *) set -- --load_index \"$@\" ;; esac; exec python inference.py --engine \"$ENGINE\" \"$@\"", "reid"]
 
 # --- training: dashboards by default, scripts by `docker exec` -----------------------------------------------------
 FROM base AS train

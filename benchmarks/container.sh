@@ -171,7 +171,7 @@ number=$(find "$crops" -name '*.jpg' | wc -l)
 check "the default query has 5 answers" hits 5 run "$image"
 check "by OpenVINO" says 'openvino, mirrored' run "$image"
 check "crops of a volume, --topk 10" hits $((10 * number)) run -v "$crops:/crops:ro" "$image" --query_paths "$queries" --topk 10
-check "a gallery of one's own" hits 3 run -v "$crops:/crops:ro" --entrypoint python "$image" inference.py --gallery /crops \
+check "a gallery of one's own" hits 3 run -v "$crops:/crops:ro" "$image" --gallery /crops \
   --query_paths "$(find "$crops" -name '*.jpg' -printf '/crops/%f\n' | head -n 1)" --topk 3
 check "any user, --output to a volume" run --user 1234 -v "$out:/out" "$image" --output /out/ranking.png
 check "which is a picture" grep -q PNG "$out/ranking.png"

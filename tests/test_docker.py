@@ -1,6 +1,7 @@
 """The Dockerfile, its lock file and its build context fit together; benchmarks/container.sh builds and runs the images."""
 
 import fnmatch
+import json
 import os
 import re
 import shutil
@@ -49,6 +50,19 @@ def test_lock_is_exact_and_hashed(root):
     assert len(blocks) > 20
     for block in blocks:
         assert re.match(r"[\w.-]+==[\w.]+( ; [^\\]+)? \\\n +--hash=sha256:[0-9a-f]{64}", block), block
+
+
+@pytest.mark.parametrize("options, loaded", [
+    ([], True), (["--query_paths", "/a b/c.jpg"], True), (["--serve", "--host", "0.0.0.0"], True),
+    (["--gallery_uri", "x.pt"], True), (["--gallery", "/crops"], False), (["--topk", "3", "--gallery=/crops"], False),
+    (["--data_root", "data/own"], False), (["--gallery_uri", "x.pt", "--save_index"], False)])
+def test_the_entry_point_loads_the_index_unless_a_gallery_is_given(root, tmp_path, options, loaded):
+    entry = json.loads(re.search(r"^ENTRYPOINT (.*)$", (root / "Dockerfile").read_text(), re.MULTILINE)[1])
+    (tmp_path / "python").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    (tmp_path / "python").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "ENGINE": "openvino"}
+    done = subprocess.run([*entry, *options], env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["inference.py", "--engine", "openvino", *["--load_index"] * loaded, *options], done.stderr
 
 
 def test_everything_copied_is_in_the_build_context(root):
