@@ -2,7 +2,7 @@
 
     python data_prep.py                         download Market-1501 and group it
     python data_prep.py --archive FILE          group a local .zip, .tar, .tar.gz, .tar.xz or unpacked folder
-    python data_prep.py --from FOLDER           split your own images, one folder per identity
+    python data_prep.py --from FOLDER           copy and split your own images, one folder per identity
     python data_prep.py --synthetic             draw people, no download
 
 A run that was killed can be repeated; a tree that is complete is left as it is.
@@ -11,11 +11,15 @@ A run that was killed can be repeated; a tree that is complete is left as it is.
 import argparse
 import hashlib
 import os
+from collections import defaultdict
 from pathlib import Path
 
 from reid import ReidError
 from reid.cli import HelpFormatter, check_ranges, printable, run, without_secrets
-from reid.data import archives, prepare, synthetic
+from reid.data import archives, own, prepare, synthetic
+from reid.data.datasets import account
+
+MARKET_TREE = "market-1501-grouped"
 
 
 def get_args_parser():
@@ -31,11 +35,16 @@ def get_args_parser():
                        "compare the numbers of images with those of Market-1501")
     output = parser.add_argument_group("output")
     output.add_argument("--output", "--data_root", metavar="DIR", help="the tree to make (default: "
-                        "data/market-1501-grouped; data/synthetic with --synthetic)")
+                        "data/market-1501-grouped; data/<folder> with --from; data/synthetic with --synthetic)")
+    output.add_argument("--link", action="store_true", help="make hard links to the images of --from or of a folder, which then "
+                        "change with them, instead of copies")
+    output.add_argument("--strict", action="store_true", help="fail where a file is left out, except hidden ones")
     own = parser.add_argument_group("own images, for --from")
     own.add_argument("--train_share", type=float, default=0.5, help="share of the identities to train on")
     own.add_argument("--times", metavar="CSV", help="camera and time of every image, in the columns path, camera, time "
                      "(seconds or ISO 8601); they become part of the file names, where --spacetime reads them")
+    own.add_argument("--camera", metavar="REGEX", help="regular expression for the camera in the path of an image: its first "
+                     "group, or all of it, as a number or a text (default: names like those of known datasets, and cam2, c2)")
     drawn = parser.add_argument_group("drawn people, for --synthetic")
     drawn.add_argument("--num_ids", type=int, default=70, help="number of identities")
     drawn.add_argument("--seed", type=int, default=0, help="another seed draws other people")
@@ -43,16 +52,33 @@ def get_args_parser():
 
 
 def main(args):
-    check_ranges(args, {"train_share": (0, 1), "num_ids": (1, 1 << 20), "seed": (0, 1 << 40)})
-    output = Path(args.output or f"data/{'synthetic' if args.synthetic else 'market-1501-grouped'}")
-    if args.times and not args.folder:
-        raise ReidError("--times needs --from: other sources have camera and time in their file names")
+    check_ranges(args, {"train_share": (0, 1), "num_ids": (4, 1 << 20), "seed": (0, 1 << 40)})
+    for option in ("times", "camera"):
+        if getattr(args, option) and not args.folder:
+            raise ReidError(f"--{option} needs --from: other sources have camera and time in their file names")
+    if args.times and args.camera:
+        raise ReidError("--times has the camera of every image: leave --camera out")
+    output = choose_output(args)
     source = describe_source(args)
-    if prepare.finished(output, source):
+    files = [path for path in (args.folder, args.times, args.archive) if path] if source != prepare.MARKET else []
+    state = prepare.source_state(*files) if files else None
+    if prepare.finished(output, source, state):
         print(printable(f"{output}: is complete already"))
     else:
-        build(args, output, source)
+        build(args, output, source, state)
     print(prepare.table(output))
+
+
+def choose_output(args):
+    """Return the tree to make, which must not lie in the tree that is read."""
+    folder = args.folder and os.path.realpath(args.folder)
+    name = "synthetic" if args.synthetic else os.path.basename(folder) if folder else MARKET_TREE
+    output = Path(args.output or f"data/{name}")
+    if folder and not args.output and name in (MARKET_TREE, "synthetic", ""):
+        raise ReidError(f"--from {args.folder}: give --output; data/{name} is the name of another dataset")
+    if folder and Path(folder) in (Path(os.path.realpath(output)), *Path(os.path.realpath(output)).parents):
+        raise ReidError(f"--output {output}: lies in the tree of --from; choose another --output")
+    return output
 
 
 def describe_source(args):
@@ -60,8 +86,8 @@ def describe_source(args):
     if args.synthetic:
         return f"synthetic people (--num_ids {args.num_ids} --seed {args.seed})"
     if args.folder:
-        times = f", times of {os.path.realpath(args.times)}" if args.times else ""
-        return f"images of {os.path.realpath(args.folder)} (--train_share {args.train_share:g}){times}"
+        more = f", times of {os.path.realpath(args.times)}" if args.times else f" --camera {args.camera}" if args.camera else ""
+        return f"images of {os.path.realpath(args.folder)} (--train_share {args.train_share:g}){more}"
     if not args.any_counts:
         return prepare.MARKET
     if args.archive:
@@ -74,26 +100,29 @@ def download_name(url):
     return f"download-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
 
 
-def build(args, output, source):
+def build(args, output, source, state):
     """Make the tree. A downloaded archive that turns out to be bad is deleted, since it would fail in every later run."""
     downloaded = None
     if not (args.archive or args.folder or args.synthetic):
         downloaded = output.parent / download_name(args.url)
         archives.download(args.url, downloaded)
+    left_out = defaultdict(list)
     with prepare.building(output) as tree:
         if args.synthetic:
             images = synthetic.dataset(args.num_ids, args.seed)
         elif args.folder:
-            print(prepare.TREE_RULE.format(share=args.train_share))
-            images = prepare.from_tree(args.folder, args.train_share, args.times)
+            print(own.TREE_RULE.format(share=args.train_share))
+            images = own.from_tree(args.folder, args.train_share, args.times, args.camera, left_out)
         else:
-            images = archives.from_archive(downloaded or args.archive)
+            images = archives.from_archive(downloaded or args.archive, left_out)
         try:
-            prepare.fill(tree, images, source, prepare.MARKET_COUNTS if source == prepare.MARKET else None)
+            counts = prepare.MARKET_COUNTS if source == prepare.MARKET else None
+            taken = prepare.fill(tree, images, source, counts, state, left_out, args.link)
         except ReidError:
             if downloaded:
                 downloaded.unlink(missing_ok=True)
             raise
+        print(account(args.folder or args.archive or source, taken, left_out, args.strict))
     print(printable(f"{output}: complete"))
     if downloaded:
         print(printable(f"{downloaded}: no longer needed"))

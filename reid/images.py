@@ -20,16 +20,17 @@ MAX_SCANS = 100  # of a JPEG: a scan of a few bytes costs a pass over all pixels
 MARKER = re.compile(rb"\xff([\xc0-\xcf\xd8-\xfe])")  # of a JPEG's segment; others (stuffing, restarts) are part of the data
 # A fixed list, because Pillow otherwise loads further plug-ins at the first unknown file, while other threads read its list;
 # and because some of its formats run other programs.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 PREPROCESSING = "rgb-u8/bilinear-antialias/imagenet-mean-std/1"  # part of an index's fingerprint: change it with the code
 
 
 def decode(source):
     """Decode an image file to uint8 [3, h, w], RGB, upright.
 
-    source: path, bytes, or a PIL image. EXIF rotation is applied; grey, palette, CMYK, 16-bit and transparent images are
-    converted (transparency onto white); of an animation the first frame is taken. Raises ReidError (path and reason) for
-    what is not a whole image, has more than MAX_PIXELS, or is a JPEG of more than MAX_SCANS scans.
+    source: path, bytes, or a PIL image. EXIF rotation is applied; grey, palette, CMYK, 16-bit, float and transparent images
+    are converted (transparency onto white; grey values of more than 8 bits by the range that holds them); of an animation
+    the first frame is taken. Raises ReidError (path and reason) for what is not a whole image, has more than MAX_PIXELS, or
+    is a JPEG of more than MAX_SCANS scans.
     """
     name = source if isinstance(source, (str, Path)) else "image"
     try:
@@ -44,6 +45,15 @@ def decode(source):
         reason = reason.replace(str(name), "").strip(" '\"") if "cannot identify" not in reason else "not an image"
         raise ReidError(f"{name}: cannot be read as an image ({reason})") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def is_image(source):
+    """Whether a file (path or bytes) begins like an image that `decode` reads, whatever its name is."""
+    try:
+        Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS).close()
+    except Exception:  # see `decode`
+        return False
+    return True
 
 
 def _open(source):
@@ -69,8 +79,8 @@ def _has_too_many_scans(data):
 
 
 def _to_rgb(image):
-    if image.mode.startswith("I;16") or image.mode == "I":
-        image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).clip(0, 255).astype(np.uint8))
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        image = Image.fromarray(_to_eight_bits(np.asarray(image)))
     if "exif" in image.info or image.format in ("TIFF", "WEBP", "PNG"):
         image = ImageOps.exif_transpose(image)
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
@@ -78,6 +88,18 @@ def _to_rgb(image):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image.load()
     return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+
+
+def _to_eight_bits(values):
+    """Scale grey values, integers or floats, to 0..255 by the range that holds them: 0..1 (floats), 8, 10, 12, 14 or 16 bits.
+
+    Raises ValueError for negative, larger and non-finite values.
+    """
+    low, high = float(values.min()), float(values.max())
+    if not (low >= 0 and high <= 65535):
+        raise ValueError(f"values from {low:g} to {high:g}; save it with 8 bits a channel")
+    ranges = (1.0,) * (values.dtype.kind == "f") + (255, 1023, 4095, 16383, 65535)
+    return (values.astype(np.float64) * 255 / next(full for full in ranges if high <= full)).astype(np.uint8)
 
 
 def resize(images, size):

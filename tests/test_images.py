@@ -44,6 +44,27 @@ def test_sixteen_bits(tmp_path):
     assert np.abs(decode(tmp_path / "a.png")[0].numpy().astype(int) - values // 257).max() <= 1
 
 
+@pytest.mark.parametrize("values, wanted", [
+    (np.array([[0, 0.5], [0.25, 1]], np.float32), [[0, 127], [63, 255]]),  # 0..1
+    (np.array([[0, 100], [12.5, 255]], np.float32), [[0, 100], [12, 255]]),  # 0..255
+    (np.array([[0, 4095], [2048, 16]], np.uint16), [[0, 255], [127, 0]]),  # 12 bits
+    (np.array([[0, 1023], [512, 4]], np.uint16), [[0, 255], [127, 0]]),  # 10 bits
+    (np.array([[0, 65535], [32768, 257]], np.uint16), [[0, 255], [127, 1]]),
+    (np.array([[0, 65535], [32768, 257]], np.int32), [[0, 255], [127, 1]]),
+    (np.array([[0, 200], [7, 1]], np.uint16), [[0, 200], [7, 1]]),  # 8 bits
+])
+def test_more_than_eight_bits_are_scaled_by_their_range(tmp_path, values, wanted):
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    assert decode(tmp_path / "a.tif")[1].tolist() == wanted
+
+
+@pytest.mark.parametrize("value", [-1, np.nan, np.inf, 70_000])
+def test_values_without_a_range_are_refused(tmp_path, value):
+    Image.fromarray(np.array([[0, value]], np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(ReidError, match="8 bits a channel"):
+        decode(tmp_path / "a.tif")
+
+
 def test_transparency_becomes_white(tmp_path):
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "a.png")
     assert (decode(tmp_path / "a.png") == 255).all()

@@ -1,6 +1,6 @@
 """Download an archive, and read the images of Market-1501's layout from an archive or an unpacked folder.
 
-Names inside archives never become paths: only file names that `parse_name` accepts are taken from them.
+Names inside archives never become paths: only file names in which `parse_name` finds an identity are taken from them.
 """
 
 import bz2
@@ -11,6 +11,7 @@ import stat
 import tarfile
 import time
 import zipfile
+from collections import defaultdict
 from pathlib import Path
 
 import requests
@@ -18,10 +19,13 @@ from tqdm import tqdm
 
 from reid import ReidError
 from reid.cli import first_line, printable, root_cause, without_secrets
-from reid.data.datasets import IMAGE_SUFFIXES, parse_name
+from reid.data.datasets import ELSEWHERE, HIDDEN, IMAGE_SUFFIXES, SYSTEM_FILES, list_files
+from reid.data.names import UNKNOWN_PID, parse_name
 from reid.files import locked
+from reid.images import is_image
 
 FOLDERS = {"bounding_box_train": "train", "query": "query", "bounding_box_test": "gallery"}  # Market-1501's own names
+SPECIAL, NO_IMAGE = "link or device", "file that is no image"  # reasons
 DECOMPRESS = {b"\x1f\x8b": gzip.open, b"\xfd7": lzma.open, b"BZ": bz2.open}  # by the first two bytes of a file
 MAX_MEMBER = 50 << 20  # bytes of one image; a crop of a person has a few thousand
 MAX_EXPANSION, FREE_EXPANSION = 20, 100 << 20  # an archive may unpack to 20 times its size + 100 MiB: photographs hardly shrink
@@ -98,18 +102,23 @@ def _fetch(url, shown, file):
             raise requests.ConnectionError(f"the connection closed after {file.tell():,} of {size:,} bytes")
 
 
-def from_archive(path):
+def from_archive(path, left_out=None):
     """Yield (split, identity's folder, file name, content) of the images of an archive or folder in Market-1501's layout.
 
     path: a .zip, .tar, .tar.gz, .tar.bz2 or .tar.xz file, or a folder, with the folders of FOLDERS at any depth. content is
-    bytes, or the path of a file. Other folders, links, devices and names that are not those of images are left out.
-    Raises ReidError for what cannot be read, is encrypted, or unpacks to more than photographs do.
+    bytes, or the path of a file. left_out: {reason: files} (a defaultdict), to which all other files are added: those of
+    other folders, links, devices, no images, and names without an identity. Raises ReidError for what cannot be read, is
+    encrypted, or unpacks to more than photographs do.
     """
-    path, empty = Path(path), True
+    path, empty, left_out = Path(path), True, defaultdict(list) if left_out is None else left_out
     try:
-        for image in _folder_images(path) if path.is_dir() else _archive_images(path):
+        for member, content in (_folder_files if path.is_dir() else _archive_files)(path, left_out):
+            split, person, name = _place(member)
+            if os.path.splitext(name)[1].lower() not in IMAGE_SUFFIXES and not is_image(content):
+                left_out[NO_IMAGE].append(member)
+                continue
             empty = False
-            yield image
+            yield split, person, name, content
     except (ReidError, FileNotFoundError):
         raise
     except Exception as error:  # the archive readers raise a dozen types, among them MemoryError and struct.error
@@ -119,25 +128,42 @@ def from_archive(path):
         raise ReidError(f"{path}: no image named like 0002_c1s1_000451_03.jpg in a folder {' or '.join(FOLDERS)}")
 
 
-def _wanted(member):
-    """(split, identity's folder, file name) of an archive member that is an image of the dataset, else None."""
+def _place(member):
+    """Return (split, identity's folder, file name) of an archive member, each None where there is none."""
     folder, _, name = member.replace("\\", "/").rpartition("/")
-    split = FOLDERS.get(folder.rpartition("/")[2])
-    if split is None or os.path.splitext(name)[1].lower() not in IMAGE_SUFFIXES or parse_name(name) is None:
-        return None
-    return split, name.partition("_")[0], name
+    parsed = parse_name(name)
+    person = None if parsed is None or parsed.pid == UNKNOWN_PID else str(parsed.pid) if parsed.pid < 0 else f"{parsed.pid:04}"
+    return FOLDERS.get(folder.rpartition("/")[2]), person, name
 
 
-def _folder_images(path):
-    for file in sorted(path.resolve().rglob("*")):
-        if (wanted := _wanted(str(file))) and file.is_file():  # not a dangling link
-            yield *wanted, file
+def _is_wanted(member, left_out):
+    """Whether a member is in one of FOLDERS and its name has an identity; else add it to `left_out`."""
+    split, person, name = _place(member)
+    if name.startswith(".") or name.lower() in SYSTEM_FILES:
+        left_out[HIDDEN].append(member)
+    elif split is None:
+        left_out[ELSEWHERE].append(member)
+    elif person is None:
+        left_out["file whose name has no identity, unlike 0002_c1s1_000451_03.jpg"].append(member)
+    else:
+        return True
+    return False
 
 
-def _archive_images(path):
+def _folder_files(path, left_out):
+    images, others = list_files(path)
+    for reason, names in others.items():
+        for name in names:
+            left_out[reason if _place(str(path.resolve() / name))[0] else ELSEWHERE].append(name)
+    for name in images:
+        if _is_wanted(str(path.resolve() / name), left_out):
+            yield str(path.resolve() / name), path.resolve() / name
+
+
+def _archive_files(path, left_out):
     with open(path, "rb") as file:
         magic = file.read(2)  # a downloaded file may have any name
-    return _zip_images(path) if magic == b"PK" else _tar_images(path, DECOMPRESS.get(magic, open))
+    return _zip_files(path, left_out) if magic == b"PK" else _tar_files(path, DECOMPRESS.get(magic, open), left_out)
 
 
 def _check_size(path, total, member=0):
@@ -161,14 +187,16 @@ class _Stream:
         return self.file.seek(position)
 
 
-def _tar_images(path, opener):
+def _tar_files(path, opener, left_out):
     with opener(path, "rb") as file, tarfile.open(fileobj=(stream := _Stream(file, path)), mode="r:") as tar:
         for member in tar:
             if tar.offset <= member.offset:  # a negative size: tarfile would read it again for ever
                 raise tarfile.ReadError("a member ends before it begins")
-            if member.isreg() and not member.issparse() and (wanted := _wanted(member.name)):
+            if not member.isreg() or member.issparse():
+                left_out[SPECIAL].extend([] if member.isdir() else [member.name])
+            elif _is_wanted(member.name, left_out):
                 _check_size(path, stream.tell(), member.size)
-                yield *wanted, tar.extractfile(member).read()
+                yield member.name, tar.extractfile(member).read()
         stream.seek(tar.offset)  # tarfile takes a damaged or missing header for the end
         if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError("it breaks off")
@@ -176,14 +204,15 @@ def _tar_images(path, opener):
             pass
 
 
-def _zip_images(path):
+def _zip_files(path, left_out):
     total = 0
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
-            kind = stat.S_IFMT(member.external_attr >> 16)
-            if kind in (0, stat.S_IFREG) and (wanted := _wanted(member.filename)):
+            if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG) or member.is_dir():
+                left_out[SPECIAL].extend([] if member.is_dir() else [member.filename])
+            elif _is_wanted(member.filename, left_out):
                 if member.flag_bits & 1:
                     raise ReidError(f"{path}: is encrypted; unpack it yourself and give the folder to --archive")
                 total += member.file_size
                 _check_size(path, total, member.file_size)
-                yield *wanted, archive.read(member)
+                yield member.filename, archive.read(member)

@@ -1,58 +1,44 @@
-"""Folders of person crops: names, listings and the training set."""
+"""Folders of person crops: listings that account for every file, records and the training set."""
 
-import hashlib
 import os
-import re
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from reid import ReidError
+from reid.cli import printable
+from reid.data.names import (  # noqa: F401 (some are only imported from here)
+    DISTRACTOR,
+    FOLDER_RULE,
+    JUNK,
+    UNKNOWN,
+    UNKNOWN_PID,
+    Name,
+    describe,
+    folder_pid,
+    parse_name,
+    read_folders,
+    read_path,
+)
+from reid.images import is_image
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
-JUNK, DISTRACTOR = -1, 0  # Market-1501's reserved ids: ignored; kept and always wrong
-UNKNOWN = -1  # camera, sequence or frame that is not part of a name
-UNKNOWN_PID = -2  # unlabelled: neither name nor folder gives an identity
-
-# Market-1501 0002_c1s1_000451_03.jpg, DukeMTMC 0005_c2_f0046985.jpg, plain 0007_c3.png; "-1" is junk, ".jpg.jpg" occurs.
-_NAME = re.compile(r"(-?\d{1,18})_c(\d{1,9})(?:s(\d{1,9}))?(?:_f?(\d{1,15}))?(?:_\d{1,15})?(?:\.\w{1,8}){0,2}", re.ASCII)
-_INTEGER = re.compile(r"-?\d{1,18}", re.ASCII)
-
-
-class Name(NamedTuple):
-    """The parts of a file name: identity, camera, sequence and frame (UNKNOWN where there is none)."""
-
-    pid: int
-    camid: int
-    seq: int = UNKNOWN
-    frame: int = UNKNOWN
-
-
-def parse_name(name):
-    """Parse `<pid>_c<camera>[s<sequence>][_<frame>][_<box>][.ext]` into a Name; return None for any other name."""
-    match = _NAME.fullmatch(name)
-    if not match:
-        return None
-    pid, *rest = match.groups()
-    return Name(int(pid), *(UNKNOWN if part is None else int(part) for part in rest))
-
-
-def folder_pid(folder):
-    """Return the identity of a folder: its number, or a hash of its name, the same in every split and run.
-
-    Hashes lie between 2^61 and 2^62, far away from any number that a person would choose.
-    """
-    if _INTEGER.fullmatch(folder):
-        return int(folder)
-    digest = hashlib.blake2b(folder.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-    return (int.from_bytes(digest, "big") >> 2) | (1 << 61)
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".avif"}
+SYSTEM_FILES = {"thumbs.db", "desktop.ini", "__macosx"}
+HIDDEN, ELSEWHERE = "hidden, or of the operating system", "in other folders"  # the only reasons that --strict accepts
+BESIDE = "beside the identity folders"
+NO_CAMERA = ("NO CAMERA was read: images from the query's own camera count in the evaluation, which makes it too good; name "
+             "cameras as in anna_c2_7.jpg or anna/cam2/7.jpg, or prepare the images with data_prep.py --from DIR --camera REGEX")
 
 
 @dataclass(frozen=True)
 class Records:
-    """A list of N images: POSIX paths relative to `root`, and identity, camera, sequence and frame as int64 tensors [N]."""
+    """A list of N images: POSIX paths relative to `root`, and identity, camera, sequence and frame as int64 tensors [N].
+
+    left_out: {reason: paths} of the other files that were there.
+    """
 
     root: Path
     paths: list[str]
@@ -60,6 +46,7 @@ class Records:
     camids: torch.Tensor
     seqs: torch.Tensor
     frames: torch.Tensor
+    left_out: dict = field(default_factory=dict)
 
     def __len__(self):
         return len(self.paths)
@@ -75,31 +62,60 @@ class Records:
         """Return the path of every image."""
         return [self.root / path for path in self.paths]
 
+    def account(self, name, strict=False):
+        """Return text on which files were taken and left out, and how identity and camera were read, with an example.
 
-def make_records(root, paths, grouped):
-    """Make the Records of `paths` below `root`.
+        name: of the folder, for the text. strict: raise ReidError where a file was left out.
+        """
+        return "\n".join([account(name, len(self), self.left_out, strict), self.reading()])
 
-    grouped: the identity is that of the folder; otherwise that of the file name or, where it has none, of the folder.
+    def reading(self):
+        """Return text on how identity and camera were read, with an example; in capitals where no camera was."""
+        labelled, seen = self.pids != UNKNOWN_PID, self.camids != UNKNOWN
+        row = int((2 * (self.pids > DISTRACTOR) + seen.int()).argmax())
+        path, values = self.paths[row], Name(int(self.pids[row]), int(self.camids[row]))
+        text = (f"  identity of {int(labelled.sum()):,} and camera of {int(seen.sum()):,} of {len(self):,} images, such as "
+                f"{printable(describe(path, values))}")
+        return text if seen.any() or not labelled.any() else f"{text}\n  {NO_CAMERA}"
+
+
+def account(name, taken, left_out, strict=False):
+    """Return text on `taken` images and on files that were left out ({reason: paths}), with two examples of each reason.
+
+    strict: raise ReidError for a reason other than HIDDEN and ELSEWHERE.
     """
-    rows = []
-    for path in paths:
-        folder, name = os.path.split(path)
-        parsed = parse_name(name) or Name(UNKNOWN_PID, UNKNOWN)
-        from_folder = grouped or (parsed.pid == UNKNOWN_PID and folder)
-        rows.append((folder_pid(os.path.basename(folder)) if from_folder else parsed.pid, *parsed[1:]))
-    columns = torch.tensor(rows, dtype=torch.int64).reshape(-1, 4).T.contiguous()
-    return Records(Path(root), list(paths), *columns)
+    lines = [f"{len(paths):,} {reason}: {printable(', '.join(paths[:2]))}{', ...' * (len(paths) > 2)}"
+             for reason, paths in sorted(left_out.items())]
+    if strict and (bad := [line for line, reason in zip(lines, sorted(left_out)) if reason not in (HIDDEN, ELSEWHERE)]):
+        raise ReidError(f"{name}: --strict, and files were left out: {'; '.join(bad)}")
+    there = taken + sum(map(len, left_out.values()))
+    head = f"{printable(name)}: {there:,} files, {taken:,} images taken, {there - taken:,} left out"
+    return "\n".join([head, *(f"  {line}" for line in lines)])
+
+
+def make_records(root, paths, grouped, split="", left_out=None):
+    """Make the Records of images at `paths`, relative to the folder `split` of `root`.
+
+    grouped: the identity is that of the folder; otherwise that of the file name or, where it has none, of the folder. Raises
+    ReidError for folders that are ambiguous (`names.read_folders`).
+    """
+    columns = torch.tensor([read_path(path, grouped) for path in paths], dtype=torch.int64).reshape(-1, 4).T.contiguous()
+    prefix = f"{split}/" if split else ""
+    return Records(Path(root), [prefix + path for path in paths], *columns, left_out or {})
 
 
 def read_split(data_root, split):
-    """Return the Records of the images `data_root/split/<pid>/*`, sorted by path. Raises ReidError if there are none."""
+    """Return the Records of the images `data_root/split/<identity>/**`, sorted by path. Raises ReidError if there are none."""
     folder = Path(data_root) / split
     if not folder.is_dir():
         raise ReidError(f"{folder}: no such folder; make it with data_prep.py or give another --data_root")
-    paths = [f"{split}/{path}" for path in list_images(folder) if "/" in path]
+    found, left_out = list_files(folder)
+    paths = [path for path in found if "/" in path and read_folders(path)[0]]
     if not paths:
         raise ReidError(f"{folder}: no images in sub-folders named by identity; make them with data_prep.py")
-    return make_records(data_root, paths, grouped=True)
+    if beside := sorted(set(found) - set(paths)):
+        left_out[BESIDE] = beside
+    return make_records(data_root, paths, True, split, left_out)
 
 
 def read_folder(folder):
@@ -107,22 +123,59 @@ def read_folder(folder):
     folder = Path(folder)
     if not folder.is_dir():
         raise ReidError(f"{folder}: {'is a file; give a folder of images' if folder.exists() else 'no such folder'}")
-    paths = list_images(folder)
+    paths, left_out = list_files(folder)
     if not paths:
-        raise ReidError(f"{folder}: no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in it or below it")
-    return make_records(folder, paths, grouped=False)
+        raise ReidError(f"{folder}: no image in it or below it; {account('there', 0, left_out)}")
+    return make_records(folder, paths, False, left_out=left_out)
 
 
 def list_images(folder):
-    """Return the sorted POSIX paths, relative to `folder`, of the files with an image suffix that are not hidden."""
-    found = []
-    for where, folders, names in os.walk(folder, followlinks=False):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        below = Path(where).relative_to(folder).as_posix()
-        prefix = "" if below == "." else f"{below}/"
-        found += [prefix + name for name in names
-                  if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
-    return sorted(found)
+    """Return the sorted POSIX paths, relative to `folder`, of the images in it and below it."""
+    return list_files(folder)[0]
+
+
+def list_files(folder):
+    """Return (sorted POSIX paths of the images below `folder`, {reason: sorted paths} of all other files).
+
+    Images are the files with a suffix of IMAGE_SUFFIXES and those whose content Pillow reads. Links are followed; a folder
+    that is reached twice, or a link to a folder that holds it, is left out.
+    """
+    images, left_out, root = [], defaultdict(list), os.path.realpath(folder)
+    seen, folders = set(), [("", root)]
+    while folders:
+        prefix, real = folders.pop()
+        if real in seen or root.startswith(os.path.join(real, "")):
+            left_out["folder that is linked a second time, or holds its own link"].append(prefix)
+            continue
+        seen.add(real)
+        try:
+            entries = sorted(os.scandir(real), key=lambda entry: entry.name, reverse=True)
+        except OSError as error:
+            left_out[f"folder that cannot be read ({error.strerror})"].append(prefix)
+            continue
+        for entry in entries:
+            path = prefix + entry.name
+            if entry.name.startswith(".") or entry.name.lower() in SYSTEM_FILES:
+                left_out[HIDDEN].append(path)
+            elif entry.is_dir():
+                folders.append((f"{path}/", os.path.realpath(entry.path) if entry.is_symlink() else entry.path))
+            elif reason := _not_an_image(entry):
+                left_out[reason].append(path)
+            else:
+                images.append(path)
+    return sorted(images), {reason: sorted(paths) for reason, paths in left_out.items()}
+
+
+def _not_an_image(entry):
+    """Return why a file is left out, or None for an image."""
+    if not entry.is_file():
+        return "link to nothing" if entry.is_symlink() and not os.path.exists(entry.path) else "no regular file"
+    suffix = os.path.splitext(entry.name)[1].lower()
+    if suffix in IMAGE_SUFFIXES or is_image(entry.path):
+        return None
+    if suffix in (".heic", ".heif"):
+        return f"{suffix} file, which Pillow does not read (convert it to JPEG)"
+    return f"{suffix or 'suffix-less'} file that is no image"
 
 
 class LabelledImages(NamedTuple):

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from reid import ReidError
 from reid.data.figure import SCALE, Canvas, Figure, mix
 
 WIDTH, HEIGHT = 64, 128  # pixels of a crop, as in Market-1501
@@ -199,12 +198,11 @@ def _photograph(pixels, camera, rng):
 def dataset(num_ids, seed):
     """Yield (split, folder, name, JPEG bytes) of `num_ids` people, the first 4/7 of them for training, the rest for testing.
 
-    As in Market-1501, each person passes some of six cameras, one image per camera and test identity is a query, and the
-    gallery has junk (-1, bad detections) and distractors (0000, strangers and bare background) as well. The time between two
-    cameras follows from their distance; names contain camera, sequence and frame (25 per second).
+    num_ids: at least 4, two for training and two for testing. As in Market-1501, each person passes some of six cameras, one
+    image per camera and test identity is a query, and the gallery has junk (-1, bad detections) and distractors (0000,
+    strangers and bare background) as well. The time between two cameras follows from their distance; names contain camera,
+    sequence and frame (25 per second).
     """
-    if num_ids < 4:
-        raise ReidError(f"--num_ids {num_ids}: at least 4 are needed, two for training and two for testing")
     cameras = {camid: make_camera(seed, camid) for camid in CAMERAS}
     strangers = [make_person(seed, f"stranger {i}") for i in range(12)]
     names = set()

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from reid import ReidError
 from reid.data import synthetic
 from reid.data.datasets import parse_name
 
@@ -124,8 +123,3 @@ def test_views_differ_and_a_false_detection_has_no_person():
     assert np.abs(view(0) - view(180)).mean() > 2
     inside = np.s_[40:100, 24:40]
     assert np.abs(view(0) - view(0, None))[inside].mean() > 20
-
-
-def test_too_few_identities():
-    with pytest.raises(ReidError, match="--num_ids 3"):
-        list(synthetic.dataset(3, 0))
