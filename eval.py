@@ -134,6 +134,9 @@ def build_index(args, checkpoint, rank, world_size):
     extractor = make_extractor(args, checkpoint)
     if rank == 0:
         print(extractor.describe(), flush=True)
+    accounts = [images.account(f"{args.data_root}/gallery", args.strict), queries.account(f"{args.data_root}/query", args.strict)]
+    if rank == 0:
+        print(*accounts, sep="\n")
     options = {"strict": args.strict, "rank": rank, "world_size": world_size, "progress": rank == 0}
     index = GalleryIndex.build(extractor, images, **options)
     index.queries = GalleryIndex.build(extractor, queries, **options)

@@ -15,7 +15,8 @@ from reid import ReidError, distributed
 from reid.checkpoint import checkpoint_path
 from reid.cli import HelpFormatter, check_network, check_outputs, check_ranges, printable, run
 from reid.data import synthetic
-from reid.data.datasets import UNKNOWN, UNKNOWN_PID, Name, folder_pid, list_images, parse_name, read_folder, read_split
+from reid.data.datasets import list_images, read_folder, read_split
+from reid.data.names import read_file
 from reid.files import atomic_path
 from reid.retrieval.extract import add_arguments
 from reid.retrieval.index import GalleryIndex, check_made_of, check_replaceable, is_milvus
@@ -185,6 +186,9 @@ def load_gallery(args, uri, extractor):
 def build_gallery(args, uri, extractor, rank, world_size):
     """Embed the gallery; with --save_index it is kept, in Milvus without ever being in memory as a whole."""
     records = read_folder(args.gallery) if args.gallery else read_split(args.data_root, "gallery")
+    account = records.account(args.gallery or f"{args.data_root}/gallery", args.strict)
+    if rank == 0:
+        print(account)
     if args.save_index and is_milvus(uri):
         from reid.extras import milvus
 
@@ -205,9 +209,7 @@ def build_gallery(args, uri, extractor, rank, world_size):
 
 def query_of(file, data_root):
     """The Query of an image, labelled by its name, and in a grouped dataset by its folder."""
-    name = parse_name(file.name) or Name(UNKNOWN_PID, UNKNOWN)
-    grouped = Path(data_root).resolve() in file.resolve().parents
-    return Query(file, *(name._replace(pid=folder_pid(file.parent.name)) if grouped else name))
+    return Query(file, *read_file(file, data_root))
 
 
 def write_results(args, index, lists):

@@ -1,6 +1,7 @@
 """Identity and camera of an image, read from its file name and its folders."""
 
 import hashlib
+import os
 import re
 from typing import NamedTuple
 
@@ -127,12 +128,21 @@ def read_path(path, grouped):
     return parsed._replace(pid=pid, camid=parsed.camid if camid == UNKNOWN else camid)
 
 
+def read_file(file, data_root):
+    """Return the Name of a query image: in a split of the grouped dataset `data_root` by its folder, elsewhere by its name."""
+    for absolute in (os.path.abspath, os.path.realpath):
+        split, _, path = os.path.relpath(absolute(file), absolute(data_root)).replace(os.sep, "/").partition("/")
+        if split != ".." and "/" in path:
+            return read_path(path, True)
+    return read_path(os.path.basename(file), False)
+
+
 def identity_name(pid, path):
     """Name an identity: "" if unlabelled, its number, or the folder's name in `path` from which `folder_pid` derived it."""
     if pid < 1 << 61:
         return "" if pid == UNKNOWN_PID else str(pid)
-    *folders, _ = path.split("/")
-    return next((folder for folder in folders if folder_pid(folder) == pid), "0" if pid == folder_pid("0") else folders[-1])
+    folders = [folder for folder in path.split("/")[:-1] if folder_pid(folder) == pid]
+    return folders[0] if folders else "0" if pid == folder_pid("0") else ""
 
 
 def describe(path, name):

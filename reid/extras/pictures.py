@@ -8,8 +8,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from reid import ReidError, images
 from reid.data.datasets import DISTRACTOR, JUNK, UNKNOWN, UNKNOWN_PID
+from reid.data.names import identity_name
 from reid.files import atomic_path
-from reid.retrieval.ranked import identity_name
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 MAX_HITS = 100  # hits drawn for one query; the caption of the query shows how many there are

@@ -10,9 +10,10 @@ import torch
 
 from reid import ReidError, distributed
 from reid.data.datasets import UNKNOWN, UNKNOWN_PID, Records, folder_pid
+from reid.data.names import identity_name
 from reid.files import VERIFY_LIMIT, load, save
 from reid.images import PREPROCESSING
-from reid.retrieval.ranked import identity_name, ranked_lists
+from reid.retrieval.ranked import ranked_lists
 from reid.retrieval.search import ExactSearch, merge_shards
 
 FORMAT, VERSION = "reid-index", 2

@@ -1,7 +1,6 @@
 """The result type of retrieval: search returns ranked lists, re-ranking and camera + time reorder them, extras draw them."""
 
 from dataclasses import dataclass, replace
-from pathlib import PurePath
 from typing import NamedTuple
 
 import torch
@@ -126,8 +125,3 @@ def _sightings(ranked):
     gallery, rows = ranked.gallery, ranked.rows.tolist()
     return [torch.tensor([value, *(int(column[row]) for row in rows)]) for value, column in
             zip(ranked.query[2:], (gallery.camids, gallery.seqs, gallery.frames))]
-
-
-def identity_name(pid, path):
-    """Name an identity: "" if unlabelled, its number, or its folder's name where `folder_pid` derived the number from that."""
-    return "" if pid == UNKNOWN_PID else str(pid) if pid < 1 << 61 else PurePath(path).parent.name

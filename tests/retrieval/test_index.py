@@ -8,8 +8,9 @@ import torch.nn.functional as F
 
 from reid import ReidError, files
 from reid.data.datasets import UNKNOWN, UNKNOWN_PID, folder_pid, make_records
+from reid.data.names import identity_name
 from reid.retrieval.index import FORMAT, VERSION, GalleryIndex, check_made_of
-from reid.retrieval.ranked import Query, identity_name
+from reid.retrieval.ranked import Query
 from reid.retrieval.search import ExactSearch, merge_shards
 
 
