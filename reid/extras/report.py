@@ -14,6 +14,7 @@ from reid.cli import without_secrets
 from reid.extras import analysis, pictures
 from reid.files import atomic_path
 from reid.retrieval import metrics
+from reid.retrieval.protocol import blocks, make_task
 
 MARK = '<meta name="generator" content="human re-identification report">'  # `check_path` recognises our reports by it
 QUERIES, SHOWN, IGNORED = 20, 10, 3  # worst queries; hits of each that count; hits of each that do not count
@@ -38,8 +39,8 @@ def write_report(path, title, queries, gallery, data, results, intervals, roc, a
     queries, gallery: GalleryIndex, for names and files. data: the arguments of `metrics.evaluate` in their order, by name
     (with --multi_query its queries are tracklets). results: {name of the scoring: EvalResult}; the first one ranks by
     cosine, and worst queries, confused people, label errors and score charts are its. intervals: {name: result of
-    `metrics.bootstrap`}. roc: RocResult with the rates 1e-4, 1e-2 and arguments["far"]. arguments: the command line's, by
-    name. versions: {library: version}. Raises ReidError as `check_path` does.
+    `metrics.bootstrap`}. roc: RocResult with the rates 1e-4, 1e-2 and arguments["far"], or None. arguments: the command
+    line's, by name. versions: {library: version}. Raises ReidError as `check_path` does.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
@@ -55,12 +56,12 @@ def write_report(path, title, queries, gallery, data, results, intervals, roc, a
         title=title, style=Markup(style), digest=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
         mark=Markup(MARK), badges=BADGES, gallery=gallery, result=result, results=results, roc=roc,
         arguments={name: without_secrets(str(value)) for name, value in arguments.items()},
-        intervals=intervals, cmc=_cmc_chart(results), curve=_roc_chart(roc), scores=_score_chart(roc, arguments["far"]),
-        far=arguments["far"],
+        intervals=intervals, far=arguments["far"], cmc=_cmc_chart(results), curve=roc and _roc_chart(roc),
+        scores=roc and _score_chart(roc, arguments["far"]),
         cameras=metrics.camera_table(*data.values(), protocol=protocol), tiles=tiles, found=found,
         worst=[_worst_query(tiles, query, result, found) for query in analysis.worst_queries(result, QUERIES)],
         confused=analysis.confusions(found, result, data["q_pids"], data["g_pids"]),
-        similar=analysis.similar_strangers(found, result, roc), dissimilar=analysis.dissimilar_matches(found, roc),
+        similar=roc and analysis.similar_strangers(found, result, roc), dissimilar=roc and analysis.dissimilar_matches(found, roc),
         left_out=_left_out(tiles, result, queries.bad + gallery.bad), queries=queries, versions=versions, code=__version__,
         meaning=pictures.MEANING, shown=SHOWN, card_count=CARDS, unlike=analysis.UNLIKE)
     with atomic_path(path) as temporary:
@@ -73,7 +74,7 @@ class Tiles:
 
     def __init__(self, queries, gallery, data, arguments):
         self.queries, self.gallery, self.data = queries, gallery, data
-        self.own_camera = arguments["protocol"] == "market"
+        self.protocol = arguments["protocol"]
         self.first = range(len(queries))
         if arguments.get("multi_query"):
             group = metrics.pool_queries(queries.embeddings.float(), queries.pids, queries.camids)[3]
@@ -82,9 +83,12 @@ class Tiles:
 
     def counts(self, query):
         """bool [G]: the gallery images that count for a query."""
-        pids, camids, camid = self.data["g_pids"], self.data["g_camids"], self.data["q_camids"][query]
-        own = (pids == self.data["q_pids"][query]) & (camids == camid) & (camids >= 0)
-        return (pids >= 0) & ~(own & self.own_camera)
+        one = {name: values[query : query + 1] if name.startswith("q_") else values for name, values in self.data.items()}
+        task = make_task(**one, protocol=self.protocol)
+        counts = task.g.pids >= 0
+        _, _, _, cols, kind = next(blocks(task, [task.gallery()]))
+        counts[task.gallery()[cols[kind > 0]]] = False
+        return counts.cpu()
 
     def query(self, query):
         return self._tile(self.queries, self.first[query], "query", "query", None)

@@ -52,7 +52,7 @@ def run(tmp_path):
     return make_index(root, queries), make_index(root, gallery)
 
 
-def write(path, run, title="calm-fox-1", **changed):
+def write(path, run, title="calm-fox-1", with_roc=True, **changed):
     """Evaluate `run` as eval.py does and write its report; returns the text of the page."""
     queries, gallery = run
     data = arguments_of(*run)
@@ -60,7 +60,7 @@ def write(path, run, title="calm-fox-1", **changed):
         pooled = metrics.pool_queries(queries.embeddings, queries.pids, queries.camids)
         data |= zip(("q_emb", "q_pids", "q_camids"), pooled)
     result = metrics.evaluate(*data.values())
-    roc = metrics.roc(*data.values(), rates=(1e-4, 1e-3, 1e-2))
+    roc = metrics.roc(*data.values(), rates=(1e-4, 1e-3, 1e-2)) if with_roc else None
     results = {"visual": result, "+rerank": result}
     intervals = {name: metrics.bootstrap(result) for name, result in results.items()}
     written = report.write_report(path, title, queries, gallery, data, results, intervals, roc, ARGUMENTS | changed,
@@ -231,6 +231,23 @@ def test_skipped_queries_and_unreadable_images_are_named(run, tmp_path):
 
 def test_tracklets_are_shown_by_their_first_image(run, tmp_path):
     assert "q/1b.jpg" in write(tmp_path / "report.html", run, multi_query=True)
+
+
+def test_without_a_roc_the_rest_is_written(run, tmp_path):
+    page = Page(write(tmp_path / "report.html", run, with_roc=False))
+    assert sum(tag == "svg" for tag, _ in page.tags) == 3  # CMC, Rank-1 and mAP by camera
+    assert "Not examined: a ROC needs pairs" in (tmp_path / "report.html").read_text()
+
+
+def test_the_querys_own_file_does_not_count(run):
+    """By content, as in `metrics.evaluate`: also under another id and another camera."""
+    queries, gallery = run
+    data = arguments_of(queries, gallery)
+    tiles = report.Tiles(queries, gallery, data, ARGUMENTS)
+    assert tiles.counts(0).tolist() == [True, True, False, False, True, True, True]
+    assert report.Tiles(queries, gallery, data, ARGUMENTS | {"protocol": "nocam"}).counts(0)[2]
+    data |= {"q_ids": torch.tensor([7, 8, 9, 10, 11]), "g_ids": torch.tensor([7, 7, 3, 4, 5, 6, 1])}
+    assert tiles.counts(0).tolist() == [False, False, False, False, True, True, True]
 
 
 def test_passwords_and_tokens_are_masked(run, tmp_path):
