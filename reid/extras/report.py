@@ -61,7 +61,8 @@ def write_report(path, title, queries, gallery, data, results, intervals, roc, a
         cameras=metrics.camera_table(*data.values(), protocol=protocol), tiles=tiles, found=found,
         worst=[_worst_query(tiles, query, result, found) for query in analysis.worst_queries(result, QUERIES)],
         confused=analysis.confusions(found, result, data["q_pids"], data["g_pids"]),
-        similar=roc and analysis.similar_strangers(found, result, roc), dissimilar=roc and analysis.dissimilar_matches(found, roc),
+        similar=roc and analysis.similar_strangers(found, result, roc),
+        dissimilar=roc and analysis.dissimilar_matches(found, roc),
         left_out=_left_out(tiles, result, queries.bad + gallery.bad), queries=queries, versions=versions, code=__version__,
         meaning=pictures.MEANING, shown=SHOWN, card_count=CARDS, unlike=analysis.UNLIKE)
     with atomic_path(path) as temporary:
