@@ -95,7 +95,8 @@ def settings(people, name, *args):
     teacher = people.parent / "teacher.pt"
     if not teacher.exists():
         names = sorted(file.name for file in people.rglob("*.jpg"))
-        torch.save({"paths": names, "embeddings": torch.randn(len(names), 12, generator=torch.Generator().manual_seed(0))}, teacher)
+        embeddings = torch.randn(len(names), 12, generator=torch.Generator().manual_seed(0))
+        torch.save({"paths": names, "embeddings": embeddings}, teacher)
     args = ["--teacher", teacher, "--unlabelled", people / "gallery", "--unlabelled_batch", 4, *args]
     return ["--data_root", people, "--exp_name", name, "--height", 64, "--width", 32, "--batch_size", 8, "--weights", "none",
             "--precision", "fp32", "--lr", 0.005, "--warmup_epochs", 1, "--device", "cpu", "--num_epochs", 2, *args]
