@@ -1,6 +1,7 @@
-"""Evaluate a run: embed query and gallery, rank, and print Rank-k, mAP, mINP and TAR@FAR.
+"""Evaluate a run: embed query and gallery, rank, and print Rank-k, mAP, mINP and TAR@FAR (`reid/retrieval/metrics.py`).
 
 `python eval.py --save_index` keeps the embeddings in index/<run>.pt; `python eval.py --load_index` embeds nothing.
+Several runs or datasets end in a table: eval.py --data_root data/market-1501-grouped data/viper --protocol market viper
 Several GPUs: torchrun --nproc_per_node N eval.py --save_index
 """
 
@@ -8,34 +9,40 @@ import argparse
 import json
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import torch
 
-from reid import ReidError, __version__, distributed
+from reid import ReidError, distributed
 from reid.checkpoint import checkpoint_path, fingerprint, load_checkpoint, versions
 from reid.cli import HelpFormatter, check_network, check_outputs, check_ranges, printable, run
 from reid.data.datasets import folder_pid, read_split
 from reid.files import atomic_path
 from reid.retrieval import metrics, spacetime
+from reid.retrieval.camera import CameraStatistics
 from reid.retrieval.extract import add_arguments
 from reid.retrieval.index import GalleryIndex, check_made_of, check_replaceable, is_milvus
-from reid.retrieval.protocol import PROTOCOLS
+from reid.retrieval.protocol import PROTOCOLS, SPLITS, random_splits
 from reid.retrieval.rerank import estimate_bytes, rerank
+from reid.retrieval.summary import compare_table, print_deviations, print_matrix, print_results, print_single_shot, to_document
 
 
 def get_args_parser():
     parser = argparse.ArgumentParser("eval.py", description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument_group("run").add_argument
-    add("--exp_name", default="masked-hog-908", help="run whose models/<run>/best.pth is evaluated")
+    add("--exp_name", nargs="+", default=["masked-hog-908"], help="runs whose models/<run>/best.pth is evaluated")
     add("--compare", nargs=2, metavar="RUN", help="print two runs side by side, from their saved indexes, and stop")
     add = parser.add_argument_group("data").add_argument
-    add("--data_root", default="data/market-1501-grouped", help="grouped dataset with query/ and gallery/")
+    add("--data_root", nargs="+", default=["data/market-1501-grouped"], help="grouped datasets with query/ and gallery/")
     add("--load_index", action="store_true", help="read the embeddings from the index, embed nothing")
     add("--save_index", action="store_true", help="keep the embeddings and the threshold in the index")
     add("--gallery_uri", help="the index: a file, or Milvus as name.db or http://host:19530 (default: index/<run>.pt)")
     add = parser.add_argument_group("protocol and scoring").add_argument
-    add("--protocol", choices=PROTOCOLS, default="market", help="nocam: only the query's own file is ignored")
+    add("--protocol", nargs="+", choices=PROTOCOLS, default=["market"], help="of all datasets, or one for each. nocam: only the "
+        "query's own file is ignored; viper, prid: means over 10 random splits of 316 and of 100 people")
+    add("--camera_norm", action=argparse.BooleanOptionalAction, default=True, help="take each camera's mean and deviation out of "
+        "the embeddings; all further scores, thresholds and the report build on that")
     add("--multi_query", action="store_true", help="average all images of a query's identity from its camera")
     add("--single_shot", type=int, metavar="N", help="also N times with one random gallery image of each person and camera "
         "(default: off)")
@@ -51,68 +58,142 @@ def get_args_parser():
 
 
 def main(args):
-    uri = check_arguments(args)
+    check_arguments(args)
     if args.compare:
-        return print(compare_table(*(saved_run(name, args.protocol) for name in args.compare)))
+        return print(compare_table(*(saved_run(name, args) for name in args.compare)))
     rank, world_size = distributed.start(args.device)
-    checkpoint, record, wanted = open_model(args)
-    if args.load_index:
-        index = load_index(args, uri, wanted)
-    else:
-        index = build_index(args, checkpoint, rank, world_size)
+    documents, status = [], 0
+    for exp_name, (data_root, protocol) in product(args.exp_name, zip(args.data_root, args.protocol)):
+        one = argparse.Namespace(**vars(args) | {"exp_name": exp_name, "data_root": data_root, "protocol": protocol})
+        one.gallery_uri = args.gallery_uri or f"index/{exp_name}.pt"
+        checkpoint, record, wanted = open_model(one)
+        index = load_index(one, wanted) if args.load_index else build_index(one, checkpoint, rank, world_size)
+        if rank == 0:
+            documents.append(evaluate(one, checkpoint, record, index))
+            status = max(status, say_left_out(index))
+    distributed.stop()
     if rank:  # the other ranks have embedded their part
-        return distributed.stop()
+        return 0
+    if len(documents) > 1:
+        print_matrix(documents)
+    if args.json:
+        document = documents[0] if len(documents) == 1 else {"evaluations": documents}
+        with atomic_path(args.json) as temporary:
+            temporary.write_text(json.dumps(document, indent=1, default=str))
+        print(f"results written: {args.json}")
+    return status
 
-    data = gather_data(args, index)
+
+def check_arguments(args):
+    """Raise ReidError for arguments that cannot work, before any work is done; one protocol for each dataset."""
+    check_ranges(args, {"far": (1e-9, 1), "batch_size": (1, 1 << 16), "single_shot": (1, 1000)})
+    check_outputs([("json", args.json, (".json",))])
+    check_network(args)
+    if args.network:
+        args.exp_name = [args.exp_name]
+    if len(args.protocol) == 1:
+        args.protocol *= len(args.data_root)
+    if len(args.protocol) != len(args.data_root):
+        raise ReidError(f"{len(args.data_root)} --data_root but {len(args.protocol)} --protocol: give one for all or for each")
+    several, kept = len(args.data_root) > 1, args.load_index or args.save_index
+    if (several and kept) or (len(args.exp_name) * len(args.data_root) > 1 and (args.gallery_uri or args.report)):
+        raise ReidError("several --data_root have no one index, and several evaluations no one --gallery_uri or --report: "
+                        "evaluate them one by one")
+    if set(args.protocol) & set(SPLITS) and (args.report or args.compare or args.single_shot):
+        raise ReidError("--report, --compare and --single_shot are of one gallery, but --protocol viper and prid draw ten: use "
+                        "--protocol market")
+    if args.multi_query and args.spacetime:
+        raise ReidError("--spacetime needs the time of each query, which --multi_query averages over: give one of them")
+    if args.multi_query and "nocam" in args.protocol:
+        raise ReidError("--multi_query averages the images of one camera, which --protocol nocam ignores: give one of them")
+    for exp_name in args.exp_name if args.save_index else ():
+        if not is_milvus(uri := args.gallery_uri or f"index/{exp_name}.pt"):
+            check_replaceable(uri, args.data_root[0])
+    if args.report:
+        from reid.extras.report import check_path
+
+        check_path(args.report)
+
+
+def evaluate(args, checkpoint, record, index):
+    """Evaluate one run on one dataset: print, save and draw what is asked for; return everything that was measured."""
     cross_domain = None if args.network else is_cross_domain(record, args.data_root)
     print(f"{args.exp_name} on {args.data_root}: {len(index.queries):,} queries, {len(index):,} images in the gallery, "
           f"{'mirrored images averaged' if index.mirror else 'no mirrored images'}", flush=True)
     if cross_domain:
         print(f"cross-domain: {args.exp_name} was not trained on the people and cameras of this dataset")
-    results = {"visual": metrics.evaluate(*data.values(), protocol=args.protocol)}
-    for name, scores in extra_scores(args, checkpoint, data, index):
-        results[name] = metrics.evaluate(*(data | {"q_emb": None, "g_emb": None}).values(), scores=scores, protocol=args.protocol)
-    intervals = {name: metrics.bootstrap(result) for name, result in results.items()}
+    found = {}
+    for part in split_index(index, args.protocol):
+        for name, result in score(args, checkpoint, part):
+            found.setdefault(name, []).append(result)
+    results = {name: metrics.pooled(splits) for name, splits in found.items()}
+    intervals = {name: metrics.bootstrap(result) for name, result in results.items() if args.protocol not in SPLITS}
     print_results(results, intervals)
-    shots = single_shot(args, data) if args.single_shot else None
-    roc = metrics.roc(*data.values(), rates=sorted({1e-4, 1e-3, 1e-2, args.far}), protocol=args.protocol)
-    index.threshold, index.false_accept_rate = roc.threshold[args.far], args.far
-    for rate, share in roc.tpr.items():
-        print(f"TAR@FAR {rate:g}: {100 * share:.2f} % (cosine above {roc.threshold[rate]:.4f})")
+    if args.protocol in SPLITS:
+        print_deviations(args.protocol, found)
 
+    scored = index.camera_normalised() if args.camera_norm else index
+    data = gather_data(args, scored)
+    shots = None
+    if args.single_shot:
+        shots = metrics.single_shot(*data.values(), repeats=args.single_shot, protocol=args.protocol)
+        print_single_shot(shots, args.single_shot)
+    roc = set_thresholds(args, index)
     if args.save_index:
-        save_index(index, uri, args.exp_name)
-    if args.json:
-        cameras = metrics.camera_table(*data.values(), protocol=args.protocol)._asdict()
-        write_json(args, record, results, intervals, roc, index,
-                   {"cross_domain": cross_domain, "single_shot": shots, "cameras": cameras})
+        save_index(index, args.gallery_uri, args.exp_name)
     if args.report:
         from reid.extras.report import write_report
 
-        page = write_report(args.report, f"{args.exp_name} on {args.data_root}", index.queries, index, data, results,
+        page = write_report(args.report, f"{args.exp_name} on {args.data_root}", scored.queries, scored, data, results,
                             intervals, roc, vars(args), versions())
         print(f"report written: {page}")
-    distributed.stop()
-    return say_left_out(index)
+    cameras = metrics.camera_table(*data.values(), protocol=args.protocol)._asdict()
+    return to_document(args, record, results, intervals, roc, index,
+                       {"cross_domain": cross_domain, "single_shot": shots, "cameras": cameras})
 
 
-def check_arguments(args):
-    """Raise ReidError for arguments that cannot work, before any work is done; return the URI of the index."""
-    check_ranges(args, {"far": (1e-9, 1), "batch_size": (1, 1 << 16), "single_shot": (1, 1000)})
-    check_outputs([("json", args.json, (".json",))])
-    check_network(args)
-    if args.multi_query and args.spacetime:
-        raise ReidError("--spacetime needs the time of each query, which --multi_query averages over: give one of them")
-    if args.multi_query and args.protocol == "nocam":
-        raise ReidError("--multi_query averages the images of one camera, which --protocol nocam ignores: give one of them")
-    uri = args.gallery_uri or f"index/{args.exp_name}.pt"
-    if args.save_index and not is_milvus(uri):
-        check_replaceable(uri, args.data_root)
-    if args.report:
-        from reid.extras.report import check_path
+def split_index(index, protocol):
+    """The index with its queries, or for a published protocol the random splits of it."""
+    if protocol not in SPLITS:
+        return [index]
+    parts = []
+    for q_rows, g_rows in random_splits(protocol, index.queries.pids, index.pids):
+        part = index.select(g_rows)
+        part.queries = index.queries.select(q_rows)
+        parts.append(part)
+    return parts
 
-        check_path(args.report)
-    return uri
+
+def score(args, checkpoint, index):
+    """Yield (name, EvalResult) of each way of scoring."""
+    data = gather_data(args, index)
+    yield "plain", metrics.evaluate(*data.values(), protocol=args.protocol)
+    if args.camera_norm and index.statistics is not None:
+        index = index.camera_normalised()
+        data = gather_data(args, index)
+        yield "camera_norm", metrics.evaluate(*data.values(), protocol=args.protocol)
+    for name, scores in extra_scores(args, checkpoint, data, index):
+        data |= {"q_emb": None, "g_emb": None}
+        yield name, metrics.evaluate(*data.values(), scores=scores, protocol=args.protocol)
+
+
+def set_thresholds(args, index):
+    """Measure TAR@FAR with and without camera statistics and keep the thresholds in the index; return the RocResult in use.
+
+    Without pairs of the same person and of different people there are no thresholds, and None is returned.
+    """
+    rates = sorted({1e-4, 1e-3, 1e-2, args.far})
+    try:
+        plain, normalised = (metrics.roc(*gather_data(args, one).values(), rates=rates, protocol=args.protocol)
+                             for one in (index, index.camera_normalised()))
+    except ReidError as error:
+        return print(error)
+    index.threshold, index.camera_threshold = plain.threshold[args.far], normalised.threshold[args.far]
+    index.false_accept_rate = args.far
+    roc = normalised if args.camera_norm else plain
+    for rate, share in roc.tpr.items():
+        print(f"TAR@FAR {rate:g}: {100 * share:.2f} % (cosine above {roc.threshold[rate]:.4f})")
+    return roc
 
 
 def open_model(args):
@@ -145,8 +226,9 @@ def build_index(args, checkpoint, rank, world_size):
     return index
 
 
-def load_index(args, uri, wanted):
+def load_index(args, wanted):
     """Read the saved index with its queries; raises ReidError where weights, dataset, images or settings differ."""
+    uri = args.gallery_uri
     if is_milvus(uri):
         from reid.extras import milvus
 
@@ -206,10 +288,11 @@ def extra_scores(args, checkpoint, data, index):
     q_emb, g_emb = data["q_emb"], data["g_emb"]
     if args.rerank:
         need = estimate_bytes(len(q_emb), len(g_emb), g_emb.shape[1])
-        print(f"re-ranking: about {need / 2**20:,.0f} MiB of memory", flush=True)
+        if need > 1 << 28:
+            print(f"re-ranking: about {need / 2**20:,.0f} MiB of memory", flush=True)
         yield "+rerank", rerank(q_emb, g_emb).scores
     if args.spacetime:
-        evidence = learn_spacetime(args, checkpoint, index.fingerprint)
+        evidence = learn_spacetime(args, checkpoint, index.space)
         of_queries, of_gallery = ((part.camids, part.seqs, part.frames) for part in (index.queries, index))
 
         def fused(start, stop):
@@ -233,60 +316,13 @@ def learn_spacetime(args, checkpoint, wanted):
     print(f"camera and time: learning from {len(train.pids.unique()):,} training identities", flush=True)
     embeddings, kept, _ = make_extractor(args, checkpoint).embed_records(train.files())
     train = train.select(kept)
+    if args.camera_norm:
+        embeddings = CameraStatistics.fit(embeddings, train.camids).apply(embeddings, train.camids)
     columns = train.pids, train.camids, train.seqs, train.frames
     evidence = replace(spacetime.fit(*columns), weight=spacetime.fit_weight(embeddings, *columns))
     evidence.save(path, wanted, args.data_root)
     print(f"camera and time: saved as {path}")
     return evidence
-
-
-def single_shot(args, data):
-    """Print and return means and standard deviations over random galleries."""
-    shots = metrics.single_shot(*data.values(), repeats=args.single_shot, protocol=args.protocol)
-    print(f"single-shot, {args.single_shot} random galleries: " + ", ".join(
-        f"{name} {100 * mean:.2f} ± {100 * deviation:.2f}" for name, (mean, deviation) in shots.items()))
-    return shots
-
-
-def print_results(results, intervals):
-    """Print one row for each way of scoring; the match rate at k is not Rank-k and has its own column."""
-    heads = ["mAP", "mAP trapezoid", "Rank-1", "Rank-5", "Rank-10", "Rank-20", "mINP", "match rate at 1 / 5 / 10"]
-    width = max(len(name) for name in results) + 2
-    print(" " * width + "  ".join(heads))
-    for name, result in results.items():
-        values = [result.mAP, result.mAP_trapezoid, *(result.rank[k] for k in (1, 5, 10, 20)), result.mINP]
-        cells = [f"{100 * value:{len(head)}.2f}" for value, head in zip(values, heads)]
-        print(name.ljust(width) + "  ".join([*cells, " / ".join(f"{100 * result.match_rate[k - 1]:.2f}" for k in (1, 5, 10))]))
-    for name, spans in intervals.items():
-        print(f"95 % interval over the queries, {name}: " + ", ".join(
-            f"{head} {100 * span.low:.2f} to {100 * span.high:.2f}" for head, span in zip(("mAP", "Rank-1"), spans.values())))
-    result = next(iter(results.values()))
-    print(f"{result.valid:,} queries valid, {sum(result.skipped.values()):,} skipped"
-          + "".join(f"; {count:,}: {reason}" for reason, count in result.skipped.items()))
-
-
-def write_json(args, record, results, intervals, roc, index, more):
-    """Write everything that was measured, and what it was measured with, as strict JSON (NaN is null)."""
-    def plain(value):
-        if isinstance(value, torch.Tensor):
-            value = value.tolist()
-        if isinstance(value, list):
-            return [plain(item) for item in value]
-        if isinstance(value, float) and value != value:
-            return None
-        return {str(key): plain(item) for key, item in value.items()} if isinstance(value, dict) else value
-
-    document = {
-        "exp_name": args.exp_name, "version": __version__, "fingerprint": index.fingerprint, "versions": versions(),
-        "arguments": vars(args), "training_arguments": record["args"],
-        "counts": {"queries": len(index.queries), "gallery": len(index), "left_out": len(index.bad) + len(index.queries.bad)},
-        "results": {name: plain(vars(result) | {"interval": {head: list(span) for head, span in intervals[name].items()}})
-                    for name, result in results.items()},
-        "roc": {"tpr": plain(roc.tpr), "threshold": plain(roc.threshold)},
-    } | plain(more)
-    with atomic_path(args.json) as temporary:
-        temporary.write_text(json.dumps(document, indent=1, default=str))
-    print(f"results written: {args.json}")
 
 
 def say_left_out(index):
@@ -299,51 +335,16 @@ def say_left_out(index):
     return 3 if bad else 0
 
 
-def saved_run(name, protocol):
+def saved_run(name, args):
     """(name, index, EvalResult) of a run, or of a --network by its name, whose index was saved with its queries."""
     uri, checkpoint = f"index/{name}.pt", Path(f"models/{name}/best.pth")
     wanted = fingerprint(load_checkpoint(checkpoint_path(name))) if checkpoint.exists() or not Path(uri).exists() else None
     index = GalleryIndex.load(uri, wanted)
     if index.queries is None:
         raise ReidError(f"{uri}: has a gallery but no queries; make it again: python eval.py --save_index --exp_name {name}")
+    index = index.camera_normalised() if args.camera_norm else index
     data = gather_data(argparse.Namespace(multi_query=False), index)
-    return name, index, metrics.evaluate(*data.values(), protocol=protocol)
-
-
-def compare_table(a, b):
-    """Compare two runs over the queries valid in both, with the paired bootstrap difference; return the table as text.
-
-    a, b: (name, GalleryIndex with queries, its EvalResult with one row for each query). Queries are paired by path. Raises
-    ReidError where the galleries differ or no query is in both.
-    """
-    (name_a, index_a, result_a), (name_b, index_b, result_b) = a, b
-    if set(index_a.paths) != set(index_b.paths):
-        raise ReidError(f"{name_a} and {name_b} were evaluated on different galleries ({len(index_a):,} and {len(index_b):,} "
-                        "images): make both indexes of one dataset with eval.py --save_index")
-    row_b = {path: row for row, path in enumerate(index_b.queries.paths)}
-    pairs = [(row, row_b[path]) for row, path in enumerate(index_a.queries.paths) if path in row_b]
-    pairs = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
-    pairs = pairs[result_a.ap[pairs[:, 0]].isfinite() & result_b.ap[pairs[:, 1]].isfinite()]
-    if not len(pairs):
-        raise ReidError(f"{name_a} and {name_b}: no query is valid in both, nothing to compare")
-    result_a, result_b = (replace(r, **{name: getattr(r, name)[rows] for name in ("ap", "inp", "first_rank")})
-                          for r, rows in ((result_a, pairs[:, 0]), (result_b, pairs[:, 1])))
-    spans = metrics.bootstrap(result_b, result_a)
-    spans = {"mAP": spans["mAP"], "Rank-1": spans["rank1"]}
-    values = {"mAP": lambda r: r.ap, "mINP": lambda r: r.inp,
-              **{f"Rank-{k}": lambda r, k=k: (r.first_rank <= k).double() for k in (1, 5, 10, 20)}}
-    widths = [max(8, len(name_a)), max(8, len(name_b))]
-    lines = [f"{'':10}{name_a:>{widths[0]}}  {name_b:>{widths[1]}}  difference   95 % interval"]
-    for head, value in values.items():
-        one, other = 100 * float(value(result_a).mean()), 100 * float(value(result_b).mean())
-        interval = f"{100 * spans[head].low:+8.2f} to {100 * spans[head].high:+.2f}" if head in spans else ""
-        lines.append(f"{head:10}{one:{widths[0]}.2f}  {other:{widths[1]}.2f}  {other - one:+10.2f}{interval}".rstrip())
-    better, worse = int((result_b.ap > result_a.ap).sum()), int((result_b.ap < result_a.ap).sum())
-    lines.append(f"{len(pairs):,} queries valid in both: {better:,} better with {name_b}, {worse:,} worse, "
-                 f"{len(pairs) - better - worse:,} equal")
-    lines.append("; ".join(f"{head}: " + (f"{name_b if span.low > 0 else name_a} is better" if span.low > 0 or span.high < 0
-                                          else "no clear difference") for head, span in spans.items()))
-    return "\n".join(lines)
+    return name, index, metrics.evaluate(*data.values(), protocol=args.protocol[0])
 
 
 if __name__ == "__main__":

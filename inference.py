@@ -11,6 +11,8 @@ import sys
 from itertools import islice
 from pathlib import Path
 
+import torch
+
 from reid import ReidError, distributed
 from reid.checkpoint import checkpoint_path
 from reid.cli import HelpFormatter, check_network, check_outputs, check_ranges, printable, run
@@ -52,6 +54,8 @@ def get_args_parser():
     add("--frames", type=int, nargs=2, metavar=("FIRST", "LAST"), help="search these frame numbers only (default: all)")
     add = parser.add_argument_group("scoring").add_argument
     add("--topk", type=int, default=5, help="hits for each query")
+    add("--camera_norm", action=argparse.BooleanOptionalAction, default=True, help="take each camera's mean and deviation in "
+        "the gallery out of the embeddings, where names give cameras; not in Milvus")
     add("--rerank", action="store_true", help=f"re-rank the best {CANDIDATES} (k-reciprocal encoding)")
     add("--spacetime", action="store_true", help="also weigh camera and time, as learned by eval.py --spacetime")
     add = parser.add_argument_group("output").add_argument
@@ -86,6 +90,8 @@ def main(args):
         raise ReidError("none of the queries could be read; give images such as JPEG or PNG")
     if index is None:
         index = build_gallery(args, uri, extractor, rank, world_size)
+    if args.camera_norm and isinstance(index, GalleryIndex):
+        index = index.camera_normalised()
     ranks = {"rank": rank, "world_size": world_size} if isinstance(index, GalleryIndex) and not args.serve else {}
     if rank and not ranks:
         return distributed.stop()
@@ -95,8 +101,9 @@ def main(args):
         file = uri if args.load_index and isinstance(index, GalleryIndex) else None
         return page.serve(page.create_app(extractor, index, [args.host, *args.allowed_hosts], file), listener)
 
-    evidence = SpaceTime.load(checkpoint.with_name("spacetime.pt"), index.fingerprint, args.data_root) if args.spacetime else None
+    evidence = SpaceTime.load(checkpoint.with_name("spacetime.pt"), index.space, args.data_root) if args.spacetime else None
     queries = [query_of(query_files[i], args.data_root) for i in kept.tolist()]
+    embeddings = index.normalise(embeddings, torch.tensor([query.camid for query in queries]))
     topk = max(args.topk, CANDIDATES) if args.rerank or args.spacetime else args.topk
     topk = max(1, min(topk, len(index)))
     lists = index.search(embeddings, topk, camids=args.cameras, frames=args.frames, queries=queries, **ranks)

@@ -60,12 +60,12 @@ def workplace(root, people, tmp_path_factory):
     return folder
 
 
-def visual(workplace, name):
-    return json.loads((workplace / f"{name}.json").read_text())["results"]["visual"]
+def plain(workplace, name):
+    return json.loads((workplace / f"{name}.json").read_text())["results"]["plain"]
 
 
 def test_training_raises_rank_1_and_map(workplace):
-    results = {run: visual(workplace, run) for run in ("small", "blank", "start")}
+    results = {run: plain(workplace, run) for run in ("small", "blank", "start")}
     for before in ("blank", "start"):
         assert results["small"]["rank"]["1"] > results[before]["rank"]["1"] + 0.1
         assert results["small"]["mAP"] > results[before]["mAP"] + 0.1
@@ -109,24 +109,25 @@ def by_hand(index):
 
 
 def test_eval_prints_the_numbers(root, people, workplace):
-    out = works(root, workplace, "eval.py", "--exp_name", "small", "--data_root", people, "--load_index", "--rerank")
+    out = works(root, workplace, "eval.py", "--exp_name", "small", "--data_root", people, "--load_index", "--rerank",
+                "--no-camera_norm")
     lines = out.splitlines()
     row, tar, queries, images = by_hand(GalleryIndex.load(workplace / "index" / "small.pt"))
     assert lines[0] == f"small on {people}: {queries} queries, {images} images in the gallery, mirrored images averaged"
     heads = ["mAP", "mAP trapezoid", "Rank-1", "Rank-5", "Rank-10", "Rank-20", "mINP", "match rate at 1 / 5 / 10"]
     (table,) = (i for i, line in enumerate(lines) if line.split() == "  ".join(heads).split())
     number = r"(\d+\.\d\d)"
-    for name, line in zip(("visual", r"\+rerank"), lines[table + 1 : table + 3], strict=True):
+    for name, line in zip(("plain", r"\+rerank"), lines[table + 1 : table + 3], strict=True):
         found = re.fullmatch(rf"{name} +{r' +'.join([number] * 7)} +{' / '.join([number] * 3)}", line)
         assert found, line
-        if name == "visual":
+        if name == "plain":
             assert [float(value) for value in found.groups()] == pytest.approx(row, abs=0.006)
     intervals = [line for line in lines if line.startswith("95 % interval")]
-    for name, line in zip(("visual", "+rerank"), intervals, strict=True):
+    for name, line in zip(("plain", "+rerank"), intervals, strict=True):
         spans = re.fullmatch(rf"95 % interval over the queries, {re.escape(name)}: mAP {number} to {number}, "
                              rf"Rank-1 {number} to {number}", line)
         low, high, low1, high1 = map(float, spans.groups())
-        assert name != "visual" or (low < row[0] < high and low1 <= row[2] <= high1)
+        assert name != "plain" or (low < row[0] < high and low1 <= row[2] <= high1)
     assert f"{queries} queries valid, 0 skipped" in lines
     printed = [line for line in lines if line.startswith("TAR@FAR")]
     for far, line in zip(tar, printed, strict=True):

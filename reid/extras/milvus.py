@@ -16,7 +16,8 @@ from reid import ReidError, distributed
 from reid.data.datasets import Records
 from reid.extras.milvus_client import BATCH, DEPTH, INDEXES, NUMBERS, Collection, batches, is_file
 from reid.images import PREPROCESSING
-from reid.retrieval.index import GalleryIndex, content_number, file_stats
+from reid.retrieval.index import GalleryIndex
+from reid.retrieval.paths import content_number, file_stats
 from reid.retrieval.ranked import ranked_lists
 
 FORMAT = "reid-gallery/3"
@@ -110,6 +111,7 @@ class MilvusGallery:
 
     names = MappingProxyType({})
     hit = GalleryIndex.hit  # which reads paths, pids, camids, names and data_root
+    normalised, space, normalise = False, GalleryIndex.space, GalleryIndex.normalise  # camera statistics stay in
 
     def __init__(self, uri, run, part=""):
         self.uri, self.run, self.bad, self._hits = str(uri), run, [], {}
@@ -223,7 +225,7 @@ class MilvusGallery:
     def write(self, embeddings, records, stats=None):
         """Write embeddings (float [N, D], norm 1) of `records`; return how many rows are new or of files with other bytes.
 
-        stats: int64 [3, N] as `reid.retrieval.index.file_stats` returns, or None to read the files.
+        stats: int64 [3, N] as `reid.retrieval.paths.file_stats` returns, or None to read the files.
         """
         stats = file_stats(records.files()) if stats is None else stats
         new = self._new(records, stats)

@@ -104,7 +104,7 @@ class Searcher:
     def _answer(self, batch):
         """Embed a batch together, and search once for each set of cameras. An image is not a result of itself."""
         pixels = [job.query for job in batch if job.row < 0]
-        embedded = iter(self.extractor.embed(pixels) if pixels else ())
+        embedded = iter(self.index.normalise(self.extractor.embed(pixels)) if pixels else ())
         for job in batch:
             job.query = next(embedded) if job.row < 0 else job.query
         for cameras in {job.cameras for job in batch}:

@@ -116,12 +116,12 @@ class Extractor:
         warnings.warn(f"{len(crops) - len(whole)} of {len(crops)} crops are empty; their embeddings are NaN", stacklevel=2)
         return torch.full((len(crops), self.dim), torch.nan).index_copy(0, torch.tensor(whole, dtype=torch.int64), rows)
 
-    def embed_records(self, files, strict=False, progress=True):
+    def embed_records(self, files, strict=False, progress=True, dtype=torch.float32):
         """Embed a gallery: images that cannot be read are left out and reported (`strict` raises at the first).
 
-        Returns (embeddings float32 [M, dim], kept int64 [M] positions in `files`, bad [(file, reason)]).
+        Returns (embeddings [M, dim] of `dtype`, kept int64 [M] positions in `files`, bad [(file, reason)]).
         """
-        embeddings, kept, bad = torch.empty(len(files), self.dim), torch.empty(len(files), dtype=torch.int64), []
+        embeddings, kept, bad = torch.empty(len(files), self.dim, dtype=dtype), torch.empty(len(files), dtype=torch.int64), []
         count = 0
         for positions, rows in self.stream(files, strict, progress, bad):
             embeddings[count : count + len(rows)] = rows

@@ -1,7 +1,6 @@
 """The gallery index: one matrix of embeddings with the labels of each image, its file, and exact search."""
 
-import hashlib
-import itertools
+import copy
 import os
 import warnings
 from pathlib import Path
@@ -13,47 +12,26 @@ from reid.data.datasets import UNKNOWN, UNKNOWN_PID, Records, folder_pid
 from reid.data.names import identity_name
 from reid.files import VERIFY_LIMIT, load, save
 from reid.images import PREPROCESSING
+from reid.retrieval.camera import CameraStatistics
+from reid.retrieval.paths import Paths, file_stats
 from reid.retrieval.ranked import ranked_lists
 from reid.retrieval.search import ExactSearch, merge_shards
 
-FORMAT, VERSION = "reid-index", 2
+FORMAT, VERSION = "reid-index", 3
 STATS = ("sizes", "mtimes", "contents")  # of the image files, see `file_stats`
 COLUMNS = ("pids", "camids", "seqs", "frames", *STATS)  # int64 [N] each
 PLAIN = {"data_root": str, "fingerprint": str, "preprocessing": str, "mirror": bool, "names": dict,
-         "threshold": (int, float, type(None)), "false_accept_rate": (int, float, type(None))}
-
-
-class Paths:
-    """N path names as one uint8 blob and N + 1 offsets: a million of them load at once and are decoded on access."""
-
-    def __init__(self, blob, offsets):
-        self.blob, self.offsets = blob, offsets
-
-    @classmethod
-    def of(cls, names):
-        encoded = [os.fsencode(name) for name in names]
-        sizes = torch.tensor([0] + [len(name) for name in encoded], dtype=torch.int64)
-        return cls(torch.frombuffer(bytearray(b"".join(encoded) or b"\0"), dtype=torch.uint8), sizes.cumsum(0))
-
-    def __len__(self):
-        return len(self.offsets) - 1
-
-    def __getitem__(self, row):
-        start, stop = self.offsets[row : row + 2].tolist()
-        return os.fsdecode(self.blob[start:stop].numpy().tobytes())
-
-    def __iter__(self):
-        blob, ends = self.blob.numpy().tobytes(), self.offsets.tolist()
-        return (os.fsdecode(blob[start:stop]) for start, stop in itertools.pairwise(ends))
+         **dict.fromkeys(("threshold", "camera_threshold", "false_accept_rate"), (int, float, type(None)))}
 
 
 class GalleryIndex:
     """Embeddings [N, D] with pids, camids, seqs, frames (int64 [N]) and paths relative to `data_root`.
 
     Make one with `build` (from images), with `empty` and `add` (from embeddings), or with `load` (from a file).
-    threshold: cosine above which two images are a match, at `false_accept_rate` (None: not measured). names: {pid: name} of
-    identities added by name. queries: a second GalleryIndex with the queries of an evaluation, or None. bad: [(file,
-    reason)] of images that `build` left out. device: where it is searched, that of the Extractor.
+    threshold: cosine above which two images are a match, at `false_accept_rate` (None: not measured); camera_threshold: the
+    same for `camera_normalised`. names: {pid: name} of identities added by name. queries: a second GalleryIndex with the queries
+    of an evaluation, or None. bad: [(file, reason)] of images that `build` left out. device: where it is searched, that of the
+    Extractor.
     """
 
     def __init__(self, embeddings, records, fingerprint, mirror, stats=None):
@@ -63,21 +41,16 @@ class GalleryIndex:
         self.sizes, self.mtimes, self.contents = file_stats(records.files()) if stats is None else stats
         self.data_root, self.names = str(records.root), {}
         self.fingerprint, self.preprocessing, self.mirror = fingerprint, PREPROCESSING, mirror
-        self.threshold = self.false_accept_rate = self.queries = None
-        self.bad, self.device, self._search = [], "cpu", {}
+        self.normalised = False  # whether camera statistics are taken out
+        self.threshold = self.camera_threshold = self.false_accept_rate = self.queries = None
+        self.bad, self.device, self._search, self._statistics = [], "cpu", {}, None
 
     @classmethod
     def build(cls, extractor, records, strict=False, dtype=torch.float16, progress=True, rank=0, world_size=1):
         """Embed `records` into an index. Images that cannot be read are left out and listed in `.bad` (`strict` raises)."""
         own = torch.arange(len(records))[rank::world_size]  # under torchrun each rank embeds its share, which may be empty
-        files = records.select(own).files()
-        embeddings = torch.empty(len(files), extractor.dim, dtype=dtype)
-        kept, bad, count = torch.empty(len(files), dtype=torch.int64), [], 0
-        for positions, rows in extractor.stream(files, strict, progress, bad):
-            embeddings[count : count + len(rows)] = rows
-            kept[count : count + len(rows)] = positions
-            count += len(rows)
-        embeddings, kept = embeddings[:count], own[kept[:count]]
+        embeddings, kept, bad = extractor.embed_records(records.select(own).files(), strict, progress, dtype)
+        kept = own[kept]
         stats = file_stats(records.select(kept).files())
         if world_size > 1:
             embeddings, kept, stats, bad = _gather(embeddings, kept, stats, bad)
@@ -121,7 +94,7 @@ class GalleryIndex:
         self.paths, self.embeddings = Paths.of([*self.paths, *new.paths]), torch.cat([self.embeddings, new.embeddings])
         for name in COLUMNS:
             setattr(self, name, torch.cat([getattr(self, name), getattr(new, name)]))
-        self._search = {}
+        self._search, self._statistics = {}, None
         return len(new)
 
     def __len__(self):
@@ -130,6 +103,46 @@ class GalleryIndex:
     def records(self):
         """The images as reid.data.datasets.Records."""
         return Records(Path(self.data_root), list(self.paths), self.pids, self.camids, self.seqs, self.frames)
+
+    def select(self, rows):
+        """Return an index of some rows, int64 [n] or bool [N], without names, thresholds and queries."""
+        stats = [getattr(self, name)[rows] for name in STATS]
+        return GalleryIndex(self.embeddings[rows], self.records().select(rows), self.fingerprint, self.mirror, stats)
+
+    @property
+    def statistics(self):
+        """The CameraStatistics of the gallery, or None where no camera is known."""
+        if self._statistics is None and bool((self.camids != UNKNOWN).any()):
+            self._statistics = CameraStatistics.fit(self.embeddings, self.camids)
+        return self._statistics
+
+    @property
+    def space(self):
+        """Name what the scores depend on: the weights, and whether camera statistics are taken out."""
+        return self.fingerprint + "+camera_norm" * self.normalised
+
+    def camera_normalised(self):
+        """Return a copy with each camera's statistics taken out of the embeddings, also of `queries`; without cameras, itself."""
+        if self.statistics is None:
+            return self
+        index = copy.copy(self)
+        index.normalised, index.threshold, index._search = True, self.camera_threshold, {}
+        index.embeddings = self.statistics.apply(self.embeddings, self.camids).to(self.embeddings.dtype)
+        if self.queries is not None:
+            index.queries = copy.copy(self.queries)
+            index.queries.embeddings = index.normalise(self.queries.embeddings, self.queries.camids)
+        return index
+
+    def normalise(self, embeddings, camids=None):
+        """Take the statistics of their cameras out of queries, float [Q, D], if they are taken out of this index.
+
+        camids: int64 [Q] (default: unknown). Unknown cameras get the statistics of the whole gallery, and a camera without images
+        in the gallery those of its queries.
+        """
+        if not self.normalised or not len(embeddings):
+            return embeddings
+        camids = torch.full((len(embeddings),), UNKNOWN) if camids is None else camids
+        return self.statistics.joined(embeddings, camids).apply(embeddings, camids)
 
     def hit(self, row):
         """(path, name of the identity or "" where it is unlabelled, pid, camid) of a row."""
@@ -202,6 +215,8 @@ class GalleryIndex:
         columns = {name: getattr(self, name).clone(memory_format=torch.contiguous_format) for name in COLUMNS}
         part = {"embeddings": self.embeddings, "path_blob": self.paths.blob, "path_offsets": self.paths.offsets, **columns,
                 **{name: getattr(self, name) for name in PLAIN}}
+        if self.statistics is not None:
+            part["statistics"] = self.statistics._asdict()
         return part if self.queries is None else part | {"queries": self.queries._part()}
 
     @classmethod
@@ -244,6 +259,9 @@ class GalleryIndex:
         index = cls(embeddings, records, part["fingerprint"], part["mirror"], [part[name] for name in STATS])
         for name in PLAIN:
             setattr(index, name, part[name])
+        if "statistics" in part:
+            index._statistics = CameraStatistics.checked(part["statistics"], embeddings.shape[1])
+            require(index._statistics is not None, "its camera statistics are damaged")
         if isinstance(part.get("queries"), dict):
             index.queries = cls._restore(part["queries"], path)
         return index
@@ -285,27 +303,6 @@ def check_made_of(gallery, uri, data_root, again):
     changed = gallery.changed() if isinstance(gallery, GalleryIndex) else []
     if changed:
         raise ReidError(f"{uri}: {len(changed):,} images have changed since, such as {changed[0]}; {again}")
-
-
-def file_stats(files):
-    """Size in bytes, modification time in ns and a 63-bit hash of the content of each file, int64 [3, N].
-
-    All three are -1 for a file that cannot be read.
-    """
-    stats = []
-    for file in files:
-        try:
-            with open(file, "rb") as opened:
-                found, content = os.fstat(opened.fileno()), opened.read()
-            stats.append((found.st_size, found.st_mtime_ns, content_number(content)))
-        except OSError:
-            stats.append((-1, -1, -1))
-    return torch.tensor(stats, dtype=torch.int64).reshape(-1, 3).T.contiguous()
-
-
-def content_number(data):
-    """63 bits of a hash of bytes."""
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") >> 1
 
 
 def _gather(embeddings, kept, stats, bad):

@@ -6,6 +6,7 @@ gallery images that score higher than a match, and the few that do not count for
 are subtracted.
 """
 
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -91,7 +92,8 @@ def evaluate(q_emb, g_emb, q_pids, q_camids, g_pids, g_camids, q_ids=None, g_ids
     [Q, G] or a callable(start, stop) -> [stop - start, G] for a block of queries; pass a distance negated.
     protocol "market" (Zheng et al., Scalable Person Re-identification: A Benchmark, ICCV 2015): pid -1 in the gallery
     is junk and left out, 0 is a distractor and always wrong, images with the query's pid and camera are left out, and
-    so is the query's own file. "nocam": only junk and the own file are left out. Equal scores rank in gallery order.
+    so is the query's own file. "viper" and "prid", whose splits `random_splits` draws, have the same rules. "nocam": only
+    junk and the own file are left out. Equal scores rank in gallery order.
     block: queries ranked together; extra memory is about 4 float32 copies of [block, G] on the CPU, 8 on CUDA.
 
     mAP averages precision at each match. mAP_trapezoid is the area of Market-1501's own evaluation code: at each match
@@ -101,6 +103,25 @@ def evaluate(q_emb, g_emb, q_pids, q_camids, g_pids, g_camids, q_ids=None, g_ids
     """
     task = make_task(q_emb, g_emb, q_pids, q_camids, g_pids, g_camids, q_ids, g_ids, scores, protocol, block)
     return _summary(task, _rank(task, [task.gallery()], max(20, *ks))[0], ks)
+
+
+def pooled(results: list[EvalResult]) -> EvalResult:
+    """Average the results of splits with equally many queries; the values of every query follow each other, split by split."""
+    count = len(results)
+
+    def mean(name):
+        return sum(getattr(result, name) for result in results) / count
+
+    def joined(name):
+        return torch.cat([getattr(result, name) for result in results])
+
+    skipped = Counter()
+    for result in results:
+        skipped.update(result.skipped)
+    return EvalResult(mean("mAP"), mean("mAP_trapezoid"), mean("mINP"),
+                      {k: sum(result.rank[k] for result in results) / count for k in results[0].rank}, mean("cmc"),
+                      mean("match_rate"), sum(result.valid for result in results), dict(skipped),
+                      *map(joined, ("ap", "inp", "first_rank", "matches", "reason")))
 
 
 def camera_table(*data, **options) -> CameraTable:

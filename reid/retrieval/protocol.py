@@ -8,7 +8,9 @@ from torch import Tensor
 
 from reid import ReidError
 
-PROTOCOLS = ("market", "nocam")
+SPLITS = {"viper": 316, "prid": 100}  # identities in each of the random splits of a published protocol
+REPEATS = 10
+PROTOCOLS = ("market", "nocam", *SPLITS)
 
 
 class Side(NamedTuple):
@@ -72,7 +74,23 @@ def make_task(q_emb, g_emb, q_pids, q_camids, g_pids, g_camids, q_ids=None, g_id
     # Small blocks keep the buffers small; but below 64 queries the gallery is read from memory too often.
     block = block or max(64, (1 << 22 if device.type == "cpu" else 1 << 24) // max(1, shape[1]))
     q, g = _side("query", device, q_pids, q_camids, q_ids), _side("gallery", device, g_pids, g_camids, g_ids)
-    return Task(source, q, g, protocol == "market", block)
+    return Task(source, q, g, protocol != "nocam", block)
+
+
+def random_splits(protocol: str, q_pids: Tensor, g_pids: Tensor, seed: int = 0):
+    """Yield (rows of queries, rows of the gallery), int64, for each of the REPEATS random splits of a published protocol.
+
+    viper: 316 of the 632 people (Gray et al., Evaluating Appearance Models for Recognition, Reacquisition, and Tracking, PETS
+    2007). prid: 100 of the 200 people that both cameras have seen; the distractors of the gallery are in every split (Hirzer et
+    al., Person Re-identification by Descriptive and Discriminative Classification, SCIA 2011). Raises ReidError for fewer people.
+    """
+    people, generator = q_pids[q_pids > 0].unique(), torch.Generator().manual_seed(seed)
+    if len(people) < SPLITS[protocol]:
+        raise ReidError(f"--protocol {protocol}: takes {SPLITS[protocol]} people of the queries, but there are {len(people)}")
+    for _ in range(REPEATS):
+        chosen = people[torch.randperm(len(people), generator=generator)[: SPLITS[protocol]]]
+        yield (torch.isin(q_pids, chosen).nonzero()[:, 0],
+               (torch.isin(g_pids, chosen) | (g_pids == 0)).nonzero()[:, 0])
 
 
 def _side(name: str, device: torch.device, *labels) -> Side:

@@ -81,7 +81,8 @@ class SpaceTime:
         return lambda i, j: _look_up(table, camera[i], tick[i], camera[j], tick[j])
 
     def save(self, path, fingerprint: str, data_root) -> None:
-        """Write spacetime.pt for the network whose cosines `weight` fits and the dataset whose cameras and clocks these are."""
+        """Write spacetime.pt for the embeddings whose cosines `weight` fits (`GalleryIndex.space`) and for the dataset whose
+        cameras and clocks these are."""
         files.save(path, vars(self) | {"fingerprint": fingerprint, "dataset": dataset_name(data_root)}, FORMAT, VERSION)
 
     @classmethod
@@ -91,7 +92,7 @@ class SpaceTime:
             raise ReidError(f"{path}: not there; learn it with: python eval.py --spacetime --exp_name {Path(path).parent.name}")
         record = files.load(path, FORMAT, VERSION)
         if record.get("fingerprint") != fingerprint:
-            raise ReidError(f"{path}: learned with other weights; remove it to learn it again")
+            raise ReidError(f"{path}: learned with other weights or another --camera_norm; remove it to learn it again")
         known, here = record.get("dataset"), dataset_name(data_root)
         if known != here:
             raise ReidError(f"{path}: learned from {known!s:.200}, not from {here}; remove it to learn it again")

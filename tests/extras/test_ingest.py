@@ -17,6 +17,7 @@ from reid import ReidError
 from reid.data.datasets import Records
 from reid.extras import milvus, milvus_client
 from reid.extras.milvus import MilvusGallery, build_gallery, create_gallery, open_gallery
+from reid.retrieval.extract import Extractor
 
 REASON = "pymilvus and milvus-lite are not installed: pip install -e '.[milvus]'"
 pytest.importorskip("pymilvus", reason=REASON)
@@ -33,6 +34,8 @@ class FakeExtractor:
 
     def __init__(self, fingerprint=PRINT, wait=0.0):
         self.fingerprint, self.wait, self.embedded = fingerprint, wait, 0
+
+    embed_records = Extractor.embed_records
 
     def stream(self, files, strict=False, progress=False, bad=None):
         for first in range(0, len(files), 16):

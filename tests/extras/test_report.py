@@ -61,7 +61,7 @@ def write(path, run, title="calm-fox-1", with_roc=True, **changed):
         data |= zip(("q_emb", "q_pids", "q_camids"), pooled)
     result = metrics.evaluate(*data.values())
     roc = metrics.roc(*data.values(), rates=(1e-4, 1e-3, 1e-2)) if with_roc else None
-    results = {"visual": result, "+rerank": result}
+    results = {"plain": result, "+rerank": result}
     intervals = {name: metrics.bootstrap(result) for name, result in results.items()}
     written = report.write_report(path, title, queries, gallery, data, results, intervals, roc, ARGUMENTS | changed,
                                   {"torch": "2"})

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from reid import ReidError
 from reid.data.datasets import Records
 from reid.retrieval import metrics
 from reid.retrieval.index import GalleryIndex
+from reid.retrieval.protocol import random_splits
+from reid.retrieval.summary import compare_table, print_matrix, to_document
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +47,7 @@ class Rows(list):
     fingerprint, bad = "f" * 8, ()
 
 
-def test_json_holds_every_query_and_reads_as_strict_json(script, tmp_path):
+def test_json_holds_every_query_and_reads_as_strict_json(tmp_path):
     emb = torch.nn.functional.normalize(torch.randn(30, 8, generator=torch.Generator().manual_seed(0)), dim=1)
     pids, camids = torch.arange(30) % 4 + 1, torch.arange(30) % 3
     data = [emb[:6], emb[6:], pids[:6].clone(), camids[:6], pids[6:], camids[6:]]
@@ -52,17 +55,17 @@ def test_json_holds_every_query_and_reads_as_strict_json(script, tmp_path):
     index = Rows(range(24))
     index.queries = Rows(range(6))
     result, more = metrics.evaluate(*data), {"cross_domain": True, "cameras": metrics.camera_table(*data)._asdict()}
-    args = argparse.Namespace(exp_name="run", data_root=str(tmp_path), json=tmp_path / "out.json")
-    script.write_json(args, {"args": {}, "config": {}}, {"visual": result}, {"visual": metrics.bootstrap(result)},
-                      metrics.roc(*data), index, more)
+    args = argparse.Namespace(exp_name="run", data_root=str(tmp_path))
+    document = to_document(args, {"args": {}, "config": {}}, {"plain": result}, {"plain": metrics.bootstrap(result)},
+                           metrics.roc(*data), index, more)
 
     def refuse(constant):
         raise AssertionError(constant)
 
-    found = json.loads(args.json.read_text(), parse_constant=refuse)
-    visual = found["results"]["visual"]
-    assert visual["ap"][5] is None and visual["ap"][:5] == result.ap[:5].tolist()
-    assert visual["interval"]["mAP"][0] == pytest.approx(result.mAP) and visual["rank"]["1"] == result.rank[1]
+    found = json.loads(json.dumps(document), parse_constant=refuse)
+    plain = found["results"]["plain"]
+    assert plain["ap"][5] is None and plain["ap"][:5] == result.ap[:5].tolist()
+    assert plain["interval"]["mAP"][0] == pytest.approx(result.mAP) and plain["rank"]["1"] == result.rank[1]
     assert found["cross_domain"] and found["counts"] == {"queries": 6, "gallery": 24, "left_out": 0}
     assert len(found["cameras"]["rank1"]) == 3 and {"fingerprint", "versions", "arguments", "roc"} <= set(found)
 
@@ -87,7 +90,7 @@ def test_comparison_pairs_by_path(script):
                ("q/4.jpg", 4, 1, (1.0, 1.0, 1.0))]  # 4 has no match
     one = evaluated(script, "calm-fox-1", gallery, queries)
     two = evaluated(script, "wise-owl-2", gallery, queries[::-1][:-1])  # another order, one query less
-    lines = script.compare_table(one, two).splitlines()
+    lines = compare_table(one, two).splitlines()
     # of the two queries in both, 1b is second (AP 1/2) and 3 is first
     assert lines[1].split() == ["mAP", "75.00", "75.00", "+0.00", "+0.00", "to", "+0.00"]
     assert lines[3].split() == ["Rank-1", "50.00", "50.00", "+0.00", "+0.00", "to", "+0.00"]
@@ -104,12 +107,12 @@ def test_comparison_names_the_better_run(script):
         for camid, noise in ((1, 0.4), (2, 0.4), (2, 8.0)))
     good, bad = evaluated(script, "good", good, queries), evaluated(script, "bad", bad, queries)
     for sides in ((good, bad), (bad, good)):
-        lines = script.compare_table(*sides).splitlines()
+        lines = compare_table(*sides).splitlines()
         assert lines[-1] == "mAP: good is better; Rank-1: good is better"
         assert float(lines[1].split()[3]) == pytest.approx(100 * (sides[1][2].mAP - sides[0][2].mAP), abs=0.011)
     other = evaluated(script, "other", [("else", 1, 2, (1.0, 0.0))], [("q", 1, 1, (1.0, 0.0))])
     with pytest.raises(ReidError, match="different galleries"):
-        script.compare_table(good, other)
+        compare_table(good, other)
 
 
 def test_a_copy_of_the_query_is_not_a_result(script, tmp_path):
@@ -130,3 +133,58 @@ def test_a_copy_of_the_query_is_not_a_result(script, tmp_path):
         data = script.gather_data(argparse.Namespace(multi_query=multi_query), index)
         result = metrics.evaluate(*data.values(), protocol="nocam")
         assert sorted(result.matches.tolist()) == [1, 2] and result.mAP == 1.0
+
+
+def test_published_splits(script):
+    """viper: ten times 316 people; prid: 100 people and every distractor. Each split is evaluated on its own."""
+    people = torch.arange(1, 401)
+    splits = list(random_splits("viper", people, torch.cat([people, torch.zeros(5, dtype=torch.int64)])))
+    assert len(splits) == 10
+    for q_rows, g_rows in splits:
+        assert len(q_rows) == 316 and len(g_rows) == 321 and torch.equal(people[q_rows], people[g_rows[:316]])
+    assert len({tuple(q_rows.tolist()) for q_rows, _ in splits}) == 10
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(splits, random_splits("viper", people, people)))
+    with pytest.raises(ReidError, match="takes 100 people of the queries, but there are 99"):
+        next(random_splits("prid", people[:99], people))
+
+    generator = torch.Generator().manual_seed(0)
+    rows = F.normalize(torch.randn(120, 16, generator=generator))
+    seen = F.normalize(rows + 0.5 * torch.randn(120, 16, generator=generator))
+    gallery = [(f"g/{i}", i + 1, 2, row) for i, row in enumerate(seen.tolist())] + [("g/x", 0, 2, [0.25] * 16)]
+    _, index, _ = evaluated(script, "run", gallery, [(f"q/{i}", i + 1, 1, row) for i, row in enumerate(rows.tolist())])
+    parts = script.split_index(index, "prid")
+    args = argparse.Namespace(multi_query=False, protocol="prid", camera_norm=False, rerank=False, spacetime=False)
+    found = [result for part in parts for _, result in script.score(args, None, part)]
+    scores = index.queries.embeddings @ index.embeddings.T
+    by_hand = []
+    for q_rows, _ in random_splits("prid", index.queries.pids, index.pids):
+        columns = torch.cat([q_rows, torch.tensor([120])])
+        ranks = [1 + int((scores[q, columns] > scores[q, q]).sum()) for q in q_rows.tolist()]
+        by_hand.append((sum(1 / rank for rank in ranks) / 100, sum(rank == 1 for rank in ranks) / 100))
+    assert [(r.mAP, r.rank[1]) for r in found] == [pytest.approx(values) for values in by_hand]
+    whole = metrics.pooled(found)
+    assert (whole.mAP, whole.rank[1]) == pytest.approx(tuple(torch.tensor(by_hand).double().mean(0).tolist()))
+    assert whole.valid == 1000 and len(whole.ap) == 1000 and float(whole.ap.mean()) == pytest.approx(whole.mAP)
+
+
+def test_table_of_runs_and_datasets(capsys):
+    def document(run, dataset, rank1):
+        return {"exp_name": run, "arguments": {"data_root": f"data/{dataset}", "protocol": "market"},
+                "results": {"plain": {"rank": {"1": rank1}, "mAP": rank1 / 2}}}
+
+    print_matrix([document("calm-fox-1", "a", 0.5), document("calm-fox-1", "b", 0.25), document("owl", "a", 1.0)])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert lines[0][:3] == ["Rank-1", "/", "mAP"] and lines[0][3:] == ["a", "(market)", "b", "(market)"]
+    assert lines[1:] == ["calm-fox-1, plain 50.0 / 25.0 25.0 / 12.5".split(), "owl, plain 100.0 / 50.0".split()]
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--data_root", "a", "b", "--protocol", "market", "nocam", "viper"], "2 --data_root but 3 --protocol"),
+    (["--data_root", "a", "b", "--save_index"], "no one index"),
+    (["--exp_name", "a", "b", "--report", "r.html"], "evaluate them one by one"),
+    (["--protocol", "viper", "--report", "r.html"], "draw ten"),
+    (["--protocol", "prid", "--single_shot", "3"], "draw ten"),
+])
+def test_options_that_cannot_act_together(script, options, message):
+    with pytest.raises(ReidError, match=message):
+        script.check_arguments(script.get_args_parser().parse_args(options))

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from reid import ReidError, files
 from reid.data.datasets import UNKNOWN, UNKNOWN_PID, folder_pid, make_records
 from reid.data.names import identity_name
+from reid.retrieval.extract import Extractor
 from reid.retrieval.index import FORMAT, VERSION, GalleryIndex, check_made_of
 from reid.retrieval.ranked import Query
 from reid.retrieval.search import ExactSearch, merge_shards
@@ -143,6 +144,8 @@ class Flat:
     """Stands in for an Extractor: the mean colour of an image decides."""
 
     fingerprint, mirror, dim = "f" * 16, True, 64
+
+    embed_records = Extractor.embed_records
 
     def stream(self, files, strict=False, progress=False, bad=None):
         for i, file in enumerate(files):

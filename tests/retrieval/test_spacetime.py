@@ -182,7 +182,7 @@ def test_a_model_belongs_to_its_weights_and_its_dataset(model, tmp_path):
     with pytest.raises(ReidError, match=r"not there; learn it with: python eval\.py --spacetime"):
         SpaceTime.load(path, "f" * 16, data_root)
     model.save(path, "f" * 16, data_root)
-    with pytest.raises(ReidError, match="other weights; remove it"):
+    with pytest.raises(ReidError, match="other weights or another --camera_norm; remove it"):
         SpaceTime.load(path, "0" * 16, data_root)
     namesake = dataset(tmp_path / "elsewhere" / "people")  # the same name and the same number of images
     with pytest.raises(ReidError, match=r"learned from .*people .*, not from .*elsewhere/people"):
