@@ -214,6 +214,7 @@ def test_a_gallery_in_an_engine(index, crop):
 
     class Engine:
         threshold, data_root, cameras, down = None, index.data_root, [-1, 1, 2, 3], False
+        normalised, normalise = False, GalleryIndex.normalise
         paths, pids, camids, embeddings = map(Column, (index.paths, index.pids, index.camids, index.embeddings))
 
         def __len__(self):

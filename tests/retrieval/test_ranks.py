@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from reid.checkpoint import save_checkpoint
-from reid.data.datasets import read_folder, read_split
+from reid.data.datasets import parse_name, read_folder, read_split
 from reid.model import build_model, default_config
 from reid.retrieval.extract import Extractor
 from reid.retrieval.index import GalleryIndex
@@ -104,7 +104,8 @@ def test_scripts_on_three_ranks_write_and_find_what_one_finds(root, made, people
         index = GalleryIndex.build(extractor, records, progress=False)
         assert list(found.paths) == list(index.paths) and torch.equal(found.pids, index.pids)
         torch.testing.assert_close(found.embeddings, index.embeddings, atol=1e-3, rtol=0)
-    embeddings = extractor.embed(images)
+    index = index.camera_normalised()  # as inference.py does
+    embeddings = index.normalise(extractor.embed(images), torch.tensor([parse_name(path.name).camid for path in images]))
     scores, row_of = index.nearest(embeddings, 7)[0], {str(people / "gallery" / path): i for i, path in enumerate(index.paths)}
     rankings = json.loads((tmp_path / "inference.py.json").read_text())["rankings"]
     for ranking, query, score in zip(rankings, embeddings, scores, strict=True):
