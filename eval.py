@@ -6,7 +6,6 @@ Several GPUs: torchrun --nproc_per_node N eval.py --save_index
 """
 
 import argparse
-import json
 import sys
 from dataclasses import replace
 from itertools import product
@@ -18,7 +17,7 @@ from reid import ReidError, distributed
 from reid.checkpoint import checkpoint_path, fingerprint, load_checkpoint, versions
 from reid.cli import HelpFormatter, check_network, check_outputs, check_ranges, printable, run
 from reid.data.datasets import folder_pid, read_split
-from reid.files import atomic_path
+from reid.files import write_json
 from reid.retrieval import metrics, spacetime
 from reid.retrieval.camera import CameraStatistics
 from reid.retrieval.extract import add_arguments
@@ -77,10 +76,7 @@ def main(args):
     if len(documents) > 1:
         print_matrix(documents)
     if args.json:
-        document = documents[0] if len(documents) == 1 else {"evaluations": documents}
-        with atomic_path(args.json) as temporary:
-            temporary.write_text(json.dumps(document, indent=1, default=str))
-        print(f"results written: {args.json}")
+        write_json(args.json, documents[0] if len(documents) == 1 else {"evaluations": documents})
     return status
 
 

@@ -6,7 +6,6 @@ python inference.py --gallery my/crops --query_paths 'my/queries/*.png' --output
 
 import argparse
 import glob
-import json
 import sys
 from itertools import islice
 from pathlib import Path
@@ -19,7 +18,7 @@ from reid.cli import HelpFormatter, check_network, check_outputs, check_ranges, 
 from reid.data import synthetic
 from reid.data.datasets import list_images, read_folder, read_split
 from reid.data.names import read_file
-from reid.files import atomic_path
+from reid.files import write_json
 from reid.retrieval.extract import add_arguments
 from reid.retrieval.index import GalleryIndex, check_made_of, check_replaceable, is_milvus
 from reid.retrieval.ranked import Query, rerank_lists, weigh_lists
@@ -233,9 +232,7 @@ def write_results(args, index, lists):
     if args.json:
         document = {"exp_name": args.exp_name, "fingerprint": index.fingerprint,
                     "threshold": lists[0].threshold if lists else None, "rankings": [ranked.to_dict() for ranked in lists]}
-        with atomic_path(args.json) as temporary:
-            temporary.write_text(json.dumps(document, indent=1))
-        print(f"results written: {args.json}")
+        write_json(args.json, document)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import hashlib
+import json
 import os
 import shutil
 import time
@@ -54,6 +55,13 @@ def atomic_path(path):
             temporary.unlink(missing_ok=True)
             raise
     fsync_folder(target.parent)
+
+
+def write_json(path, document):
+    """Write the results of a script, whole or not at all, and print where they are."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(document, indent=1, default=str))
+    print(f"results written: {path}")
 
 
 def _remove_abandoned(folder):

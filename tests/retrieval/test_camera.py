@@ -21,7 +21,7 @@ def people_in_two_cameras(count=40, dim=64, seed=0):
 
 
 def index_of(embeddings, camids, dtype=torch.float32):
-    records = make_records("nowhere", [f"g/{row:04}/a.jpg" for row in range(len(camids))], grouped=True)
+    records = make_records("nowhere", [f"{row:04}/a.jpg" for row in range(len(camids))], grouped=True)
     records.camids.copy_(camids)
     return GalleryIndex(embeddings.to(dtype), records, "f" * 16, True)
 
