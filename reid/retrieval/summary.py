@@ -86,6 +86,8 @@ def compare_table(a, b):
     ReidError where the galleries differ or no query is in both.
     """
     (name_a, index_a, result_a), (name_b, index_b, result_b) = a, b
+    if name_a == name_b:
+        raise ReidError(f"--compare {name_a} {name_b}: give two different runs")
     if set(index_a.paths) != set(index_b.paths):
         raise ReidError(f"{name_a} and {name_b} were evaluated on different galleries ({len(index_a):,} and {len(index_b):,} "
                         "images): make both indexes of one dataset with eval.py --save_index")

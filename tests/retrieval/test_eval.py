@@ -113,6 +113,8 @@ def test_comparison_names_the_better_run(script):
     other = evaluated(script, "other", [("else", 1, 2, (1.0, 0.0))], [("q", 1, 1, (1.0, 0.0))])
     with pytest.raises(ReidError, match="different galleries"):
         compare_table(good, other)
+    with pytest.raises(ReidError, match="--compare good good: give two different runs"):
+        compare_table(good, good)
 
 
 def test_a_copy_of_the_query_is_not_a_result(script, tmp_path):
