@@ -43,6 +43,8 @@ def get_args_parser():
     own.add_argument("--train_share", type=float, default=0.5, help="share of the identities to train on")
     own.add_argument("--times", metavar="CSV", help="camera and time of every image, in the columns path, camera, time "
                      "(seconds or ISO 8601); they become part of the file names, where --spacetime reads them")
+    own.add_argument("--identity", metavar="REGEX", help="regular expression for the identity in the path of an image: its first "
+                     "group, or all of it (default: the first folder that is not named like a camera)")
     own.add_argument("--camera", metavar="REGEX", help="regular expression for the camera in the path of an image: its first "
                      "group, or all of it, as a number or a text (default: names like those of known datasets, and cam2, c2)")
     drawn = parser.add_argument_group("drawn people, for --synthetic")
@@ -53,9 +55,9 @@ def get_args_parser():
 
 def main(args):
     check_ranges(args, {"train_share": (0, 1), "num_ids": (4, 1 << 20), "seed": (0, 1 << 40)})
-    for option in ("times", "camera"):
+    for option in ("times", "camera", "identity"):
         if getattr(args, option) and not args.folder:
-            raise ReidError(f"--{option} needs --from: other sources have camera and time in their file names")
+            raise ReidError(f"--{option} needs --from: other sources have them in their file names")
     if args.times and args.camera:
         raise ReidError("--times has the camera of every image: leave --camera out")
     output = choose_output(args)
@@ -86,7 +88,8 @@ def describe_source(args):
     if args.synthetic:
         return f"synthetic people (--num_ids {args.num_ids} --seed {args.seed})"
     if args.folder:
-        more = f", times of {os.path.realpath(args.times)}" if args.times else f" --camera {args.camera}" if args.camera else ""
+        more = f", times of {os.path.realpath(args.times)}" if args.times else ""
+        more += "".join(f" --{name} {getattr(args, name)}" for name in ("identity", "camera") if getattr(args, name))
         return f"images of {os.path.realpath(args.folder)} (--train_share {args.train_share:g}){more}"
     if not args.any_counts:
         return prepare.MARKET
@@ -112,7 +115,7 @@ def build(args, output, source, state):
             images = synthetic.dataset(args.num_ids, args.seed)
         elif args.folder:
             print(own.TREE_RULE.format(share=args.train_share))
-            images = own.from_tree(args.folder, args.train_share, args.times, args.camera, left_out)
+            images = own.from_tree(args.folder, args.train_share, args.times, args.camera, left_out, args.identity)
         else:
             images = archives.from_archive(downloaded or args.archive, left_out)
         try:

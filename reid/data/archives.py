@@ -133,7 +133,8 @@ def _place(member):
     folder, _, name = member.replace("\\", "/").rpartition("/")
     parsed = parse_name(name)
     person = None if parsed is None or parsed.pid == UNKNOWN_PID else str(parsed.pid) if parsed.pid < 0 else f"{parsed.pid:04}"
-    return FOLDERS.get(folder.rpartition("/")[2]), person, name
+    above = folder.split("/")[:-3:-1]  # a folder for each identity may lie between
+    return next((FOLDERS[part] for part in above if part in FOLDERS), None), person, name
 
 
 def _is_wanted(member, left_out):
@@ -151,7 +152,7 @@ def _is_wanted(member, left_out):
 
 
 def _folder_files(path, left_out):
-    images, others = list_files(path)
+    images, others = list_files(path, regular=True)
     for reason, names in others.items():
         for name in names:
             left_out[reason if _place(str(path.resolve() / name))[0] else ELSEWHERE].append(name)

@@ -134,11 +134,12 @@ def list_images(folder):
     return list_files(folder)[0]
 
 
-def list_files(folder):
+def list_files(folder, regular=False):
     """Return (sorted POSIX paths of the images below `folder`, {reason: sorted paths} of all other files).
 
     Images are the files with a suffix of IMAGE_SUFFIXES and those whose content Pillow reads. Links are followed; a folder
-    that is reached twice, or a link to a folder that holds it, is left out.
+    that is reached twice, or a link to a folder that holds it, is left out. regular: leave out links to nothing and devices
+    with such a suffix, too, which are otherwise an error when they are read.
     """
     images, left_out, root = [], defaultdict(list), os.path.realpath(folder)
     seen, folders = set(), [("", root)]
@@ -159,18 +160,20 @@ def list_files(folder):
                 left_out[HIDDEN].append(path)
             elif entry.is_dir():
                 folders.append((f"{path}/", os.path.realpath(entry.path) if entry.is_symlink() else entry.path))
-            elif reason := _not_an_image(entry):
+            elif reason := _not_an_image(entry, regular):
                 left_out[reason].append(path)
             else:
                 images.append(path)
     return sorted(images), {reason: sorted(paths) for reason, paths in left_out.items()}
 
 
-def _not_an_image(entry):
+def _not_an_image(entry, regular):
     """Return why a file is left out, or None for an image."""
+    suffix = os.path.splitext(entry.name)[1].lower()
+    if not regular and suffix in IMAGE_SUFFIXES:
+        return None
     if not entry.is_file():
         return "link to nothing" if entry.is_symlink() and not os.path.exists(entry.path) else "no regular file"
-    suffix = os.path.splitext(entry.name)[1].lower()
     if suffix in IMAGE_SUFFIXES or is_image(entry.path):
         return None
     if suffix in (".heic", ".heif"):

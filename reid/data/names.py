@@ -57,6 +57,11 @@ def parse_name(name):
     return Name(int(before[1]) if before else UNKNOWN_PID, _camera(found[0]))
 
 
+def is_clip(folder):
+    """Whether a folder below an identity is named like a clip: track_1, seq2, a date."""
+    return bool(_CLIP.fullmatch(folder))
+
+
 def _camera(match):
     """The number of a camera; letters count from a = 1."""
     return ord(match[2].lower()) - ord("a") + 1 if match[2] else int(match[1] or match[3])
@@ -81,9 +86,9 @@ def read_folders(path):
             camid = camera
         elif not identity:
             identity = folder
-        elif not _CLIP.fullmatch(folder):
-            raise ReidError(f"{path}: {identity} or {folder} could be the identity; {FOLDER_RULE}; rename "
-                            "the folder, or give the one above the identities")
+        elif not is_clip(folder):
+            raise ReidError(f"{path}: {identity} or {folder} could be the identity; {FOLDER_RULE}; give "
+                            "the folder above the identities, or data_prep.py --from DIR --camera REGEX or --identity REGEX")
     return identity, camid
 
 

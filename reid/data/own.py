@@ -19,6 +19,7 @@ from reid.data.names import (
     UNKNOWN_PID,
     folder_camera,
     folder_pid,
+    is_clip,
     parse_name,
     read_folders,
     read_path,
@@ -27,28 +28,29 @@ from reid.data.prepare import order
 
 FRAMES_PER_SECOND = 25  # of Market-1501's cameras, and so in every name
 SPLIT_FOLDERS = {"train", "val", "valid", "test", "query", "gallery"}
-TREE_RULE = f"""\
-rule: {FOLDER_RULE};
+TREE_RULE = "rule: " + FOLDER_RULE.replace("; ", ";\n      ") + """;
       an image beside the folders has the identity of its name. Names -1_c... are junk and 0000_c1s1... distractors: gallery.
-      Identities are sorted by the SHA-256 of their folder's name, and the first {{share:g}} of them are for training. Of each
+      Identities are sorted by the SHA-256 of their folder's name, and the first {share:g} of them are for training. Of each
       other identity seen by two or more cameras, one image of every camera with at least two (of one camera, where none has
       two) is a query; without cameras in the names, or with one in all, one image is. The rest is gallery."""
 
 
-def from_tree(folder, train_share, times=None, camera=None, left_out=None):
+def from_tree(folder, train_share, times=None, camera=None, left_out=None, identity=None):
     """Yield (split, identity's folder, name, path) of the images of a tree with one folder per identity, by TREE_RULE.
 
     times: a CSV file with the camera and time of every image (see `read_times`), which become part of its new name.
     camera: a regular expression that finds the camera in an image's path, for which its name gets a folder cam<number>.
-    left_out: {reason: files} (a defaultdict), to which the files that are not taken are added.
+    left_out: {reason: files} (a defaultdict), to which the files that are not taken are added. identity: a regular expression
+    that finds the identity in the path, instead of its folders.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ReidError(f"{folder}: no such folder")
-    images, others = list_files(folder)
+    images, others = list_files(folder, regular=True)
     if left_out is not None:
         left_out.update(others)
-    files = _identities(folder, images, _find_cameras(camera, images) if camera else {}, left_out)
+    seen = _numbered(_find("camera", camera, images))
+    files = _identities(folder, images, seen, _find("identity", identity, images), left_out)
     if times:
         files = _named_by(read_times(times), times, files)
     people, cameras, special = defaultdict(list), set(), []  # identity's folder -> names
@@ -67,23 +69,32 @@ def from_tree(folder, train_share, times=None, camera=None, left_out=None):
         yield "gallery", person, name, folder / files[person, name]
 
 
-def _identities(folder, images, seen, left_out):
+def _identities(folder, images, seen, people, left_out):
     """Return {(identity's folder, name below it): path} of the images of a tree; those without an identity are left out.
 
-    seen: {path: (camera, text that names it)} of `_find_cameras`, which comes before that of folder and file name.
+    seen: {path: (camera, text that names it)}, which comes before that of folder and file name. people: {path: identity},
+    which comes before that of folders; other folders then become part of the name.
     """
     files, owners, beside = {}, {}, []
     for path in images:
         *folders, name = path.split("/")
-        if any(part in FOLDERS for part in folders):
+        if path not in people and any(part in FOLDERS for part in folders):
             raise ReidError(f"{folder}: this is Market-1501's own layout; use --archive {folder}")
-        if folders and folders[0] in SPLIT_FOLDERS:
+        if path not in people and folders and folders[0] in SPLIT_FOLDERS:
             raise ReidError(f"{folder / folders[0]}: is a split, not an identity; give the folder above the identities, such as "
                             f"--from {folder / folders[0]}")
         if path in seen:
             camera, text = seen[path]
             folders = [part for part in folders if part != text]
-        person, camid = read_folders("/".join([*folders, name]))
+        if path in people:
+            person, folders = people[path], [part for part in folders if part != people[path]]
+            if folder_camera(person) is not None:
+                raise ReidError(f"--identity: {path} gives {person}, which is named like a camera; choose another group")
+            name = "_".join([*(part for part in folders if folder_camera(part) is None and not is_clip(part)), name])
+            folders = [part for part in folders if folder_camera(part) is not None or is_clip(part)]
+            camid = read_folders("/".join([*folders, name]))[1]
+        else:
+            person, camid = read_folders("/".join([*folders, name]))
         parsed = parse_name(name)
         if path in seen:
             folders = [f"cam{camera}", *(part for part in folders if folder_camera(part) is None)]
@@ -91,7 +102,7 @@ def _identities(folder, images, seen, left_out):
             raise ReidError(f"{folder / path}: camera {camid} by its folder, {parsed.camid} by its name; rename one, or give "
                             "--camera")
         if person:
-            folders.remove(person)
+            folders = [part for part in folders if part != person]
         elif parsed and parsed.pid != UNKNOWN_PID:
             person = f"{parsed.pid:04d}" if parsed.pid >= 0 else str(parsed.pid)
         else:
@@ -122,24 +133,28 @@ def _queries(names, one_camera):
     return [seen[0] for seen in cameras.values() if len(seen) > 1] or min(cameras.items())[1][:1]
 
 
-def _find_cameras(pattern, paths):
-    """Return {path: (camera, text)} of the paths in which a regular expression finds the camera.
-
-    The text is the first group, or all that matches: a number, or anything else, which is numbered in sorted order.
-    """
+def _find(option, pattern, paths):
+    """Return {path: text} of the paths in which a regular expression matches: its first group, or all that matches."""
     try:
-        regex = re.compile(pattern)
+        regex = re.compile(pattern or "")
     except re.error as error:
-        raise ReidError(f"--camera {pattern}: is not a regular expression ({error})") from error
-    found = {path: match[min(regex.groups, 1)] for path in paths if (match := regex.search(path))}
-    texts = sorted(set(filter(None, found.values())))
-    if not texts and paths:
-        raise ReidError(f"--camera {pattern}: matches no path, such as {paths[0]}")
+        raise ReidError(f"--{option} {pattern}: is not a regular expression ({error})") from error
+    matches = {path: regex.search(path) for path in paths}
+    found = {path: match[min(regex.groups, 1)] for path, match in matches.items() if match}
+    found = {path: text.replace("/", "_") for path, text in found.items() if text and text.strip("./")}
+    if pattern is not None and paths and not found:
+        raise ReidError(f"--{option} {pattern}: matches no path, such as {paths[0]}")
+    return found
+
+
+def _numbered(found):
+    """Return {path: (camera, text)} of {path: text}: texts that are not all numbers are numbered in sorted order."""
+    texts = sorted(set(found.values()))
     numeric = all(re.fullmatch(r"\d{1,9}", text, re.ASCII) for text in texts)
     numbers = {text: int(text) if numeric else number for number, text in enumerate(texts, 1)}
     if not numeric:
         print("cameras: " + printable(", ".join(f"{number} is {text}" for text, number in numbers.items())))
-    return {path: (numbers[text], text) for path, text in found.items() if text}
+    return {path: (numbers[text], text) for path, text in found.items()}
 
 
 def read_times(file):

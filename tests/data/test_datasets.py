@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from reid import ReidError
 from reid.data.datasets import UNKNOWN_PID, Name, folder_pid, load_training_set, parse_name, read_folder, read_split
+from reid.data.names import read_file
 
 
 @pytest.mark.parametrize("name, expected", [
@@ -75,6 +76,40 @@ def test_read_folder_takes_the_name_then_the_folder(tmp_path):
     pids = dict(zip(records.paths, records.pids.tolist()))
     assert pids == {"0002_c1s1_000451_03.jpg": 2, "a b/ü.png": folder_pid("a b"), "x.jpg/inner.jpg": folder_pid("x.jpg"),
                     "me.bmp": UNKNOWN_PID}
+
+
+def test_deeper_folders_give_camera_or_clip(tmp_path):
+    make(tmp_path, "gallery/0001/cam2/g.png", "gallery/anna/track_1/a_c3.png", "gallery/cam_b/ben/x.png", "gallery/loose.png")
+    (tmp_path / "gallery/0001/notes.txt").write_text("no image")
+    split, folder = read_split(tmp_path, "gallery"), read_folder(tmp_path / "gallery")
+    rows = [(1, 2), (folder_pid("anna"), 3), (folder_pid("ben"), 2)]
+    assert list(zip(split.pids.tolist(), split.camids.tolist())) == rows
+    assert list(zip(folder.pids.tolist(), folder.camids.tolist())) == [*rows, (UNKNOWN_PID, -1)]
+    text = split.account("mine")
+    assert text.startswith("mine: 5 files, 3 images taken, 2 left out\n") and "1 beside the identity folders: loose.png" in text
+    assert "identity of 3 and camera of 3 of 3 images" in text
+    assert "such as gallery/0001/cam2/g.png: identity 1 (from its folder), camera 2 (from its folder)" in text
+    with pytest.raises(ReidError, match=r"--strict.*loose\.png"):
+        split.account("mine", strict=True)
+    make(tmp_path, "gallery/site/carl/x.png")
+    with pytest.raises(ReidError, match="site or carl could be the identity; the first folder"):
+        read_split(tmp_path, "gallery")
+    assert read_folder(tmp_path / "gallery").pids.tolist()[-1] == UNKNOWN_PID  # a gallery may be searched without identities
+
+
+def test_a_query_is_labelled_by_its_folder_inside_of_the_dataset_only(tmp_path):
+    make(tmp_path, "d/query/anna/cam2/0007_c1.png")
+    (tmp_path / "link").symlink_to(tmp_path / "d")
+    for file in ("d/query/anna/cam2/0007_c1.png", "link/query/anna/cam2/0007_c1.png"):
+        assert read_file(tmp_path / file, tmp_path / "d")[:2] == (folder_pid("anna"), 2)
+        assert read_file(tmp_path / file, tmp_path / "elsewhere")[:2] == (7, 1)
+
+
+def test_a_dataset_without_cameras_says_so(tmp_path):
+    make(tmp_path, "gallery/anna/1.png", "gallery/ben/1.png")
+    assert "NO CAMERA was read" in read_split(tmp_path, "gallery").account("mine")
+    make(tmp_path, "gallery/anna/2_c1.png")
+    assert "NO CAMERA" not in read_split(tmp_path, "gallery").account("mine")
 
 
 @pytest.mark.parametrize("what", ["missing", "empty"])

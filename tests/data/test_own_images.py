@@ -205,10 +205,28 @@ def test_camera_by_a_regular_expression(tmp_path, prep, names, pattern, cameras)
     assert {path.split("/")[-1]: camera for _, path, camera in splits(tmp_path / "out")["anna"]} == cameras
 
 
+@pytest.mark.parametrize("names, pattern, found", [
+    (["cam_a/person_0001.png", "cam_b/person_0001.png"], r"person_\d+",
+     {"person_0001": [("cam_a/person_0001.png", 1), ("cam_b/person_0001.png", 2)]}),  # PRID-2011
+    (["cam_a/000_45.bmp", "cam_b/000_90.bmp", "cam_b/001_90.bmp"], r"/(\d+)_",
+     {"0": [("cam_a/000_45.bmp", 1), ("cam_b/000_90.bmp", 2)], "1": [("cam_b/001_90.bmp", 2)]}),  # VIPeR: 0 is a person
+    (["shop/p7/2026-05-01/c3_1.png", "mall/p7/c4_1.png"], r"/p(\d)/",
+     {"7": [("2026-05-01/shop_p7_c3_1.png", 3), ("mall_p7_c4_1.png", 4)]}),
+    (["train/anna/1_c1.png", "test/anna/1_c2.png"], r"/(.*)/", {"anna": [("test_1_c2.png", 2), ("train_1_c1.png", 1)]}),
+])
+def test_identity_by_a_regular_expression(tmp_path, prep, names, pattern, found):
+    folder = pictures(tmp_path / "mine", *names)
+    status, stdout, stderr = prep("--from", folder, "--train_share", "0", "--identity", pattern)
+    assert status == 0 and f"{len(names)} images taken, 0 left out" in stdout, stderr
+    read = splits(tmp_path / "out")
+    assert {name.lstrip("0") or "0": sorted(row[1:] for row in rows) for name, rows in read.items()} == found
+
+
 def test_a_wrong_regular_expression(tmp_path, prep):
     folder = pictures(tmp_path / "mine", "anna/a.png")
     refused(prep("--from", folder, "--camera", "("), "regular expression")
     refused(prep("--from", folder, "--camera", "nowhere"), "matches no path", "anna/a.png")
+    refused(prep("--from", folder, "--identity", "nowhere"), "--identity nowhere: matches no path")
     refused(prep("--synthetic", "--camera", "x"), "--camera needs --from")
 
 
