@@ -158,7 +158,7 @@ def list_files(folder, regular=False):
             path = prefix + entry.name
             if entry.name.startswith(".") or entry.name.lower() in SYSTEM_FILES:
                 left_out[HIDDEN].append(path)
-            elif entry.is_dir():
+            elif os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():  # a link to itself would raise
                 folders.append((f"{path}/", os.path.realpath(entry.path) if entry.is_symlink() else entry.path))
             elif reason := _not_an_image(entry, regular):
                 left_out[reason].append(path)
@@ -172,7 +172,7 @@ def _not_an_image(entry, regular):
     suffix = os.path.splitext(entry.name)[1].lower()
     if not regular and suffix in IMAGE_SUFFIXES:
         return None
-    if not entry.is_file():
+    if not os.path.isfile(entry.path):
         return "link to nothing" if entry.is_symlink() and not os.path.exists(entry.path) else "no regular file"
     if suffix in IMAGE_SUFFIXES or is_image(entry.path):
         return None

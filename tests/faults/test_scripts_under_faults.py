@@ -214,7 +214,7 @@ LEFT_OUT = {
     "40GB.jpg": partial(image, size=40 << 30), "dangling.jpg": lambda path: path.symlink_to("nowhere"),
     "itself.jpg": lambda path: path.symlink_to(path.name), "device.jpg": lambda path: path.symlink_to("/dev/zero"),
     "pipe.jpg": os.mkfifo, "eps.jpg": partial(image, kind="EPS"), "icon.jpg": partial(image, kind="ICO")}
-READ = {"folder.jpg": image_in_folder, "José  Пример [1].jpg": image, "a\nb.jpg": image, os.fsdecode(b"\xff.jpg"): image}
+READ = {"clip_1": image_in_folder, "José  Пример [1].jpg": image, "a\nb.jpg": image, os.fsdecode(b"\xff.jpg"): image}
 
 
 @pytest.mark.parametrize("name", ["inference", "eval"])
