@@ -163,7 +163,7 @@ def test_a_peer_is_evaluated_compared_and_searched(root, people, network, files,
     assert saved["embeddings"].shape[1] == 12 and saved["fingerprint"] == network_fingerprint(path, "imagenet")
     results = json.loads((tmp_path / "out.json").read_text())
     assert results["exp_name"] == "tiny-peer" and results["cross_domain"] is None
-    figures = [line for line in out.splitlines() if line.startswith(("visual", "TAR@FAR", "95 %"))]
+    figures = [line for line in out.splitlines() if line.startswith(("plain", "camera_norm", "TAR@FAR", "95 %"))]
     loaded = script(root, tmp_path, "eval.py", *options, "--load_index")[1].splitlines()
     assert len(figures) >= 5 and [line for line in loaded if line in figures] == figures
     status, _, err = script(root, tmp_path, "eval.py", *options, "--load_index", "--network_input", "rgb255")
