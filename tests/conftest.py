@@ -2,11 +2,11 @@
 
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from forked import Script
 
 # The tests run in parallel; more threads than cores would slow them all down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -36,13 +36,23 @@ def shared():
 
 
 @pytest.fixture(scope="session")
-def people(root, tmp_path_factory):
+def people(tmp_path_factory):
     """A small grouped dataset of drawn people."""
     folder = tmp_path_factory.mktemp("people") / "synthetic"
-    command = [sys.executable, str(root / "data_prep.py"), "--synthetic", "--num_ids", "16", "--output", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    Script(folder.parent, "data_prep.py", "--synthetic", "--num_ids", 16, "--output", folder).works()
     return folder
+
+
+@pytest.fixture(scope="session")
+def database(tmp_path_factory):
+    """An empty MLflow database; to create one takes seconds."""
+    from reid.training.tracking import open_store
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.chdir(tmp_path_factory.mktemp("database"))
+        open_store()
+        return Path("mlflow.db").resolve()
 
 
 @pytest.fixture

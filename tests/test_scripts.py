@@ -1,4 +1,4 @@
-"""The scripts as commands, one after the other, on drawn people: train, evaluate, query, and errors."""
+"""The scripts one after the other on drawn people: train, evaluate, query, and errors. Some are started as a shell does."""
 
 import json
 import os
@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from forked import Script
 from PIL import Image
 
 from reid import ReidError
@@ -17,28 +18,14 @@ from reid.checkpoint import load_checkpoint, restore_model, save_checkpoint
 from reid.model import build_model, default_config
 from reid.retrieval.index import GalleryIndex
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+def works(folder, name, *args, status=0):
+    return Script(folder, name, *args).works(status).out
 
 
-def script(root, folder, name, *args):
-    command = [sys.executable, str(root / name), *map(str, args)]
-    return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True)
-
-
-def works(root, folder, name, *args, status=0):
-    done = script(root, folder, name, *args)
-    assert done.returncode == status, done.stderr
-    return done.stdout
-
-
-def fails(root, folder, name, *args):
+def fails(folder, name, *args):
     """The one line of an error."""
-    done = script(root, folder, name, *args)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    line = done.stderr.strip().splitlines()[-1]
-    assert line.startswith(f"{name}: error: ")
-    return line
+    return Script(folder, name, *args).fails()
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +40,10 @@ def workplace(root, people, tmp_path_factory):
     started["state_dict"] = {name: weight.float() + 1.5 * weight.float().std() * torch.randn(weight.shape)
                              if weight.ndim == 4 else weight for name, weight in started["state_dict"].items()}
     save_checkpoint(folder / "models/start/best.pth", restore_model(started), {}, {})
-    works(root, folder, "train.py", "--data_root", people, "--exp_name", "small", "--weights", folder / "models/start/best.pth",
+    works(folder, "train.py", "--data_root", people, "--exp_name", "small", "--weights", folder / "models/start/best.pth",
           "--num_epochs", 8, "--height", 64, "--width", 32, "--batch_size", 16, "--lr", 0.01, "--warmup_epochs", 1)
     for run in ("small", "blank", "start"):
-        works(root, folder, "eval.py", "--exp_name", run, "--data_root", people, "--save_index", "--json", f"{run}.json")
+        works(folder, "eval.py", "--exp_name", run, "--data_root", people, "--save_index", "--json", f"{run}.json")
     return folder
 
 
@@ -71,11 +58,11 @@ def test_training_raises_rank_1_and_map(workplace):
         assert results["small"]["mAP"] > results[before]["mAP"] + 0.1
 
 
-def test_load_index_gives_the_same_without_the_images(root, people, workplace):
+def test_load_index_gives_the_same_without_the_images(people, workplace):
     away = people.with_name("away")
     people.rename(away)
     try:
-        out = works(root, workplace, "eval.py", "--exp_name", "small", "--data_root", people, "--load_index", "--json",
+        out = works(workplace, "eval.py", "--exp_name", "small", "--data_root", people, "--load_index", "--json",
                     "again.json")
     finally:
         away.rename(people)
@@ -108,8 +95,8 @@ def by_hand(index):
     return row, tar, len(queries), len(index)
 
 
-def test_eval_prints_the_numbers(root, people, workplace):
-    out = works(root, workplace, "eval.py", "--exp_name", "small", "--data_root", people, "--load_index", "--rerank",
+def test_eval_prints_the_numbers(people, workplace):
+    out = works(workplace, "eval.py", "--exp_name", "small", "--data_root", people, "--load_index", "--rerank",
                 "--no-camera_norm")
     lines = out.splitlines()
     row, tar, queries, images = by_hand(GalleryIndex.load(workplace / "index" / "small.pt"))
@@ -137,23 +124,25 @@ def test_eval_prints_the_numbers(root, people, workplace):
 
 def test_inference_ranks_the_gallery(root, people, workplace):
     queries = [str(path) for path in sorted((people / "query").rglob("*.jpg"))[:3]]
-    out = works(root, workplace, "inference.py", "--exp_name", "small", "--data_root", people, "--load_index", "--query_paths",
-                *queries, "--topk", 10, "--json", "ranking.json", "--output", "ranking.png")
+    command = [sys.executable, root / "inference.py", "--exp_name", "small", "--data_root", people, "--load_index",
+               "--query_paths", *queries, "--topk", "10", "--json", "ranking.json", "--output", "ranking.png"]
+    done = subprocess.run(command, cwd=workplace, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     document = json.loads((workplace / "ranking.json").read_text())
     assert [item["query"] for item in document["rankings"]] == queries
     for item in document["rankings"]:
         scores = [hit["score"] for hit in item["hits"]]
         assert len(scores) == 10 and scores == sorted(scores, reverse=True)
         assert all((workplace / hit["path"]).exists() for hit in item["hits"])
-    assert len(re.findall(r"^ +\d+  0\.\d{4}  .*(?:  match|no match)$", out, re.MULTILINE)) == 30
+    assert len(re.findall(r"^ +\d+  0\.\d{4}  .*(?:  match|no match)$", done.stdout, re.MULTILINE)) == 30
     assert (workplace / "ranking.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_inference_finds_queries_and_defaults(root, people, workplace):
+def test_inference_finds_queries_and_defaults(people, workplace):
     options = ("--exp_name", "small", "--data_root", people, "--load_index", "--json", "found.json")
 
     def found(*paths):
-        works(root, workplace, "inference.py", *options, *(("--query_paths", *paths) if paths else ()))
+        works(workplace, "inference.py", *options, *(("--query_paths", *paths) if paths else ()))
         return [item["query"] for item in json.loads((workplace / "found.json").read_text())["rankings"]]
 
     everything = sorted(str(path) for path in (people / "query").rglob("*.jpg"))
@@ -162,66 +151,66 @@ def test_inference_finds_queries_and_defaults(root, people, workplace):
     assert found(f"{people}/query/*/*_c1*.jpg") == [path for path in everything if "_c1" in path]
 
 
-def test_inference_on_any_folder(root, people, workplace, tmp_path):
+def test_inference_on_any_folder(people, workplace, tmp_path):
     for i, path in enumerate(sorted((people / "gallery").rglob("*.jpg"))[:6]):
         shutil.copy(path, tmp_path / f"no pattern {i}.jpg")
     (tmp_path / "broken.jpg").write_bytes(b"nothing")
-    out = script(root, workplace, "inference.py", "--exp_name", "small", "--gallery", tmp_path, "--query_paths",
-                 tmp_path / "no pattern 3.jpg", tmp_path / "broken.jpg", "--topk", 2)
-    assert out.returncode == 3
-    assert out.stderr.count("left out: ") == 2 and f"{tmp_path}/broken.jpg" in out.stderr  # as a query and in the gallery
-    assert re.search(r"1  (?:1\.000\d|0\.999\d)  .*no pattern 3\.jpg", out.stdout)
-    assert "broken.jpg" in fails(root, workplace, "inference.py", "--exp_name", "small", "--gallery", tmp_path, "--strict",
+    done = Script(workplace, "inference.py", "--exp_name", "small", "--gallery", tmp_path, "--query_paths",
+                  tmp_path / "no pattern 3.jpg", tmp_path / "broken.jpg", "--topk", 2).works(3)
+    assert done.err.count("left out: ") == 2 and f"{tmp_path}/broken.jpg" in done.err  # as a query and in the gallery
+    assert re.search(r"1  (?:1\.000\d|0\.999\d)  .*no pattern 3\.jpg", done.out)
+    assert "broken.jpg" in fails(workplace, "inference.py", "--exp_name", "small", "--gallery", tmp_path, "--strict",
                                  "--query_paths", tmp_path / "no pattern 3.jpg")
 
 
-def test_errors_of_inference(root, people, workplace, tmp_path):
+def test_errors_of_inference(people, workplace, tmp_path):
     small = ("--exp_name", "small", "--data_root", people)
-    assert "no such image" in fails(root, workplace, "inference.py", *small, "--load_index", "--query_paths", "nowhere.jpg")
-    assert "--exp_name nobody" in fails(root, workplace, "inference.py", "--exp_name", "nobody", "--data_root", people)
-    assert "no such folder" in fails(root, workplace, "inference.py", "--exp_name", "small", "--data_root", "nowhere")
-    assert "index/other.pt" in fails(root, workplace, "inference.py", *small, "--load_index", "--gallery_uri", "index/other.pt")
-    stale = fails(root, workplace, "inference.py", *small, "--load_index", "--gallery_uri", "index/blank.pt")
+    assert "no such image" in fails(workplace, "inference.py", *small, "--load_index", "--query_paths", "nowhere.jpg")
+    assert "--exp_name nobody" in fails(workplace, "inference.py", "--exp_name", "nobody", "--data_root", people)
+    assert "no such folder" in fails(workplace, "inference.py", "--exp_name", "small", "--data_root", "nowhere")
+    assert "index/other.pt" in fails(workplace, "inference.py", *small, "--load_index", "--gallery_uri", "index/other.pt")
+    stale = fails(workplace, "inference.py", *small, "--load_index", "--gallery_uri", "index/blank.pt")
     assert "eval.py --save_index" in stale and "--exp_name blank" not in stale  # the name of a file is not that of its run
     text = tmp_path / "text.jpg"
     text.write_text("hello")
-    assert "none of the queries" in fails(root, workplace, "inference.py", *small, "--load_index", "--query_paths", text)
-    assert "--topk 0" in fails(root, workplace, "inference.py", *small, "--load_index", "--topk", 0)
-    assert "text.jpg: is a file; give a folder" in fails(root, workplace, "inference.py", *small, "--gallery", text)
-    assert fails(root, workplace, "inference.py", *small, "--load_index", "--gallery_uri", text).endswith(
+    assert "none of the queries" in fails(workplace, "inference.py", *small, "--load_index", "--query_paths", text)
+    assert "--topk 0" in fails(workplace, "inference.py", *small, "--load_index", "--topk", 0)
+    assert "text.jpg: is a file; give a folder" in fails(workplace, "inference.py", *small, "--gallery", text)
+    assert fails(workplace, "inference.py", *small, "--load_index", "--gallery_uri", text).endswith(
         "text.jpg: not a readable reid-index file; it is damaged or not ours")
 
 
-def test_queries_are_read_before_the_gallery_is_embedded(root, people, workplace, tmp_path):
+def test_queries_are_read_before_the_gallery_is_embedded(people, workplace, tmp_path):
     (tmp_path / "text.jpg").write_text("hello")
-    out = script(root, workplace, "inference.py", "--exp_name", "small", "--data_root", people, "--query_paths",
-                 tmp_path / "text.jpg")
-    assert out.returncode == 1 and "none of the queries" in out.stderr and "img/s" not in out.stderr  # no progress bar
+    script = Script(workplace, "inference.py", "--exp_name", "small", "--data_root", people, "--query_paths", tmp_path / "text.jpg")
+    assert "none of the queries" in script.fails() and "img/s" not in script.err  # no progress bar
 
 
 def test_errors_of_eval(root, people, workplace, tmp_path):
-    assert "nowhere/gallery: no such folder" in fails(root, workplace, "eval.py", "--exp_name", "small", "--data_root", "nowhere")
+    command = [sys.executable, root / "eval.py", "--exp_name", "small", "--data_root", "nowhere"]
+    done = subprocess.run(command, cwd=workplace, capture_output=True, text=True)
+    assert done.returncode == 1 and re.fullmatch("eval.py: error: nowhere/gallery: no such folder.*\n", done.stderr), done.stderr
     for split in ("gallery", "query"):
         (tmp_path / "empty" / split).mkdir(parents=True)
-    assert "no images" in fails(root, workplace, "eval.py", "--exp_name", "small", "--data_root", tmp_path / "empty")
-    assert "runs here: blank, small" in fails(root, workplace, "eval.py", "--exp_name", "nobody", "--data_root", people)
+    assert "no images" in fails(workplace, "eval.py", "--exp_name", "small", "--data_root", tmp_path / "empty")
+    assert "runs here: blank, small" in fails(workplace, "eval.py", "--exp_name", "nobody", "--data_root", people)
     small = ("--exp_name", "small", "--load_index", "--data_root")
-    assert "made of" in fails(root, workplace, "eval.py", *small, tmp_path)
-    assert "--mirror" in fails(root, workplace, "eval.py", *small, people, "--no-mirror")
-    assert "--multi_query" in fails(root, workplace, "eval.py", *small, people, "--multi_query", "--spacetime")
-    assert "--multi_query" in fails(root, workplace, "eval.py", *small, people, "--multi_query", "--protocol", "nocam")
+    assert "made of" in fails(workplace, "eval.py", *small, tmp_path)
+    assert "--mirror" in fails(workplace, "eval.py", *small, people, "--no-mirror")
+    assert "--multi_query" in fails(workplace, "eval.py", *small, people, "--multi_query", "--spacetime")
+    assert "--multi_query" in fails(workplace, "eval.py", *small, people, "--multi_query", "--protocol", "nocam")
 
 
-def test_an_index_of_another_folder_is_refused(root, people, workplace, tmp_path):
+def test_an_index_of_another_folder_is_refused(people, workplace, tmp_path):
     """--load_index reads, and --save_index replaces, only the index of the folder that is asked for."""
     shutil.copytree(people, tmp_path / "data")
     index = (workplace / "index" / "small.pt").read_bytes()
     for name, *options in (("eval.py", "--data_root", tmp_path / "data"), ("inference.py", "--data_root", tmp_path / "data"),
                            ("inference.py", "--data_root", people, "--gallery", tmp_path / "data" / "gallery")):
-        assert "index/small.pt: made of" in fails(root, workplace, name, "--exp_name", "small", *options, "--load_index")
-        line = fails(root, workplace, name, "--exp_name", "small", *options, "--save_index")
+        assert "index/small.pt: made of" in fails(workplace, name, "--exp_name", "small", *options, "--load_index")
+        line = fails(workplace, name, "--exp_name", "small", *options, "--save_index")
         assert "name another, such as --gallery_uri" in line
-    assert "give one of them" in fails(root, workplace, "inference.py", "--exp_name", "small", "--data_root", people,
+    assert "give one of them" in fails(workplace, "inference.py", "--exp_name", "small", "--data_root", people,
                                        "--load_index", "--save_index")
     victim = sorted((people / "gallery").rglob("*.jpg"))[0]
     content, mode = victim.read_bytes(), victim.stat().st_mode
@@ -229,7 +218,7 @@ def test_an_index_of_another_folder_is_refused(root, people, workplace, tmp_path
         victim.unlink()
         victim.write_bytes(content + b"x")
         for name in ("eval.py", "inference.py"):
-            line = fails(root, workplace, name, "--exp_name", "small", "--data_root", people, "--load_index")
+            line = fails(workplace, name, "--exp_name", "small", "--data_root", people, "--load_index")
             assert "1 images have changed since" in line and victim.name in line and "make it again" in line
     finally:
         victim.write_bytes(content)
@@ -237,7 +226,7 @@ def test_an_index_of_another_folder_is_refused(root, people, workplace, tmp_path
     assert (workplace / "index" / "small.pt").read_bytes() == index
 
 
-def test_outputs_never_replace_inputs(root, people, workplace, tmp_path):
+def test_outputs_never_replace_inputs(people, workplace, tmp_path):
     query = tmp_path / "q-001.png"
     Image.new("RGB", (32, 64), "red").save(query)
     shutil.copy(query, tmp_path / "q.png")
@@ -247,25 +236,25 @@ def test_outputs_never_replace_inputs(root, people, workplace, tmp_path):
     small = ("--exp_name", "small", "--data_root", people, "--load_index", "--query_paths", query)
     for output in (query, tmp_path / "x" / ".." / "q-001.png", tmp_path / "q.png", tmp_path / "link.png"):  # q.png: sheet 1
         (tmp_path / "x").mkdir(exist_ok=True)
-        assert "is one of the images that are read" in fails(root, workplace, "inference.py", *small, "--output", output)
+        assert "is one of the images that are read" in fails(workplace, "inference.py", *small, "--output", output)
     image = next((people / "gallery").rglob("*.jpg"))
-    assert "is one of the images" in fails(root, workplace, "inference.py", *small, "--output", image)
+    assert "is one of the images" in fails(workplace, "inference.py", *small, "--output", image)
     for path in kept:
-        assert f"--json {path}: give a file that ends in .json" in fails(root, workplace, "inference.py", *small, "--json", path)
-        assert "ends in .json" in fails(root, workplace, "eval.py", "--exp_name", "small", "--data_root", people, "--json", path)
+        assert f"--json {path}: give a file that ends in .json" in fails(workplace, "inference.py", *small, "--json", path)
+        assert "ends in .json" in fails(workplace, "eval.py", "--exp_name", "small", "--data_root", people, "--json", path)
         uri = ("--save_index", "--gallery_uri", path)
         if path.suffix != ".pt":
             for name in ("eval.py", "inference.py"):
-                assert "is not an index" in fails(root, workplace, name, "--exp_name", "small", "--data_root", people, *uri)
+                assert "is not an index" in fails(workplace, name, "--exp_name", "small", "--data_root", people, *uri)
     assert [path.read_bytes() for path in kept] == before
 
 
-def test_an_index_of_one_image(root, people, workplace, tmp_path):
+def test_an_index_of_one_image(people, workplace, tmp_path):
     shutil.copy(next((people / "gallery").rglob("*.jpg")), tmp_path / "one.jpg")
     one = ("--exp_name", "small", "--gallery", tmp_path, "--query_paths", tmp_path / "one.jpg", "--gallery_uri", "index/one.pt")
-    assert "index saved: index/one.pt" in works(root, workplace, "inference.py", *one, "--save_index")
+    assert "index saved: index/one.pt" in works(workplace, "inference.py", *one, "--save_index")
     assert len(GalleryIndex.load(workplace / "index/one.pt")) == 1
-    out = works(root, workplace, "inference.py", *one, "--load_index", "--rerank")
+    out = works(workplace, "inference.py", *one, "--load_index", "--rerank")
     assert re.search(rf"^   1  \d\.\d{{4}}  {re.escape(str(tmp_path))}/one\.jpg$", out, re.MULTILINE)
 
 
@@ -305,13 +294,13 @@ def test_import_reid_is_light(root):
     assert done.stdout.strip() == "['Extractor', 'GalleryIndex', 'ReidError', '__version__', 'evaluate']", done.stderr
 
 
-def test_a_truncated_image_is_left_out_and_named(root, people, workplace, tmp_path):
+def test_a_truncated_image_is_left_out_and_named(people, workplace, tmp_path):
     shutil.copytree(people, tmp_path / "data")
     victim = sorted((tmp_path / "data" / "gallery").rglob("*.jpg"))[20]
     victim.chmod(0o644)
     content = victim.read_bytes()
     victim.unlink()
     victim.write_bytes(content[: len(content) // 2])
-    done = script(root, workplace, "eval.py", "--exp_name", "small", "--data_root", tmp_path / "data")
-    assert done.returncode == 3 and f"left out: {victim}" in done.stderr and "1 images could not be read" in done.stderr
-    assert victim.name in fails(root, workplace, "eval.py", "--exp_name", "small", "--data_root", tmp_path / "data", "--strict")
+    done = Script(workplace, "eval.py", "--exp_name", "small", "--data_root", tmp_path / "data").works(3)
+    assert f"left out: {victim}" in done.err and "1 images could not be read" in done.err
+    assert victim.name in fails(workplace, "eval.py", "--exp_name", "small", "--data_root", tmp_path / "data", "--strict")

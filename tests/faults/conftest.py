@@ -25,6 +25,4 @@ def moment(request):
 
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory):
-    if not hasattr(os, "fork"):
-        pytest.skip("the fault tests fork processes, which this system cannot do")
     return Lab(tmp_path_factory.mktemp("faults"))

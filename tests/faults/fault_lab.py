@@ -1,13 +1,9 @@
-"""Shared parts of the fault tests: the scripts as forked processes on small data, whole files compared, hostile values.
+"""Shared parts of the fault tests: the scripts on small data, whole files compared, hostile values.
 
-A script is a fork of a server process that has imported the libraries: it starts at once, and a kill at a random moment hits
-its work and not the imports. Its command line and its file are the real ones.
+The scripts are forks of a process that has imported the libraries, so a kill at a random moment hits their work.
 """
 
-import atexit
-import multiprocessing
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -15,84 +11,18 @@ import tempfile
 import time
 from contextlib import contextmanager
 from functools import cached_property
-from multiprocessing import forkserver
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
+from forked import Script
 
 from reid.checkpoint import save_checkpoint
 from reid.files import checksum
 from reid.model import build_model, default_config
 
-ROOT = Path(__file__).resolve().parents[2]
-PRELOADED = ["fault_lab", "data_prep", "train", "eval", "inference", "torch._dynamo", "torch.utils.tensorboard",
-             "mlflow.store.tracking.sqlalchemy_store"]
-ENVIRONMENT = {"PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}", "OMP_NUM_THREADS": "1",  # bits depend on it
-               "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
 TRAIN = ["--height", 64, "--width", 32, "--batch_size", 8, "--lr", 0.005, "--weights", "none", "--precision", "fp32",
          "--num_epochs", 2, "--warmup_epochs", 1, "--eval_freq", 1, "--num_data_loaders", 1, "--exp_name", "cut"]
-
-
-class Script:
-    """One of the four scripts in a process of its own, with its command line, in the folder `cwd`.
-
-    log: folder for its output. prepare: a function of a module, called in that process before the script. After `wait`,
-    `status` is the exit status (the negative number of a signal) and `err` what was written to stderr.
-    """
-
-    def __init__(self, log, cwd, name, *args, prepare=None):
-        self.name, self.log = name, Path(tempfile.mkdtemp(dir=log))
-        arguments = (cwd, self.log, prepare, f"{name}.py", list(map(str, args)))
-        self.process = multiprocessing.get_context("forkserver").Process(target=_run, args=arguments)
-        self.process.start()
-
-    def stop_after(self, seconds, signal):
-        """Send a signal that many seconds after the start, if the script still runs then."""
-        while self.process.is_alive() and not (self.log / "err").exists():
-            time.sleep(0.01)
-        self.process.join(0.1 + seconds)  # the script is read in the first 0.1 s: there Ctrl-C ends every Python in a traceback
-        if self.process.is_alive():
-            os.kill(self.process.pid, signal)
-        return self.wait()
-
-    def wait(self, limit=500):
-        self.process.join(limit)
-        if self.process.is_alive():
-            self.process.kill()
-            pytest.fail(f"{self.name}.py does not end")
-        self.status, self.err = self.process.exitcode, (self.log / "err").read_text(errors="replace")
-        assert "Traceback" not in self.err, self.err
-        return self
-
-    def works(self, status=0):
-        assert self.wait().status == status, self.err
-        return self
-
-    def fails(self):
-        """Require exit status 1 and one clear line."""
-        self.works(1)
-        assert self.err.strip().splitlines()[-1].startswith(f"{self.name}.py: error: "), self.err
-
-
-def _run(cwd, log, prepare, script, args):
-    import resource  # not on Windows
-
-    os.chdir(cwd)
-    resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))  # a script that asks for all memory harms only itself
-    for stream, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(log / name, os.O_WRONLY | os.O_CREAT), stream)
-    sys.stdout.reconfigure(errors="strict")  # as in a terminal of most languages
-    sys.argv, status = [script, *args], 0
-    try:
-        if prepare:
-            prepare()
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    except SystemExit as end:
-        status = end.code or 0
-    atexit._run_exitfuncs()
-    os._exit(status)
 
 
 class Lab:
@@ -100,9 +30,6 @@ class Lab:
 
     def __init__(self, root):
         self.root, self.undisturbed = root, {}
-        with mock.patch.dict(os.environ, ENVIRONMENT):
-            forkserver.set_forkserver_preload(PRELOADED)
-            forkserver.ensure_running()
 
     def folder(self, name=None):
         """Return a new working folder. name: a command; the folder then holds the model that it reads."""
@@ -131,7 +58,8 @@ class Lab:
         return self.script(folder, *self.command(name, folder), prepare=prepare)
 
     def script(self, folder, *args, prepare=None):
-        return Script(self.root, folder, *args, prepare=prepare)
+        name, *options = args
+        return Script(folder, f"{name}.py", *options, prepare=prepare)
 
     def expected(self, name):
         """Return (seconds, state of the folder) of an undisturbed run of `name`."""

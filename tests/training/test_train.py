@@ -1,21 +1,21 @@
 """train.py by its real command line, on synthetic people: it learns, survives, resumes exactly, and says what is wrong."""
 
 import gc
-import os
+import itertools
 import re
 import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
-import time
 from contextlib import chdir, nullcontext
-from functools import partial
+from functools import cache, partial
 from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
+from forked import Script
 
 import train
 from reid import ReidError, distributed
@@ -33,16 +33,6 @@ TINY = ["--height", "64", "--width", "32", "--batch_size", "8", "--lr", "0.005",
 LEVERS = ["--ema", "0.9", "--jitter", "0.4", "--tint", "0.3", "--gray", "0.2", "--blur", "0.3", "--clip", "5"]
 
 
-def command(root, *args):
-    return [sys.executable, str(root / "train.py"), *map(str, args)]
-
-
-@pytest.fixture(scope="module")
-def environment():
-    """Two threads are slower than one where several tests share the cores, and sums depend on their number."""
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
 @pytest.fixture(scope="module")
 def distilled(people, tmp_path_factory):
     """The settings of a teacher, whose embeddings of the training images are random, and of crops without identities."""
@@ -53,14 +43,12 @@ def distilled(people, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(root, people, environment, distilled, tmp_path_factory):
-    """A run of two epochs with every setting switched on, that nobody disturbs; its folder and output."""
+def undisturbed(few, distilled, tmp_path_factory):
+    """A run of two epochs with every setting switched on; its folder and output."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    args = command(root, "--data_root", people, "--exp_name", "whole", "--num_epochs", 2, "--eval_freq", 1, *LEVERS, *distilled,
-                   *TINY)
-    done = subprocess.run(args, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout
+    args = ["--data_root", few, "--exp_name", "whole", "--num_epochs", 2, "--eval_freq", 1, *LEVERS, *distilled,
+            *TINY]
+    return folder, Script(folder, "train.py", *args).works().out
 
 
 def weights(folder, run, name="last.pth"):
@@ -98,22 +86,27 @@ def test_writes_down_what_happened(undisturbed):
         assert {"best.pth", "best.pth.sha256"} <= {name for name, in store.execute("select key from tags")}
 
 
+def stop_at_step(number, how):
+    """Send this process a signal in its `number`-th training step."""
+    step, calls = Trainer.step, itertools.count(1)
+
+    def counted(*args):
+        if next(calls) == number:
+            signal.raise_signal(how)
+        return step(*args)
+
+    Trainer.step = counted
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL, signal.SIGHUP])
-def test_resume_after_a_stop_equals_an_undisturbed_run(root, people, environment, distilled, undisturbed, tmp_path, how):
-    args = ["--data_root", people, "--exp_name", "cut"]
-    start = command(root, *args, "--num_epochs", 2, "--eval_freq", 1, *LEVERS, *distilled, *TINY)
-    process = subprocess.Popen(start, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("epoch 1/"):
-            break
-    time.sleep(0.5)  # somewhere in the second epoch
-    process.send_signal(how)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == (-9 if how == signal.SIGKILL else 130), errors
-    assert "Traceback" not in errors
-    assert weights(tmp_path, "cut")["training"]["epoch"] < 2
-    again = subprocess.run(command(root, *args, "--resume"), cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
+def test_resume_after_a_stop_equals_an_undisturbed_run(few, database, distilled, undisturbed, tmp_path, how):
+    shutil.copy(database, tmp_path)
+    args = ["--data_root", few, "--exp_name", "cut"]
+    start = [*args, "--num_epochs", 2, "--eval_freq", 1, *LEVERS, *distilled, *TINY]
+    Script(tmp_path, "train.py", *start, prepare=partial(stop_at_step, 6, how)).works(-9 if how == signal.SIGKILL else 130)
+    training = weights(tmp_path, "cut")["training"]
+    assert (training["epoch"], training["step"]) == (1, 0 if how == signal.SIGKILL else 2)
+    Script(tmp_path, "train.py", *args, "--resume").works()
     for name in ("last.pth", "best.pth"):
         expected, found = weights(undisturbed[0], "whole", name), weights(tmp_path, "cut", name)
         assert all(torch.equal(value, found["state_dict"][key]) for key, value in expected["state_dict"].items())
@@ -132,7 +125,8 @@ def fails(folder, *args):
 
 
 def test_errors_are_one_line_without_traceback(root, tmp_path):
-    done = subprocess.run(command(root, "--data_root", "nowhere", *TINY), cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, root / "train.py", "--data_root", "nowhere", *TINY]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("train.py: error: nowhere/train: no such folder") and done.stderr.count("\n") == 1
 
@@ -149,9 +143,10 @@ def test_what_users_get_wrong(people, undisturbed, tmp_path):
     assert "--lr 0.005, not 0.1" in fails(folder, "--data_root", people, "--exp_name", "whole", "--resume", "--lr", 0.1)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(people, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run(few, database, tmp_path, monkeypatch):
+    shutil.copy(database, tmp_path)
     monkeypatch.setattr(train, "learning_rate", lambda step, steps, args: 1e30 if step > steps else 0.005)
-    line = fails(tmp_path, "--data_root", people, *TINY, "--exp_name", "nan", "--num_epochs", 3, "--eval_freq", 1)
+    line = fails(tmp_path, "--data_root", few, *TINY, "--exp_name", "nan", "--num_epochs", 3, "--eval_freq", 1)
     expected = r"not finite at step \d+, learning rate [\de.+]+: loss .*loss_id .*loss_pair |weights of this run: NaN"
     assert re.search(expected, line), line
     for name in ("best.pth", "last.pth"):
@@ -160,12 +155,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(people, tmp_path, monkeypatch):
     assert record["training"]["epoch"] == 1
 
 
-def test_a_full_gpu_names_the_setting_to_lower(people, tmp_path, monkeypatch):
+def test_a_full_gpu_names_the_setting_to_lower(few, database, tmp_path, monkeypatch):
+    shutil.copy(database, tmp_path)
+
     def no_room(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(train, "train_step", no_room)
-    line = fails(tmp_path, "--data_root", people, *TINY, "--exp_name", "full")
+    line = fails(tmp_path, "--data_root", few, *TINY, "--exp_name", "full")
     assert "memory is full" in line and "lower --batch_size 8" in line
     gc.collect()
     assert not list((tmp_path / "models").iterdir())  # neither a lock nor an empty folder
@@ -367,6 +364,21 @@ def pretend_cuda(monkeypatch, graph, trainer):
     trainer.graph_wanted = True
 
 
+def states_after_three_steps(trainer):
+    images, numbers, labels, rows = tiny_batches(3, crops=4)
+    for step in range(3):
+        trainer.step(images[step], numbers[step], labels, rows, 0.01 * (step + 1))
+    return [*trainer._state_tensors(), *trainer.logged]
+
+
+@cache
+def eager_states():
+    trainer = tiny_trainer(*LEVERS, steps=3, targets=random_targets(12))
+    states = states_after_three_steps(trainer)
+    assert trainer.graph is None
+    return states
+
+
 @pytest.mark.parametrize("graph, compiler, lines", [
     (PretendGraph, None, []),
     (no_graph, None, ["no CUDA graph here (no driver)"]),
@@ -376,20 +388,14 @@ def pretend_cuda(monkeypatch, graph, trainer):
 ])
 def test_choosing_the_way_of_the_step_changes_nothing(monkeypatch, capsys, graph, compiler, lines):
     """Warm-up, recording and replay are undone to the last bit, and so is an attempt that fails."""
-    images, numbers, labels, rows = tiny_batches(3, crops=4)
-    states = []
-    for wanted in (False, True):
-        trainer = tiny_trainer(*LEVERS, steps=3, targets=random_targets(12))
-        if wanted:
-            pretend_cuda(monkeypatch, graph, trainer)
-            if compiler:
-                trainer.compile_wanted = True
-                monkeypatch.setattr(torch, "compile", lambda model: lambda images: compiler(images))
-        for step in range(3):
-            trainer.step(images[step], numbers[step], labels, rows, 0.01 * (step + 1))
-        assert (trainer.graph is not None) == (wanted and graph is PretendGraph)
-        states.append([*trainer._state_tensors(), *trainer.logged])
-    assert all(torch.equal(*pair) for pair in zip(*states, strict=True))
+    expected, trainer = eager_states(), tiny_trainer(*LEVERS, steps=3, targets=random_targets(12))
+    pretend_cuda(monkeypatch, graph, trainer)
+    if compiler:
+        trainer.compile_wanted = True
+        monkeypatch.setattr(torch, "compile", lambda model: lambda images: compiler(images))
+    states = states_after_three_steps(trainer)
+    assert (trainer.graph is not None) == (graph is PretendGraph)
+    assert all(torch.equal(*pair) for pair in zip(states, expected, strict=True))
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == len(lines) and all(line in found for line, found in zip(lines, printed))
     trainer.close()
@@ -464,10 +470,10 @@ def test_two_trainings_of_one_name(people, tmp_path):
 
 
 @pytest.fixture
-def stopped(people, undisturbed, tmp_path):
+def stopped(few, undisturbed, database, tmp_path):
     """Copies of a dataset and of the run that was trained on it, and the arguments of --resume."""
-    shutil.copytree(people / "train", tmp_path / "data" / "train")
-    shutil.copytree(people / "val", tmp_path / "data" / "val")
+    shutil.copy(database, tmp_path)
+    shutil.copytree(few, tmp_path / "data")
     shutil.copytree(undisturbed[0] / "models", tmp_path / "models")
     return tmp_path, ["--data_root", "data", "--exp_name", "whole", "--resume"]
 
@@ -498,11 +504,11 @@ def test_only_the_same_images_can_be_resumed(stopped, change):
     assert "other images" in fails(folder, *arguments)
 
 
-def test_resume_takes_the_dataset_of_the_run(stopped, people, capsys):
+def test_resume_takes_the_dataset_of_the_run(stopped, few, capsys):
     folder, _ = stopped
     with chdir(folder):
         train.main(train.get_args_parser().parse_args(["--exp_name", "whole", "--resume"]))
-    assert f"python eval.py --exp_name whole --data_root {people} --save_index" in capsys.readouterr().out
+    assert f"python eval.py --exp_name whole --data_root {few} --save_index" in capsys.readouterr().out
 
 
 def rewrite(path, change):

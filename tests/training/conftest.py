@@ -1,0 +1,17 @@
+"""Fixtures of the training tests."""
+
+import shutil
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def few(people, tmp_path_factory):
+    """A grouped dataset of five identities, each with up to 8 training images and 1 for validation: four batches an epoch."""
+    folder = tmp_path_factory.mktemp("few")
+    for identity in sorted((people / "train").iterdir())[:5]:
+        for split, count in (("train", 8), ("val", 1)):
+            (folder / split / identity.name).mkdir(parents=True)
+            for image in sorted((people / split / identity.name).iterdir())[:count]:
+                shutil.copy(image, folder / split / identity.name)
+    return folder
