@@ -105,6 +105,7 @@ def _run(cwd, log, prepare, script, args, environment):
         os.dup2(os.open(log / name, os.O_WRONLY | os.O_CREAT), stream)
     sys.stdout.reconfigure(errors="strict")  # as in a terminal of most languages
     sys.argv, status = [Path(script).name, *args], 0
+    sys.path.insert(0, str(Path(script).parent))
     try:
         if prepare:
             prepare()

@@ -17,7 +17,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 
-from reid.training.tracking import Tracker, open_store
+from reid.training.tracking import Tracker
 
 bash = shutil.which("bash")
 modern = bash and subprocess.run([bash, "-c", "((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404))"]).returncode == 0
@@ -94,15 +94,6 @@ class Dashboards:
         status = os.waitstatus_to_exitcode(until(self._reaped, "end of the script", 60)[1])
         until(lambda: not self.processes(), "end of all processes", 5)
         return status
-
-
-@pytest.fixture(scope="module")
-def database(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        patch.chdir(tmp_path_factory.mktemp("database"))
-        open_store()
-        return Path("mlflow.db").resolve()
 
 
 @pytest.fixture

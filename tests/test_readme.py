@@ -104,9 +104,10 @@ class Shell:
 
 
 @pytest.fixture(scope="module")
-def shell(people, tmp_path_factory):
+def shell(people, database, tmp_path_factory):
     """The working copy, with crops and people of one's own, and a small Market-1501 to unpack or to download."""
     folder = tmp_path_factory.mktemp("copy")
+    shutil.copy(database, folder)
     (folder / "my/crops").mkdir(parents=True)
     for image in itertools.islice((people / "gallery").glob("00*/*.jpg"), 6):
         shutil.copy(image, folder / "my/crops")

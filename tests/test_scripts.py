@@ -182,7 +182,8 @@ def test_errors_of_inference(people, workplace, tmp_path):
 
 def test_queries_are_read_before_the_gallery_is_embedded(people, workplace, tmp_path):
     (tmp_path / "text.jpg").write_text("hello")
-    script = Script(workplace, "inference.py", "--exp_name", "small", "--data_root", people, "--query_paths", tmp_path / "text.jpg")
+    script = Script(workplace, "inference.py", "--exp_name", "small", "--data_root", people,
+                    "--query_paths", tmp_path / "text.jpg")
     assert "none of the queries" in script.fails() and "img/s" not in script.err  # no progress bar
 
 

@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from forked import ranks
 
 from reid import ReidError
 from reid.data.datasets import Records
@@ -154,11 +155,8 @@ def child(root, *args):
 def test_ranks_write_their_parts(tmp_path, root, server):
     records = folder(tmp_path / "data", 250)
     (tmp_path / "child.py").write_text(CHILD)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3", tmp_path / "child.py",
-               *child(root, records.root, server.uri, 250)[2:]]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert sorted(line for line in done.stdout.splitlines() if "rows" in line) == [
+    processes = ranks(3, tmp_path, tmp_path / "child.py", *child(root, records.root, server.uri, 250)[2:])
+    assert sorted(line for process in processes for line in process.works().out.splitlines() if "rows" in line) == [
         "embedded 83 rows 250", "embedded 83 rows 250", "embedded 84 rows 250"]
     assert list(open_gallery(server.uri, RUN, PRINT).download().paths) == records.paths
 

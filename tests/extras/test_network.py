@@ -1,12 +1,12 @@
 """A network of another origin: the same embeddings as PyTorch's, every kind of input, and what cannot be used."""
 
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from forked import Script
 from torch import nn
 
 from reid import ReidError, images
@@ -149,29 +149,29 @@ def test_without_openvino_and_on_a_gpu(network, monkeypatch):
         NetworkExtractor(network[0], "rgb255")
 
 
-def script(root, folder, name, *args):
-    done = subprocess.run([sys.executable, str(root / name), *map(str, args)], cwd=folder, capture_output=True, text=True)
-    return done.returncode, done.stdout, done.stderr
+def script(folder, name, *args):
+    done = Script(folder, name, *args).wait()
+    return done.status, done.out, done.err
 
 
-def test_a_peer_is_evaluated_compared_and_searched(root, people, network, files, tmp_path):
+def test_a_peer_is_evaluated_compared_and_searched(people, network, files, tmp_path):
     path, _ = network
     options = ["--network", path, "--network_input", "imagenet", "--data_root", people]
-    status, out, err = script(root, tmp_path, "eval.py", *options, "--save_index", "--json", "out.json")
+    status, out, err = script(tmp_path, "eval.py", *options, "--save_index", "--json", "out.json")
     assert status == 0 and "tiny-peer on " in out and "cross-domain" not in out, err
     saved = torch.load(tmp_path / "index" / "tiny-peer.pt", weights_only=True)
     assert saved["embeddings"].shape[1] == 12 and saved["fingerprint"] == network_fingerprint(path, "imagenet")
     results = json.loads((tmp_path / "out.json").read_text())
     assert results["exp_name"] == "tiny-peer" and results["cross_domain"] is None
     figures = [line for line in out.splitlines() if line.startswith(("plain", "camera_norm", "TAR@FAR", "95 %"))]
-    loaded = script(root, tmp_path, "eval.py", *options, "--load_index")[1].splitlines()
+    loaded = script(tmp_path, "eval.py", *options, "--load_index")[1].splitlines()
     assert len(figures) >= 5 and [line for line in loaded if line in figures] == figures
-    status, _, err = script(root, tmp_path, "eval.py", *options, "--load_index", "--network_input", "rgb255")
+    status, _, err = script(tmp_path, "eval.py", *options, "--load_index", "--network_input", "rgb255")
     assert status == 1 and "made by other weights" in err and len(err.splitlines()) == 1
     (tmp_path / "index" / "other.pt").write_bytes((tmp_path / "index" / "tiny-peer.pt").read_bytes())
-    assert "no clear difference" in script(root, tmp_path, "eval.py", "--compare", "tiny-peer", "other")[1]
+    assert "no clear difference" in script(tmp_path, "eval.py", "--compare", "tiny-peer", "other")[1]
 
-    status, out, err = script(root, tmp_path, "inference.py", *options, "--load_index", "--query_paths", files[0], "--topk", 1)
+    status, out, err = script(tmp_path, "inference.py", *options, "--load_index", "--query_paths", files[0], "--topk", 1)
     assert status == 0 and "tiny-peer 32x16" in out, err
 
 
@@ -179,6 +179,6 @@ def test_a_peer_is_evaluated_compared_and_searched(root, people, network, files,
     (["--network", "n.onnx"], "give both"), (["--network_input", "rgb255"], "give both"),
     (["--network", "n.onnx", "--network_input", "rgb255", "--engine", "torch"], "computed by OpenVINO"),
     (["--network", "n.onnx", "--network_input", "rgb255"], "no such file")])
-def test_options_that_contradict(root, tmp_path, args, message):
-    status, _, err = script(root, tmp_path, "eval.py", *args)
+def test_options_that_contradict(tmp_path, args, message):
+    status, _, err = script(tmp_path, "eval.py", *args)
     assert status == 1 and message in err and len(err.splitlines()) == 1

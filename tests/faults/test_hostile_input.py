@@ -119,6 +119,7 @@ def workplace(folder, tiny):
                 Image.new("RGB", (32, 64)).save(folder / "people" / split / pid / f"{pid}_c{camera}s1_000001_00.jpg")
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol 4")
 @pytest.mark.parametrize("kind", [*BYTES, *CHECKPOINTS])
 def test_hostile_checkpoint(tiny, refused, tmp_path, kind):
     write_hostile(tiny, tmp_path / "models/bad/best.pth", kind, CHECKPOINTS)

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from forked import ranks
 
 from reid.checkpoint import save_checkpoint
 from reid.data.datasets import parse_name, read_folder, read_split
@@ -23,13 +24,13 @@ from reid.data.datasets import read_folder
 from reid.retrieval.extract import Extractor
 from reid.retrieval.index import GalleryIndex
 
-rank, ranks = distributed.start("cpu")
+rank, world_size = distributed.start("cpu")
 extractor = Extractor(sys.argv[1], "cpu", "fp32")
 records, out = read_folder(sys.argv[2]), {}
 for name, some in (("all", records), ("two", records.select(torch.arange(2))), ("one", records.select(torch.arange(1)))):
-    index = GalleryIndex.build(extractor, some, dtype=torch.float32, progress=False, rank=rank, world_size=ranks)
+    index = GalleryIndex.build(extractor, some, dtype=torch.float32, progress=False, rank=rank, world_size=world_size)
     exclude = torch.arange(-1, len(index))[:3][: len(index)]
-    scores, rows = index.nearest(index.embeddings[:3], 6, range(-1, 5), None, exclude, rank, ranks)
+    scores, rows = index.nearest(index.embeddings[:3], 6, range(-1, 5), None, exclude, rank, world_size)
     out[name] = {"embeddings": index.embeddings, "paths": list(index.paths), "pids": index.pids, "rows": rows,
                  "bad": [str(file) for file, _ in index.bad], "scores": scores}
 torch.save(out, f"{sys.argv[3]}/{rank}.pt")
@@ -53,15 +54,12 @@ def made(people, tmp_path_factory):
     return folder / "best.pth", gallery
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_make_the_index_that_one_process_makes(root, made, tmp_path, ranks):
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_make_the_index_that_one_process_makes(made, tmp_path, world_size):
     checkpoint, gallery = made
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks),
-               str(checkpoint.parent / "work.py"), str(checkpoint), str(gallery), str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+    for rank in ranks(world_size, tmp_path, checkpoint.parent / "work.py", checkpoint, gallery, tmp_path):
+        rank.works()
+    results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
 
     records, extractor = read_folder(gallery), Extractor(checkpoint, "cpu", "fp32")
     for name, some in (("all", records), ("two", records.select(torch.arange(2))), ("one", records.select(torch.arange(1)))):
@@ -90,12 +88,18 @@ def test_scripts_on_three_ranks_write_and_find_what_one_finds(root, made, people
     images = sorted((people / "query").rglob("*.jpg"))[:4]
     for script, *options in (("eval.py", "--data_root", people),
                              ("inference.py", "--gallery", people / "gallery", "--topk", 7, "--query_paths", *images)):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3", root / script,
-                   "--exp_name", "tiny", "--device", "cpu", "--precision", "fp32", *options,
-                   "--save_index", "--gallery_uri", f"{script}.pt", "--json", f"{script}.json"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([*map(str, command)], cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0 and done.stdout.count("index saved") == 1, done.stderr
+        arguments = ["--exp_name", "tiny", "--device", "cpu", "--precision", "fp32", *options,
+                     "--save_index", "--gallery_uri", f"{script}.pt", "--json", f"{script}.json"]
+        if script == "eval.py":
+            out = "".join(rank.works().out for rank in ranks(3, tmp_path, script, *arguments))
+        else:
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3", root / script]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            command = [*map(str, [*command, *arguments])]
+            done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            out = done.stdout
+        assert out.count("index saved") == 1, out
 
     extractor = Extractor(checkpoint, "cpu", "fp32")
     evaluated, searched = GalleryIndex.load(tmp_path / "eval.py.pt"), GalleryIndex.load(tmp_path / "inference.py.pt")
