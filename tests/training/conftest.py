@@ -7,11 +7,15 @@ import pytest
 
 @pytest.fixture(scope="session")
 def few(people, tmp_path_factory):
-    """A grouped dataset of five identities, each with up to 8 training images and 1 for validation: four batches an epoch."""
-    folder = tmp_path_factory.mktemp("few")
+    """A grouped dataset of five identities, each with up to 8 training images and 1 for validation: four batches an epoch;
+    and 20 gallery images."""
+    folder = tmp_path_factory.mktemp("few") / "people"
     for identity in sorted((people / "train").iterdir())[:5]:
         for split, count in (("train", 8), ("val", 1)):
             (folder / split / identity.name).mkdir(parents=True)
             for image in sorted((people / split / identity.name).iterdir())[:count]:
                 shutil.copy(image, folder / split / identity.name)
+    for image in sorted((people / "gallery").rglob("*.jpg"))[:20]:
+        (folder / "gallery" / image.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, folder / "gallery" / image.parent.name)
     return folder
