@@ -14,6 +14,7 @@ from page_lab import Site, embedding, listed
 
 from reid import ReidError
 from reid.extras import page
+from reid.retrieval.index import GalleryIndex
 from reid.retrieval.ranked import ranked_lists
 
 
