@@ -2,39 +2,50 @@
 
 import os
 import re
-import signal
+import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from forked import Script, ranks
 
 from reid.checkpoint import load_checkpoint
 from reid.model import build_model
 
 FROZEN = ["--freeze_bn", "--lr", "0.0005"]  # small steps: rounding decides which triplet is the hardest
-ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+STEPS = 4  # of an epoch
 
-
-def command(script, ranks, *args):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks] if ranks > 1 else []
-    return [sys.executable, *map(str, [*launcher, script, *args])]
-
-
-# --freeze_bn leaves the neck its statistics, and each rank has half a batch to make them from: freeze the neck as well
+# --freeze_bn leaves the neck its statistics, and each rank has half a batch to make them from: freeze the neck as well.
+# With STOP_AT, rank 0 sends SIGTERM in that step to its launcher, or without one to itself, and waits until it is stopped.
 FROZEN_NECK = """
+import itertools
+import os
+import signal
 import sys
+import time
 import train
-from reid import cli
+from reid import cli, distributed
 from reid.training.trainer import Trainer
 
 def freeze(self):
     self.model.eval()
     self.model.training = True  # forward returns features and logits
 
-Trainer.train = freeze
+class StopSignal(train.StopSignal):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        signals.append(self)
+
+def counted(*args):
+    if next(calls) == int(os.environ.get("STOP_AT", 0)) and distributed.rank == 0:
+        os.kill(os.getppid() if distributed.world_size > 1 else os.getpid(), signal.SIGTERM)
+        while not signals[0].asked:
+            time.sleep(0.01)
+    return step(*args)
+
+signals, calls, step = [], itertools.count(1), Trainer.step
+train.StopSignal, Trainer.train, Trainer.step = StopSignal, freeze, counted
 sys.argv[0] = "train.py"
 cli.run(train.get_args_parser(), train.main)
 """
@@ -106,10 +117,10 @@ def flat(state):
     return torch.cat([value.float().flatten() for value in state.values()])
 
 
-def run(folder, start):
-    done = subprocess.run(start, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def run(world_size, folder, script, *args):
+    """Run a script as `world_size` processes; return their output, rank 0's first."""
+    scripts = ranks(world_size, folder, script, *args) if world_size > 1 else [Script(folder, script, *args)]
+    return "".join(script.works().out for script in scripts)
 
 
 def last(folder, name):
@@ -123,43 +134,48 @@ def losses(out):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(database, tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
+    shutil.copy(database, folder)
     (folder / "frozen_neck.py").write_text(FROZEN_NECK)
     (folder / "fallback.py").write_text(FALLBACK)
     return folder
 
 
 @pytest.fixture(scope="module")
-def one(people, folder):
+def one(few, folder):
     """One process, batch-norm statistics frozen: where it started, how far it moved, its first losses, its last metrics."""
-    out = run(folder, command("frozen_neck.py", 1, *settings(people, "one", *FROZEN)))
+    out = run(1, folder, folder / "frozen_neck.py", *settings(few, "one", *FROZEN))
     record = last(folder, "one")
     torch.manual_seed(0)
     start = flat(build_model(record["config"]).state_dict())
     return start, flat(record["state_dict"]) - start, losses(out), record["metrics"]
 
 
-@pytest.mark.parametrize("ranks, then", [(2, 1), (1, 2)])
-def test_frozen_statistics_give_the_same_weights_whoever_goes_on(people, folder, one, ranks, then):
+def stopped_by_torchrun(root, folder, *args):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "frozen_neck.py", *args]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "STOP_AT": str(STEPS + 2)}
+    done = subprocess.run([*map(str, command)], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("first, then", [(2, 1), (1, 2)])
+def test_frozen_statistics_give_the_same_weights_whoever_goes_on(root, few, folder, one, first, then):
     """Of two ranks each has images of one identity: every negative of the triplet loss is the other rank's."""
-    start, way, first, metrics = one
-    name = f"from-{ranks}"
-    process = subprocess.Popen(command("frozen_neck.py", ranks, *settings(people, name, *FROZEN)), cwd=folder, env=ENVIRONMENT,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    out = ""
-    for line in process.stdout:
-        out += line
-        if line.startswith("epoch 1/"):
-            break
-    process.send_signal(signal.SIGTERM)  # torchrun passes it on
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode != 0, errors
+    start, way, expected, metrics = one
+    name = f"from-{first}"
+    options = settings(few, name, *FROZEN)
+    if first == 2:  # a signal to torchrun reaches its processes
+        out = stopped_by_torchrun(root, folder, *options)
+    else:
+        script = Script(folder, folder / "frozen_neck.py", *options, environment={"STOP_AT": str(STEPS + 2)})
+        out = script.works(130).out
     stopped = last(folder, name)["training"]
-    assert stopped["epoch"] == 1 and stopped["step"] > 0, "not stopped in the middle of the second epoch"
-    assert losses(out) == pytest.approx(first, rel=2e-3)
-    assert (f"{ranks} ranks" in out) == (ranks > 1)
-    run(folder, command("frozen_neck.py", then, "--data_root", people, "--exp_name", name, "--resume", "--device", "cpu"))
+    assert (stopped["epoch"], stopped["step"]) == (1, 2)
+    assert losses(out) == pytest.approx(expected, rel=2e-3)
+    assert (f"{first} ranks" in out) == (first > 1)
+    run(then, folder, folder / "frozen_neck.py", "--data_root", few, "--exp_name", name, "--resume", "--device", "cpu")
     record = last(folder, name)
     for key in ("val/loss", "val/accuracy"):  # of an odd number of images, which two ranks cannot share evenly
         assert record["metrics"][key] == pytest.approx(metrics[key], rel=1e-3)
@@ -168,15 +184,15 @@ def test_frozen_statistics_give_the_same_weights_whoever_goes_on(people, folder,
 
 
 def test_live_statistics_converge_the_same(people, folder):
-    for name, ranks in (("live-one", 1), ("live-two", 2)):
-        run(folder, command(ROOT / "train.py", ranks, *settings(people, name, "--batch_size", 16)))
+    for name, world_size in (("live-one", 1), ("live-two", 2)):
+        run(world_size, folder, "train.py", *settings(people, name, "--batch_size", 16))
     one, two = last(folder, "live-one")["metrics"], last(folder, "live-two")["metrics"]
     assert two["train/loss_id"] == pytest.approx(one["train/loss_id"], rel=0.1)
     assert two["train/loss_pair"] == pytest.approx(one["train/loss_pair"], rel=0.3)
 
 
-def test_ranks_agree_on_the_way_of_the_step_and_leave_after_the_graph(people, folder):
-    out = run(folder, command("fallback.py", 2, *settings(people, "fallback", "--num_epochs", 1, "--compile", "on")))
+def test_ranks_agree_on_the_way_of_the_step_and_leave_after_the_graph(few, folder):
+    out = run(2, folder, folder / "fallback.py", *settings(few, "fallback", "--num_epochs", 1, "--compile", "on"))
     assert len(re.findall("no compiled network here .no compiler.; going on without", out)) == 1
     for rank in (0, 1):
         assert f"rank {rank}: compiled False, graph True" in out
