@@ -250,7 +250,7 @@ def add_arguments(parser):
         "images")
     add("--batch_size", type=int, help="images at once, on a CPU in each worker (default: 8 on a CPU, 256 on a GPU; twice "
         "that without mirror images)")
-    add("--strict", action="store_true", help="stop at the first image that cannot be read, instead of leaving it out")
+    add("--strict", action="store_true", help="fail where a file is left out or an image cannot be read")
     add = parser.add_argument_group("network of another origin").add_argument
     add("--network", metavar="FILE", help="embed with an OpenVINO (.xml) or ONNX network on the CPU, instead of a run's; the "
         "name of the file takes the place of the run's (default: off)")
