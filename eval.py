@@ -16,7 +16,8 @@ import torch
 from reid import ReidError, distributed
 from reid.checkpoint import checkpoint_path, fingerprint, load_checkpoint, versions
 from reid.cli import HelpFormatter, check_network, check_outputs, check_ranges, printable, run
-from reid.data.datasets import folder_pid, read_split
+from reid.data.datasets import read_split
+from reid.data.names import folder_pid
 from reid.files import write_json
 from reid.retrieval import metrics, spacetime
 from reid.retrieval.camera import CameraStatistics

@@ -17,7 +17,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from reid import ReidError
-from reid.data.datasets import DISTRACTOR, JUNK, UNKNOWN, list_files, list_images, make_records
+from reid.data.datasets import list_files, list_images, make_records
+from reid.data.names import DISTRACTOR, JUNK, UNKNOWN
 from reid.files import copy, fsync_folder, locked
 
 SPLITS = ("train", "val", "query", "gallery")

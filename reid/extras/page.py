@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from reid import ReidError, images
-from reid.data.datasets import DISTRACTOR, JUNK, UNKNOWN, UNKNOWN_PID
+from reid.data.names import DISTRACTOR, JUNK, UNKNOWN, UNKNOWN_PID
 from reid.extras.pictures import identity, verdict
 
 try:

@@ -7,8 +7,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from reid import ReidError, images
-from reid.data.datasets import DISTRACTOR, JUNK, UNKNOWN, UNKNOWN_PID
-from reid.data.names import identity_name
+from reid.data.names import DISTRACTOR, JUNK, UNKNOWN, UNKNOWN_PID, identity_name
 from reid.files import atomic_path
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reid.data.datasets import UNKNOWN
+from reid.data.names import UNKNOWN
 
 PRIOR = 16  # images' worth of the gallery's statistics in those of each camera, and of "no change" in those of the gallery
 CHUNK = 1 << 15  # rows that are converted to float32 together

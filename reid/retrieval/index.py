@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from reid import ReidError, distributed
-from reid.data.datasets import UNKNOWN, UNKNOWN_PID, Records, folder_pid
-from reid.data.names import identity_name
+from reid.data.datasets import Records
+from reid.data.names import UNKNOWN, UNKNOWN_PID, folder_pid, identity_name
 from reid.files import VERIFY_LIMIT, load, save
 from reid.images import PREPROCESSING
 from reid.retrieval.camera import CameraStatistics

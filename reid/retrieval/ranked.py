@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from reid.data.datasets import UNKNOWN, UNKNOWN_PID
+from reid.data.names import UNKNOWN, UNKNOWN_PID
 from reid.retrieval.rerank import rerank
 
 

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reid import ReidError
-from reid.data.datasets import UNKNOWN_PID, Name, folder_pid, load_training_set, parse_name, read_folder, read_split
+from reid.data.datasets import load_training_set, read_folder, read_split
+from reid.data.names import UNKNOWN_PID, Name, folder_pid, parse_name
 from reid.data.names import read_file
 
 

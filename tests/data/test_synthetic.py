@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from reid.data import synthetic
-from reid.data.datasets import parse_name
+from reid.data.names import parse_name
 
 
 @pytest.fixture(scope="module")

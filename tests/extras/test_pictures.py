@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageColor
 
 from reid import ReidError
-from reid.data.datasets import UNKNOWN, UNKNOWN_PID, folder_pid
+from reid.data.names import UNKNOWN, UNKNOWN_PID, folder_pid
 from reid.extras import pictures
 from reid.extras.pictures import draw_ranking, ellipsis, identity, verdict
 from reid.retrieval.ranked import Query, RankedList

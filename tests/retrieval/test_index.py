@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from reid import ReidError, files
-from reid.data.datasets import UNKNOWN, UNKNOWN_PID, folder_pid, make_records
-from reid.data.names import identity_name
+from reid.data.datasets import make_records
+from reid.data.names import UNKNOWN, UNKNOWN_PID, folder_pid, identity_name
 from reid.retrieval.extract import Extractor
 from reid.retrieval.index import FORMAT, VERSION, GalleryIndex, check_made_of
 from reid.retrieval.ranked import Query

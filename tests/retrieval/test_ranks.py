@@ -11,7 +11,8 @@ import torch
 from forked import ranks
 
 from reid.checkpoint import save_checkpoint
-from reid.data.datasets import parse_name, read_folder, read_split
+from reid.data.datasets import read_folder, read_split
+from reid.data.names import parse_name
 from reid.model import build_model, default_config
 from reid.retrieval.extract import Extractor
 from reid.retrieval.index import GalleryIndex
