@@ -17,15 +17,15 @@ from reid import ReidError, distributed
 from reid.checkpoint import checkpoint_path, fingerprint, load_checkpoint, versions
 from reid.cli import HelpFormatter, check_network, check_outputs, check_ranges, printable, run
 from reid.data.datasets import read_split
-from reid.data.names import folder_pid
 from reid.files import write_json
-from reid.retrieval import metrics, spacetime
+from reid.retrieval import metrics, spacetime, summary
 from reid.retrieval.camera import CameraStatistics
 from reid.retrieval.extract import add_arguments
 from reid.retrieval.index import GalleryIndex, check_made_of, check_replaceable, is_milvus
 from reid.retrieval.protocol import PROTOCOLS, SPLITS, random_splits
 from reid.retrieval.rerank import estimate_bytes, rerank
-from reid.retrieval.summary import compare_table, print_deviations, print_matrix, print_results, print_single_shot, to_document
+
+FEWEST = 10  # pairs of different people above a threshold
 
 
 def get_args_parser():
@@ -60,7 +60,7 @@ def get_args_parser():
 def main(args):
     check_arguments(args)
     if args.compare:
-        return print(compare_table(*(saved_run(name, args) for name in args.compare)))
+        return print(summary.compare_table(*(saved_run(name, args) for name in args.compare)))
     rank, world_size = distributed.start(args.device)
     documents, status = [], 0
     for exp_name, (data_root, protocol) in product(args.exp_name, zip(args.data_root, args.protocol)):
@@ -75,7 +75,7 @@ def main(args):
     if rank:  # the other ranks have embedded their part
         return 0
     if len(documents) > 1:
-        print_matrix(documents)
+        summary.print_matrix(documents)
     if args.json:
         write_json(args.json, documents[0] if len(documents) == 1 else {"evaluations": documents})
     return status
@@ -114,7 +114,7 @@ def check_arguments(args):
 
 def evaluate(args, checkpoint, record, index):
     """Evaluate one run on one dataset: print, save and draw what is asked for; return everything that was measured."""
-    cross_domain = None if args.network else is_cross_domain(record, args.data_root)
+    cross_domain = None if args.network else summary.is_cross_domain(record, args.data_root)
     print(f"{args.exp_name} on {args.data_root}: {len(index.queries):,} queries, {len(index):,} images in the gallery, "
           f"{'mirrored images averaged' if index.mirror else 'no mirrored images'}", flush=True)
     if cross_domain:
@@ -125,16 +125,16 @@ def evaluate(args, checkpoint, record, index):
             found.setdefault(name, []).append(result)
     results = {name: metrics.pooled(splits) for name, splits in found.items()}
     intervals = {name: metrics.bootstrap(result) for name, result in results.items() if args.protocol not in SPLITS}
-    print_results(results, intervals)
+    summary.print_results(results, intervals)
     if args.protocol in SPLITS:
-        print_deviations(args.protocol, found)
+        summary.print_deviations(args.protocol, found)
 
     scored = index.camera_normalised() if args.camera_norm else index
     data = gather_data(args, scored)
     shots = None
     if args.single_shot:
         shots = metrics.single_shot(*data.values(), repeats=args.single_shot, protocol=args.protocol)
-        print_single_shot(shots, args.single_shot)
+        summary.print_single_shot(shots, args.single_shot)
     roc = set_thresholds(args, index)
     if args.save_index:
         save_index(index, args.gallery_uri, args.exp_name)
@@ -145,8 +145,8 @@ def evaluate(args, checkpoint, record, index):
                             intervals, roc, vars(args), versions())
         print(f"report written: {page}")
     cameras = metrics.camera_table(*data.values(), protocol=args.protocol)._asdict()
-    return to_document(args, record, results, intervals, roc, index,
-                       {"cross_domain": cross_domain, "single_shot": shots, "cameras": cameras})
+    return summary.to_document(args, record, results, intervals, roc, index,
+                               {"cross_domain": cross_domain, "single_shot": shots, "cameras": cameras})
 
 
 def split_index(index, protocol):
@@ -177,7 +177,8 @@ def score(args, checkpoint, index):
 def set_thresholds(args, index):
     """Measure TAR@FAR with and without camera statistics and keep the thresholds in the index; return the RocResult in use.
 
-    Without pairs of the same person and of different people there are no thresholds, and None is returned.
+    A false accept rate that is not at least FEWEST of the pairs of different people is left out, because it would rest on almost
+    nothing. Without --far, and without pairs of both kinds, there are no thresholds, and None is returned.
     """
     rates = sorted({1e-4, 1e-3, 1e-2, args.far})
     try:
@@ -185,12 +186,16 @@ def set_thresholds(args, index):
                              for one in (index, index.camera_normalised()))
     except ReidError as error:
         return print(error)
+    roc = normalised if args.camera_norm else plain
+    rates = [rate for rate in rates if rate * roc.different_pairs >= FEWEST]
+    if args.far not in rates:
+        return print(f"no threshold: --far {args.far:g} takes {FEWEST / args.far:,.0f} pairs of different people, but there are "
+                     f"{roc.different_pairs:,}")
     index.threshold, index.camera_threshold = plain.threshold[args.far], normalised.threshold[args.far]
     index.false_accept_rate = args.far
-    roc = normalised if args.camera_norm else plain
-    for rate, share in roc.tpr.items():
-        print(f"TAR@FAR {rate:g}: {100 * share:.2f} % (cosine above {roc.threshold[rate]:.4f})")
-    return roc
+    for rate in rates:
+        print(f"TAR@FAR {rate:g}: {100 * roc.tpr[rate]:.2f} % (cosine above {roc.threshold[rate]:.4f})")
+    return roc._replace(tpr={rate: roc.tpr[rate] for rate in rates}, threshold={rate: roc.threshold[rate] for rate in rates})
 
 
 def open_model(args):
@@ -252,16 +257,6 @@ def save_index(index, uri, exp_name):
     else:
         index.save(uri)
     print(f"index saved: {uri}")
-
-
-def is_cross_domain(record, data_root):
-    """Whether a network was trained on other people than those of `data_root`/train."""
-    trained = record["args"].get("data_root")
-    if trained:
-        return Path(data_root).name not in {Path(root).name for root in ([trained] if isinstance(trained, str) else trained)}
-    folder = Path(data_root) / "train"  # of converted weights only the ids of their classes are recorded
-    people = {folder_pid(path.name) for path in folder.iterdir()} if folder.is_dir() else set()
-    return not people or people != set(record["config"].get("classes", ()))
 
 
 def gather_data(args, index):

@@ -46,7 +46,8 @@ def get_args_parser():
     add("--gallery", metavar="DIR", help="search any folder of images instead (default: off)")
     add("--load_index", action="store_true", help="read the gallery from the index, embed only the queries")
     add("--save_index", action="store_true", help="keep the gallery's embeddings in the index")
-    add("--gallery_uri", help="the index: a file, or Milvus as name.db or http://host:19530 (default: index/<run>.pt)")
+    add("--gallery_uri", help="the index: a file, or Milvus as name.db or http://host:19530 (default: index/<run>.pt, "
+        "of a --gallery index/<run>--<its folder>.pt)")
     add("--index_type", default="FLAT", help="of a Milvus gallery that is saved: FLAT is exact; HNSW and IVF_SQ8 "
         "search a part of it, and their recall is printed")
     add("--cameras", type=int, nargs="+", help="search these cameras only (default: all)")
@@ -137,7 +138,8 @@ def check_arguments(args):
         raise ReidError(f"--positions {min(args.positions)}: beyond --topk {args.topk}, so nothing would be drawn")
     if args.frames and args.frames[0] > args.frames[1]:
         raise ReidError(f"--frames {args.frames[0]} {args.frames[1]}: give the first frame, then the last one")
-    uri = args.gallery_uri or f"index/{args.exp_name}.pt"
+    part = f"--{Path(args.gallery).resolve().name}" if args.gallery else ""  # eval.py's index is of the dataset's gallery
+    uri = args.gallery_uri or f"index/{args.exp_name}{part}.pt"
     if args.load_index and args.save_index:
         raise ReidError("--load_index and --save_index: an index that is loaded is saved already; give one of them")
     if args.index_type != "FLAT" and not (args.save_index and is_milvus(uri)):

@@ -89,7 +89,7 @@ def by_hand(index):
                        len(ranks) / ranks[-1], *(right[k - 1] for k in (1, 5, 10))])
     row, tar = 100 * np.mean(values, 0), {}
     different = sorted(different, reverse=True)
-    for far in (1e-4, 1e-3, 1e-2):
+    for far in [far for far in (1e-4, 1e-3, 1e-2) if far * len(different) >= 10]:
         threshold = different[int(far * len(different))]
         tar[far] = 100 * np.mean(np.array(same) > threshold), threshold
     return row, tar, len(queries), len(index)
@@ -206,11 +206,14 @@ def test_an_index_of_another_folder_is_refused(people, workplace, tmp_path):
     """--load_index reads, and --save_index replaces, only the index of the folder that is asked for."""
     shutil.copytree(people, tmp_path / "data")
     index = (workplace / "index" / "small.pt").read_bytes()
+    own = ("--gallery", tmp_path / "data" / "gallery")
     for name, *options in (("eval.py", "--data_root", tmp_path / "data"), ("inference.py", "--data_root", tmp_path / "data"),
-                           ("inference.py", "--data_root", people, "--gallery", tmp_path / "data" / "gallery")):
+                           ("inference.py", "--data_root", people, *own, "--gallery_uri", "index/small.pt")):
         assert "index/small.pt: made of" in fails(workplace, name, "--exp_name", "small", *options, "--load_index")
         line = fails(workplace, name, "--exp_name", "small", *options, "--save_index")
         assert "name another, such as --gallery_uri" in line
+    line = fails(workplace, "inference.py", "--exp_name", "small", *own, "--load_index")
+    assert "index/small--gallery.pt: no such index" in line
     assert "give one of them" in fails(workplace, "inference.py", "--exp_name", "small", "--data_root", people,
                                        "--load_index", "--save_index")
     victim = sorted((people / "gallery").rglob("*.jpg"))[0]

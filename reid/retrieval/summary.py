@@ -7,8 +7,19 @@ import torch
 
 from reid import ReidError, __version__
 from reid.checkpoint import versions
+from reid.data.names import folder_pid
 from reid.retrieval import metrics
 from reid.retrieval.protocol import SPLITS
+
+
+def is_cross_domain(record, data_root):
+    """Whether a network was trained on other people than those of `data_root`/train."""
+    trained = record["args"].get("data_root")
+    if trained:
+        return Path(data_root).name not in {Path(root).name for root in ([trained] if isinstance(trained, str) else trained)}
+    folder = Path(data_root) / "train"  # of converted weights only the ids of their classes are recorded
+    people = {folder_pid(path.name) for path in folder.iterdir()} if folder.is_dir() else set()
+    return not people or people != set(record["config"].get("classes", ()))
 
 
 def print_results(results, intervals):

@@ -223,5 +223,5 @@ def test_walk_through(root, people, tmp_path, monkeypatch, capsys):
     for arguments in re.findall(r"^python inference\.py (.*)", section, re.MULTILINE):
         assert not inference.main(inference.get_args_parser().parse_args(shlex.split(arguments)))
         answers.append(capsys.readouterr().out.split("query my/query.jpg")[1])
-    assert len(answers) == 4 and (tmp_path / "milvus.db").is_dir() and (tmp_path / "index/masked-hog-908.pt").is_file()
+    assert len(answers) == 4 and (tmp_path / "milvus.db").is_dir() and (tmp_path / "index/masked-hog-908--crops.pt").is_file()
     assert len(set(answers)) == 1 and answers[0].count("my/crops/") == 5

@@ -14,7 +14,7 @@ from reid.data.datasets import Records
 from reid.retrieval import metrics
 from reid.retrieval.index import GalleryIndex
 from reid.retrieval.protocol import random_splits
-from reid.retrieval.summary import compare_table, print_matrix, to_document
+from reid.retrieval.summary import compare_table, is_cross_domain, print_matrix, to_document
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +36,11 @@ def script(root):
         (None, [], True),
     ],
 )
-def test_cross_domain_depends_on_the_training_data(script, tmp_path, trained, people, cross):
+def test_cross_domain_depends_on_the_training_data(tmp_path, trained, people, cross):
     for pid in people:
         (tmp_path / "here" / "train" / f"{pid:04d}").mkdir(parents=True)
     record = {"args": {"data_root": trained} if trained else {}, "config": {"classes": [2, 7]}}
-    assert script.is_cross_domain(record, tmp_path / "here") == cross
+    assert is_cross_domain(record, tmp_path / "here") == cross
 
 
 class Rows(list):
@@ -190,3 +190,19 @@ def test_table_of_runs_and_datasets(capsys):
 def test_options_that_cannot_act_together(script, options, message):
     with pytest.raises(ReidError, match=message):
         script.check_arguments(script.get_args_parser().parse_args(options))
+
+
+@pytest.mark.parametrize("far, kept", [(0.001, [0.001, 0.01]), (0.0001, None), (0.5, [0.001, 0.01, 0.5])])
+def test_no_threshold_rests_on_few_pairs(script, capsys, far, kept):
+    """120 queries and 120 gallery images, each of another person: 14,280 pairs of different people, of which a rate needs 10."""
+    rows = F.normalize(torch.randn(240, 16, generator=torch.Generator().manual_seed(0))).tolist()
+    sides = [[(f"{camid}/{i}", i + 1, camid, rows[camid * 120 + i]) for i in range(120)] for camid in (0, 1)]
+    _, index, _ = evaluated(script, "run", *sides)
+    roc = script.set_thresholds(argparse.Namespace(multi_query=False, protocol="market", camera_norm=False, far=far), index)
+    printed = capsys.readouterr().out
+    if kept is None:
+        assert roc is None and index.threshold is index.camera_threshold is None
+        assert printed == "no threshold: --far 0.0001 takes 100,000 pairs of different people, but there are 14,280\n"
+    else:
+        assert list(roc.tpr) == kept and index.threshold == roc.threshold[far] and printed.count("TAR@FAR") == len(kept)
+        assert index.camera_threshold not in (None, index.threshold) and index.false_accept_rate == far
