@@ -258,7 +258,7 @@ class GalleryIndex:
         records = Records(Path(part["data_root"]), Paths(blob, ends), *(part[name] for name in COLUMNS[:4]))
         index = cls(embeddings, records, part["fingerprint"], part["mirror"], [part[name] for name in STATS])
         for name in PLAIN:
-            setattr(index, name, part[name])
+            setattr(index, name, part.get(name))
         if "statistics" in part:
             index._statistics = CameraStatistics.checked(part["statistics"], embeddings.shape[1])
             require(index._statistics is not None, "its camera statistics are damaged")

@@ -129,7 +129,7 @@ def test_new_and_changed_images_are_written(tmp_path, capsys):
 
 CHILD = """
 import sys
-sys.path[:0] = sys.argv[1:3]
+sys.path[:0] = [*sys.argv[1:3], f"{sys.argv[1]}/tests"]
 from pathlib import Path
 from reid import distributed
 from reid.extras import milvus, milvus_client
