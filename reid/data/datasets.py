@@ -10,7 +10,7 @@ import torch
 
 from reid import ReidError
 from reid.cli import printable
-from reid.data.names import DISTRACTOR, FOLDER_RULE, JUNK, describe, read_folders, read_path
+from reid.data.names import DISTRACTOR, UNKNOWN, UNKNOWN_PID, Name, describe, read_folders, read_path
 from reid.images import is_image
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".avif"}

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 
 from reid import ReidError
 from reid.data.datasets import load_training_set, read_folder, read_split
-from reid.data.names import UNKNOWN_PID, Name, folder_pid, parse_name
-from reid.data.names import read_file
+from reid.data.names import UNKNOWN_PID, Name, folder_pid, parse_name, read_file
 
 
 @pytest.mark.parametrize("name, expected", [
