@@ -43,7 +43,7 @@ def workplace(root, people, tmp_path_factory):
     works(folder, "train.py", "--data_root", people, "--exp_name", "small", "--weights", folder / "models/start/best.pth",
           "--num_epochs", 8, "--height", 64, "--width", 32, "--batch_size", 16, "--lr", 0.01, "--warmup_epochs", 1)
     for run in ("small", "blank", "start"):
-        works(folder, "eval.py", "--exp_name", run, "--data_root", people, "--save_index", "--json", f"{run}.json")
+        works(folder, "eval.py", "--exp_name", run, "--data_root", people, "--save_index", "--json", f"{run}.json", "--far", 0.01)
     return folder
 
 
@@ -63,7 +63,7 @@ def test_load_index_gives_the_same_without_the_images(people, workplace):
     people.rename(away)
     try:
         out = works(workplace, "eval.py", "--exp_name", "small", "--data_root", people, "--load_index", "--json",
-                    "again.json")
+                    "again.json", "--far", 0.01)
     finally:
         away.rename(people)
     assert "img/s" not in out
@@ -97,7 +97,7 @@ def by_hand(index):
 
 def test_eval_prints_the_numbers(people, workplace):
     out = works(workplace, "eval.py", "--exp_name", "small", "--data_root", people, "--load_index", "--rerank",
-                "--no-camera_norm")
+                "--no-camera_norm", "--far", "0.01")
     lines = out.splitlines()
     row, tar, queries, images = by_hand(GalleryIndex.load(workplace / "index" / "small.pt"))
     assert lines[0] == f"small on {people}: {queries} queries, {images} images in the gallery, mirrored images averaged"
