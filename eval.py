@@ -18,12 +18,14 @@ from reid.checkpoint import checkpoint_path, fingerprint, load_checkpoint, versi
 from reid.cli import HelpFormatter, check_network, check_outputs, check_ranges, printable, run
 from reid.data.datasets import read_split
 from reid.files import write_json
+from reid.model import pick_device
 from reid.retrieval import metrics, spacetime, summary
 from reid.retrieval.camera import CameraStatistics
 from reid.retrieval.extract import add_arguments
 from reid.retrieval.index import GalleryIndex, check_made_of, check_replaceable, is_milvus
 from reid.retrieval.protocol import PROTOCOLS, SPLITS, random_splits
 from reid.retrieval.rerank import estimate_bytes, rerank
+from reid.retrieval.search import exact_products
 
 FEWEST = 10  # pairs of different people above a threshold
 
@@ -141,8 +143,8 @@ def evaluate(args, checkpoint, record, index):
     if args.report:
         from reid.extras.report import write_report
 
-        page = write_report(args.report, f"{args.exp_name} on {args.data_root}", scored.queries, scored, data, results,
-                            intervals, roc, vars(args), versions())
+        page = write_report(args.report, f"{args.exp_name} on {args.data_root}", scored.queries, scored,
+                            {name: value.cpu() for name, value in data.items()}, results, intervals, roc, vars(args), versions())
         print(f"report written: {page}")
     cameras = metrics.camera_table(*data.values(), protocol=args.protocol)._asdict()
     return summary.to_document(args, record, results, intervals, roc, index,
@@ -244,7 +246,7 @@ def load_index(args, wanted):
     if args.mirror not in (None, index.mirror):
         raise ReidError(f"{uri}: made {'with' if index.mirror else 'without'} mirrored images; give "
                         f"{'--mirror' if index.mirror else '--no-mirror'}, or {again}")
-    args.mirror = index.mirror
+    args.mirror, index.device = index.mirror, distributed.device or pick_device(args.device)
     return index
 
 
@@ -260,7 +262,7 @@ def save_index(index, uri, exp_name):
 
 
 def gather_data(args, index):
-    """The arguments of `metrics.evaluate`, by name and in order: embeddings, identities, cameras and files."""
+    """The arguments of `metrics.evaluate`, by name and in order, on `index.scoring_device`."""
     queries = index.queries
     q_emb, q_pids, q_camids, q_ids = queries.embeddings.float(), queries.pids, queries.camids, queries.contents
     if args.multi_query:  # gallery images of a query's identity and camera are never ranked for it, so they join the average
@@ -271,8 +273,10 @@ def gather_data(args, index):
             torch.cat([q_camids, index.camids[more]]))
         q_ids = torch.full_like(q_pids, -1).index_put_((group,), torch.cat([q_ids, index.contents[more]]))
     g_ids = index.contents.where(index.contents >= 0, -2)  # unknown files differ from each other
-    return {"q_emb": q_emb, "g_emb": index.embeddings.float(), "q_pids": q_pids, "q_camids": q_camids,
+    data = {"q_emb": q_emb, "g_emb": index.embeddings.float(), "q_pids": q_pids, "q_camids": q_camids,
             "g_pids": index.pids, "g_camids": index.camids, "q_ids": q_ids, "g_ids": g_ids}
+    device = index.scoring_device
+    return {name: value.to(device) for name, value in data.items()}
 
 
 def extra_scores(args, checkpoint, data, index):
@@ -285,8 +289,10 @@ def extra_scores(args, checkpoint, data, index):
         yield "+rerank", rerank(q_emb, g_emb).scores
     if args.spacetime:
         evidence = learn_spacetime(args, checkpoint, index.space)
-        of_queries, of_gallery = ((part.camids, part.seqs, part.frames) for part in (index.queries, index))
+        of_queries, of_gallery = ([column.to(g_emb.device) for column in (part.camids, part.seqs, part.frames)]
+                                  for part in (index.queries, index))
 
+        @exact_products()
         def fused(start, stop):
             odds = evidence.prob(*(column[start:stop] for column in of_queries), *of_gallery)
             return evidence.fuse(q_emb[start:stop] @ g_emb.T, odds)

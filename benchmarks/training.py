@@ -100,7 +100,7 @@ def benchmark(args):
         labels = torch.arange(len(files)) // 4 % 751
         ours = OurLoop(files, labels, batch_size, device, workers)
         run_of(ours)()  # compiles, captures the graph, warms up
-        memory = torch.cuda.max_memory_allocated(device) / 2**30 if cuda else None  # ours is alone so far
+        memory = torch.cuda.max_memory_reserved(device) / 2**30 if cuda else None  # ours is alone so far
         sides = [run_of(ours), run_of(PlainLoop(files, labels, batch_size, device, workers))]
         sides[1]()
         speeds = [[batch_size * steps / seconds for seconds in side] for side in common.in_turn(sides, rounds)]

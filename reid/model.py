@@ -164,6 +164,23 @@ def plain_network(model, dtype):
     return features
 
 
+def cast_network(model, dtype):
+    """`plain_network` for a GPU: norms folded into the convolutions before them, and weights cast once, not for every batch."""
+    from torch.fx.experimental.optimization import fuse
+
+    body = fuse(model.body)
+    for module in body.modules():
+        if isinstance(module, nn.Conv2d):  # norms compute in float32, whatever they are given
+            module.to(dtype, memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def features(images):
+        x = ((images.float() - model.mean) / model.std).to(dtype, memory_format=torch.channels_last)
+        return body(x).float().mean((2, 3))
+
+    return features
+
+
 def pick_device(name="auto"):
     """`auto` is CUDA where there is a GPU, else the CPU. Raises ReidError for a device that is not there."""
     if name == "auto":

@@ -18,10 +18,9 @@ from reid.checkpoint import checkpoint_path, fingerprint, load_checkpoint, resto
 from reid.cli import first_line
 from reid.data.datasets import read_folder
 from reid.folded import FoldedDenseNet
-from reid.model import DTYPES, pick_device, pick_precision, plain_network
+from reid.model import DTYPES, cast_network, pick_device, pick_precision, plain_network
 
 VIEWS = {"cpu": 16, "cuda": 512}  # views (images, or images and their mirror images) that go through the network together
-COMPILE_FROM = 300_000  # images from which `compile="auto"` pays for a minute of compiling on a GPU
 SMALL = 1 << 20  # bytes of pixels up to which a decoded image may wait to be resized together with others of its size
 
 
@@ -29,15 +28,16 @@ class Extractor:
     """Embeds person crops with the network of a checkpoint.
 
     checkpoint: name of a run (`masked-hog-908` is models/masked-hog-908/best.pth) or path of a .pth file. device: auto, cpu,
-    cuda, cuda:1 ... precision: auto (the fastest that the device supports), fp32, bf16 or fp16. network: another engine for
+    cuda, cuda:1 ... precision: auto (on a GPU fp16, else the fastest that the CPU supports), fp32, bf16 or fp16; a batch that
+    overflows fp16 is embedded again in fp32. network: another engine for
     the CPU, such as the one of reid.extras.openvino: a callable (model, precision, workers, path, fingerprint) that returns
     the features as a callable like `plain_network`'s, or None to leave them to PyTorch. mirror: the embedding is the
     normalised sum of the neck's outputs for an image and its mirror image: twice the work, better ranking. batch_size: images
-    that go through the network together (in each worker of a CPU). compile: auto, on or off (CUDA only). Raises ReidError for
-    what this machine does not support.
+    that go through the network together (in each worker of a CPU). compile: on or off (CUDA only). Raises ReidError for what
+    this machine does not support.
     """
 
-    def __init__(self, checkpoint, device="auto", precision="auto", network=None, mirror=True, batch_size=None, compile="auto"):
+    def __init__(self, checkpoint, device="auto", precision="auto", network=None, mirror=True, batch_size=None, compile="off"):
         path = Path(checkpoint)
         if not (path.is_file() or path.suffix == ".pth" or len(path.parts) > 1):
             path = checkpoint_path(str(checkpoint))
@@ -53,7 +53,8 @@ class Extractor:
 
     def _start(self, device, precision, mirror, batch_size, compile="off"):
         self.device = pick_device(device)
-        self.precision = pick_precision(self.device, precision)
+        cuda = self.device.type == "cuda"  # fp16 rounds eight times finer than bf16 at the same speed
+        self.precision = pick_precision(self.device, "fp16" if cuda and precision == "auto" else precision)
         self.compile, self.mirror = compile, mirror
         self.batch_size = batch_size or VIEWS.get(self.device.type, 512) // (2 if mirror else 1)
         self._compiled = self._pool = None
@@ -71,7 +72,7 @@ class Extractor:
                 return FoldedDenseNet(self._model, dtype)
             except (AttributeError, RuntimeError, TypeError, NotImplementedError):
                 pass  # a PyTorch or a processor without the operators that it is made of
-        return plain_network(self._model, dtype)
+        return (cast_network if self.device.type == "cuda" else plain_network)(self._model, dtype)
 
     @classmethod
     def from_args(cls, checkpoint, args, network=None):
@@ -180,10 +181,9 @@ class Extractor:
 
     def _on_gpu(self, files):
         """CPU threads decode and resize the next batches, which are copied on a stream of their own while this one computes."""
-        compiled = self.compile == "on" or (self.compile == "auto" and len(files) >= COMPILE_FROM)
-        if compiled and self._compiled is None:
-            self._compiled = torch.compile(plain_network(self._model, DTYPES[self.precision]))
-        stream, waiting, workers = torch.cuda.Stream(self.device), None, worker_count()
+        if self.compile == "on" and self._compiled is None:
+            self._compiled = torch.compile(self._features)
+        stream, waiting, workers = torch.cuda.Stream(self.device), deque(), worker_count()
         threads = self._threads(workers)
 
         def load(part):
@@ -197,36 +197,47 @@ class Extractor:
 
         with ThreadPoolExecutor(1) as loader:
             for part, batch, failures, ready in in_order(loader, load, _parts(len(files), self.batch_size), 2):
-                rows = None
+                rows = done = None
                 if batch is not None:
                     current = torch.cuda.current_stream(self.device)
                     current.wait_event(ready)
                     batch.record_stream(current)
-                    rows = self._fitting(batch, self._compiled if compiled else None)
-                if waiting:  # fetched while the next batch computes
-                    yield *waiting[:2], waiting[2] if waiting[2] is None else waiting[2].cpu()
-                waiting = part, failures, rows
-            if waiting:
-                yield *waiting[:2], waiting[2] if waiting[2] is None else waiting[2].cpu()
+                    rows = self._fitting(batch)
+                    # This copy is queued before the next batch, and fetched while that one computes.
+                    rows = torch.empty(rows.shape).pin_memory().copy_(rows, non_blocking=True)
+                    done = current.record_event()
+                waiting.append((part, failures, rows, batch, done))
+                if len(waiting) > 1:
+                    yield self._fetch(*waiting.popleft())
+            for last in waiting:
+                yield self._fetch(*last)
+
+    def _fetch(self, part, failures, rows, batch, done):
+        if rows is not None:
+            done.synchronize()
+            if self.precision == "fp16" and not rows.isfinite().all():  # overflowed
+                rows = self._fitting(batch, plain_network(self._model, torch.float32)).cpu()
+        return part, failures, rows
 
     def _fitting(self, batch, network=None):
         """Embeddings of a batch on the GPU; when its memory is short, in halves, and so from then on."""
         while True:
+            size = min(len(batch), self._room)
+            compiled = self._compiled if network is None and self._room >= self.batch_size else None
+            tuned = size == min(self.batch_size, self._room)  # cuDNN tries its algorithms for the shape of most batches only
             try:
-                if network and len(batch) <= self._room:  # padded: another shape would be compiled anew
-                    padded = F.pad(batch, (0, 0) * 3 + (0, self.batch_size - len(batch)))
-                    return self._embed(padded, network)[: len(batch)]
-                return torch.cat([self._embed(part) for part in batch.split(min(len(batch), self._room))])
+                with torch.backends.cudnn.flags(enabled=True, benchmark=tuned, allow_tf32=False):
+                    if compiled:  # padded: another shape would be compiled anew
+                        return self._embed(F.pad(batch, (0, 0) * 3 + (0, self.batch_size - size)), compiled)[:size]
+                    return torch.cat([self._embed(part, network) for part in batch.split(size)])
             except torch.OutOfMemoryError as error:
-                if min(len(batch), self._room) == 1:
+                if size == 1:
                     raise ReidError(f"{self.device}: out of memory with a single image; use --device cpu") from error
-                self._room = min(len(batch), self._room) // 2
+                self._room = size // 2
             except Exception as error:
-                if network is None:
+                if not compiled:
                     raise
-                if self.compile == "on":
-                    raise ReidError(f"--compile on: torch.compile failed ({first_line(error)}); use --compile off") from error
-                network = self._compiled = None  # auto: most often there is no compiler
+                raise ReidError(f"--compile on: torch.compile failed ({first_line(error)}); use --compile off") from error
             torch.cuda.empty_cache()  # out here the failed attempt's tensors are gone
 
     @torch.no_grad()
@@ -243,10 +254,10 @@ def add_arguments(parser):
     add("--mirror", action=argparse.BooleanOptionalAction, help="average each image with its mirror image (default: as the "
         "index; on for a new one)")
     add("--device", default="auto", help="auto, cuda, cuda:1, cpu")
-    add("--precision", choices=["auto", *DTYPES], default="auto", help="auto: the fastest that the device supports")
+    add("--precision", choices=["auto", *DTYPES], default="auto", help="auto: fp16 on a GPU, bf16 on a CPU that supports it")
     add("--engine", choices=["auto", "torch", "openvino"], default="auto", help="auto: OpenVINO on a CPU, if it is installed "
         "(pip install -e '.[openvino]')")
-    add("--compile", choices=["auto", "on", "off"], default="auto", help=f"torch.compile on a GPU; auto: from {COMPILE_FROM:,} "
+    add("--compile", choices=["on", "off"], default="off", help="torch.compile on a GPU: takes a minute, pays for millions of "
         "images")
     add("--batch_size", type=int, help="images at once, on a CPU in each worker (default: 8 on a CPU, 256 on a GPU; twice "
         "that without mirror images)")

@@ -107,7 +107,19 @@ class GalleryIndex:
     def select(self, rows):
         """Return an index of some rows, int64 [n] or bool [N], without names, thresholds and queries."""
         stats = [getattr(self, name)[rows] for name in STATS]
-        return GalleryIndex(self.embeddings[rows], self.records().select(rows), self.fingerprint, self.mirror, stats)
+        index = GalleryIndex(self.embeddings[rows], self.records().select(rows), self.fingerprint, self.mirror, stats)
+        index.device = self.device
+        return index
+
+    @property
+    def scoring_device(self):
+        """`device`, or the CPU if that is a GPU without room for the metrics and re-ranking of this gallery."""
+        device = torch.device(self.device)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # of what embedding has left
+            needed = (4 << 30) + 24 * self.embeddings.numel()  # copies in float32, and blocks of scores
+            device = device if torch.cuda.mem_get_info(device)[0] > needed else torch.device("cpu")
+        return device
 
     @property
     def statistics(self):
@@ -178,18 +190,12 @@ class GalleryIndex:
             exclude = [[row - start for row in ([rows] if isinstance(rows, int) else rows) if start <= row < stop]
                        for rows in exclude]
         if (start, stop) not in self._search:
-            self._search = {(start, stop): self._exact(self.embeddings[start:stop])}
+            self._search = {(start, stop): ExactSearch(self.embeddings[start:stop], self.device)}
         scores, rows = self._search[start, stop].search(embeddings.nan_to_num(), topk, keep, exclude)
         scores[no_crop], rows[no_crop] = -torch.inf, -1
         if world_size == 1:
             return scores, rows
         return merge_shards(distributed.gather_objects((scores, torch.where(rows < 0, rows, rows + start))), topk)
-
-    def _exact(self, embeddings):
-        try:
-            return ExactSearch(embeddings, self.device)
-        except torch.OutOfMemoryError:  # larger than the GPU: main memory has it anyway
-            return ExactSearch(embeddings)
 
     def changed(self):
         """Paths of the images whose content has changed since they were embedded; files that are gone do not count."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from reid import ReidError
+from reid.retrieval.search import exact_products
 
 SPLITS = {"viper": 316, "prid": 100}  # identities in each of the random splits of a published protocol
 REPEATS = 10
@@ -111,7 +112,8 @@ class _Product:
         if not (self.where and self.where[1:] == (low, high) and 0 <= start - self.where[0] <= len(self.scores) - (stop - start)):
             self.scores = None  # before the next one is allocated
             last = max(stop, start + (1 << 24) // max(1, high - low))
-            self.where, self.scores = (start, low, high), self.q_emb[start:last] @ self.g_emb[low:high].T
+            with exact_products():
+                self.where, self.scores = (start, low, high), self.q_emb[start:last] @ self.g_emb[low:high].T
         return self.scores[start - self.where[0] : stop - self.where[0]]
 
 

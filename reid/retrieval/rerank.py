@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reid import ReidError
-from reid.retrieval.search import fast_bf16
+from reid.retrieval.search import exact_products, fast_dtype
 
 GROUP = 16  # columns that share one maximum while the best of a row are looked for
 SHORTLIST = 2.5  # candidates that the bf16 product keeps for each neighbour wanted
@@ -69,7 +69,7 @@ def rerank(q_emb: Tensor, g_emb: Tensor, k1: int = 20, k2: int = 6, lam: float =
     computed together. `estimate_bytes` estimates the memory.
 
     The published algorithm, with the same 2 - 2 cos normalised by the maximum of a row, the same rounding of k1 / 2 and
-    the same two-thirds rule. float32 products must stay float32: PyTorch's default, not TF32.
+    the same two-thirds rule. Products are float32, not TF32.
 
     bonus: what to add to the cosines of the rows i and j (int64 tensors that broadcast against each other; queries
     count first, the gallery after them), such as the evidence of camera and time, float32 of the broadcast shape.
@@ -104,6 +104,7 @@ def estimate_bytes(queries: int, gallery: int, dim: int = 1024, k1: int = 20, k2
     return n * (copies + rows + 10 * min(block, n)) + (24 << 20)
 
 
+@exact_products()
 def _similarity(x: Tensor, rows: slice, bonus: Callable | None) -> Tensor:
     sim = x[rows] @ x.T
     if bonus:
@@ -134,7 +135,7 @@ def _neighbours(x: Tensor, k: int, block: int, bonus: Callable | None) -> tuple[
 
 def _fast_bf16(x: Tensor) -> bool:
     """Whether a bf16 product is several times faster than a float32 one, which AMX makes it on a CPU."""
-    return x.device.type == "cpu" and fast_bf16(x.device)
+    return x.device.type == "cpu" and fast_dtype(x.device) == torch.bfloat16
 
 
 def _neighbours_by_shortlist(x, k, keep, block, bonus):
@@ -180,6 +181,7 @@ def _best(sim: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return value, column.gather(1, order)
 
 
+@exact_products()
 def _pair_similarity(x: Tensor, rows: slice, ptr: Tensor, col: Tensor, bonus: Callable | None) -> Tensor:
     """Similarity of row rows.start + r and each column in col[ptr[r]:ptr[r + 1]], without gathering vectors."""
     size = (len(ptr) - 1, len(x))

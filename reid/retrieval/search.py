@@ -1,7 +1,9 @@
-"""Exact nearest neighbours by cosine: a fast bf16 product finds candidates, exact products rank them, a bound proves it.
+"""Exact nearest neighbours by cosine: a fast half-precision product finds candidates, exact ones rank them, a bound proves it.
 
 Tensors only. `ExactSearch` searches one gallery; `merge_shards` joins the results of several.
 """
+
+from contextlib import contextmanager
 
 import torch
 
@@ -15,21 +17,26 @@ CLOSE = 1e-6  # float32 scores nearer than this are compared again in float64
 class ExactSearch:
     """Exact search of one gallery. embeddings: float32 or float16 [N, D] of norm 1 (may be memory-mapped).
 
-    Keeps a copy in memory: bf16 where the processor multiplies it fast (AMX, CUDA), else float32.
+    Keeps a copy in memory, of the type that `fast_dtype` returns for the device. A GPU that is too small for the copy or for the
+    scores is given up for the CPU.
     """
 
     def __init__(self, embeddings, device="cpu"):
-        self.exact, self.device = embeddings, torch.device(device)
-        self.fast = fast_bf16(self.device)
-        if self.device.type == "cuda":  # partial sums in bf16 would break the bound
-            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-        self.chunks, self.error = [], 0.0
-        for part in embeddings.split(CHUNK[self.device.type]):
-            part = copy = part.float()
-            if self.fast and len(part):
-                copy = part.bfloat16()
-                self.error = max(self.error, (part - copy.float()).norm(dim=1).max().item())
-            self.chunks.append(copy.to(self.device))
+        self.embeddings = embeddings
+        try:
+            self._copy_to(torch.device(device))
+        except torch.OutOfMemoryError:
+            self._copy_to(torch.device("cpu"))
+
+    def _copy_to(self, device):
+        self.device, self.dtype, self.chunks, self.error = device, fast_dtype(device), [], 0.0
+        for part in self.embeddings.split(CHUNK[device.type]):
+            copy = part.to(self.dtype)
+            if len(part) and self.dtype not in (part.dtype, torch.float32):
+                self.error = max(self.error, (part.float() - copy.float()).norm(dim=1).max().item())
+            self.chunks.append(copy.to(device))
+        # A GPU that holds all embeddings without a loss also ranks the candidates.
+        self.exact = self.chunks[0] if device.type == "cuda" and len(self.chunks) == 1 and not self.error else self.embeddings
 
     def search(self, embeddings, topk, keep=None, exclude=None):
         """Return (scores float32 [Q, topk], rows int64 [Q, topk]), best first; -inf and -1 where rows run out.
@@ -39,10 +46,24 @@ class ExactSearch:
         """
         scores = torch.full((len(embeddings), topk), -torch.inf)
         rows = torch.full((len(embeddings), topk), -1)
-        for start in range(0, len(embeddings) if len(self.exact) else 0, QUERIES):
-            block = slice(start, start + QUERIES)
-            best, found = self._block(embeddings[block].float(), topk, keep, exclude and exclude[block], SPARE)
-            scores[block, : best.shape[1]], rows[block, : best.shape[1]] = best, found
+        start, size = 0, QUERIES
+        while start < len(embeddings) and len(self.exact):
+            block = slice(start, start + size)
+            try:
+                with exact_products():
+                    queries = embeddings[block].float().to(self.exact.device)
+                    best, found = self._block(queries, topk, keep, exclude and exclude[block], SPARE)
+            except torch.OutOfMemoryError:  # of a GPU; on a CPU PyTorch raises something else
+                size //= 2
+                best = None
+            if best is None:  # out here the failed attempt's tensors are gone
+                if not size:
+                    self._copy_to(torch.device("cpu"))
+                    size = QUERIES
+                torch.cuda.empty_cache()
+                continue
+            scores[block, : best.shape[1]], rows[block, : best.shape[1]] = best.cpu(), found.cpu()
+            start += size
         return scores, rows.masked_fill_(scores == -torch.inf, -1)
 
     def _block(self, queries, topk, keep, exclude, spare):
@@ -86,7 +107,7 @@ class ExactSearch:
             else:
                 best, order = torch.cat([best, top], 1).topk(min(count, best.shape[1] + top.shape[1]))
                 rows = torch.cat([rows, where], 1).gather(1, order)
-        return best.cpu(), rows.cpu()
+        return best.to(queries.device), rows.to(queries.device)
 
     def _rank(self, queries, rough, rows):
         """Sort the candidates by exact scores, in float64 where float32 scores are too close."""
@@ -106,20 +127,21 @@ class ExactSearch:
     def _bound(self, queries, value):
         """Bound the difference between exact scores about `value` [Q] and those of the copy in memory, [Q].
 
-        Cauchy-Schwarz on the rounding errors of both vectors, half a bf16 step of the score, two float32 sums of D products.
+        Cauchy-Schwarz on the rounding errors of both vectors, the rounding of the score, two float32 sums of D products.
         """
         summed = queries.shape[1] * 2**-23
-        if not self.fast:
+        if self.dtype == torch.float32:
             return torch.full_like(value, summed)
-        lost = (queries - queries.bfloat16().float()).norm(dim=1)
-        return lost + self.error * (1 + lost) + (value.abs() + 2**-6) * 2**-8 + summed
+        lost = (queries - queries.to(self.dtype).float()).norm(dim=1)
+        return lost + self.error * (1 + lost) + (value.abs() + 2**-6) * torch.finfo(self.dtype).eps / 2 + summed
 
     def _near(self, queries, topk, floors, keep, exclude):
         """Rank, in float64, every row whose score by the copy in memory is at least `floors` [Q]: many are about as near."""
-        best = torch.empty(len(queries), topk), torch.empty(len(queries), topk, dtype=torch.int64)
+        best = queries.new_empty(len(queries), topk), torch.empty(len(queries), topk, dtype=torch.int64, device=queries.device)
         for i, (query, floor) in enumerate(zip(queries, floors)):
-            rows = torch.cat([(scores[0].float() >= floor).nonzero().flatten() + start
-                              for start, scores in self._scores(query[None], keep, exclude and exclude[i : i + 1])]).cpu()
+            near = [(scores[0].float() >= floor.to(self.device)).nonzero().flatten() + start
+                    for start, scores in self._scores(query[None], keep, exclude and exclude[i : i + 1])]
+            rows = torch.cat(near).to(queries.device)
             scores = torch.cat([self.exact[part].double() @ query.double() for part in rows.split(1 << 13)])
             scores, order = scores.sort(descending=True, stable=True)
             best[0][i], best[1][i] = scores[:topk], rows[order[:topk]]
@@ -138,8 +160,29 @@ def merge_shards(parts, topk):
     return scores[:, :topk], rows.gather(1, order)[:, :topk]
 
 
-def fast_bf16(device):
-    """Whether a bf16 product on `device` is several times faster than a float32 one."""
+def fast_dtype(device):
+    """Return the type whose product is several times faster on `device` than that of float32, or float32 if there is none.
+
+    float16 on the tensor cores of a GPU, where it rounds eight times finer than bfloat16; bfloat16 on a CPU with AMX.
+    """
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device)[0] >= 8
-    return bool(getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"))
+        return torch.float16 if torch.cuda.get_device_capability(device)[0] >= 7 else torch.float32
+    return torch.bfloat16 if getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16") else torch.float32
+
+
+@contextmanager
+def exact_products():
+    """Multiply in full precision on a GPU: float32 without TF32, which rounds factors to 10 bits, and sums in float32.
+
+    Training and other libraries switch TF32 on for the whole process; what was set is set again at the end. Also a decorator.
+    """
+    matmul = torch.backends.cuda.matmul
+    names = ("allow_tf32", "allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+    before = [getattr(matmul, name) for name in names]
+    try:
+        for name in names:
+            setattr(matmul, name, False)
+        yield
+    finally:
+        for name, value in zip(names, before):
+            setattr(matmul, name, value)

@@ -15,7 +15,7 @@ from PIL import Image
 from reid import ReidError, images
 from reid.checkpoint import save_checkpoint
 from reid.folded import FoldedDenseNet
-from reid.model import build_model, default_config
+from reid.model import build_model, cast_network, default_config, plain_network
 from reid.retrieval import extract
 from reid.retrieval.extract import Extractor, in_order, load_batch
 
@@ -394,7 +394,11 @@ def stand_in_gpu(monkeypatch):
         def __init__(self, device=None):
             self.waited = []
 
-        record_event, wait_event = (lambda self: "event"), (lambda self, event: self.waited.append(event))
+        record_event, wait_event = (lambda self: Event()), (lambda self, event: self.waited.append(event))
+
+    class Event:
+        def synchronize(self):
+            pass
 
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
@@ -423,7 +427,7 @@ def test_gpu_pipeline(checkpoint, crops, tmp_path, stand_in_gpu):
 
 
 def test_gpu_compiles_one_shape(checkpoint, crops, stand_in_gpu):
-    """The last batch is padded to the shape that was compiled; where compiling fails, `auto` goes on without."""
+    """The last batch is padded to the shape that was compiled; where compiling fails, an error names the setting."""
     extractor = Extractor(checkpoint, "cpu", "fp32", batch_size=3, compile="on")
     expected, shapes, model = extractor.embed(crops), [], extractor._model
     extractor._compiled = lambda views: shapes.append(len(views)) or model.features(views)
@@ -436,7 +440,26 @@ def test_gpu_compiles_one_shape(checkpoint, crops, stand_in_gpu):
     extractor._compiled = broken
     with pytest.raises(ReidError, match=r"no C compiler\)"):
         through_gpu(extractor, crops)
-    extractor.compile = "auto"
-    pixels = images.resize([images.decode(file) for file in crops[:3]], extractor.size)
-    torch.testing.assert_close(extractor._fitting(pixels, broken), expected[:3], atol=1e-5, rtol=0)
-    assert extractor._compiled is None
+
+
+def test_gpu_embeds_what_overflows_again(checkpoint, crops, stand_in_gpu):
+    """In fp16, a batch that is not finite goes through the network in fp32."""
+    extractor = Extractor(checkpoint, "cpu", "fp32", batch_size=3)
+    expected, plain, calls = extractor.embed(crops), extractor._features, []
+
+    def overflows(views):
+        calls.append(len(views))
+        return plain(views) * (torch.inf if len(calls) == 2 else 1)
+
+    extractor._features, extractor.precision = overflows, "fp16"
+    torch.testing.assert_close(through_gpu(extractor, crops)[0], expected, atol=1e-5, rtol=0)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("backbone", ["densenet121", "resnet50"])
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-4), (torch.bfloat16, 0.05), (torch.float16, 5e-3)])
+def test_network_for_a_gpu_equals_the_plain_one(backbone, dtype, error):
+    model = trained_like(backbone, height=64, width=32)
+    pixels = torch.randint(256, (2, 3, 64, 32), dtype=torch.uint8)
+    expected, network = plain_network(model, torch.float32)(pixels), cast_network(model, dtype)
+    assert (network(pixels) - expected).norm() < error * expected.norm()

@@ -12,7 +12,7 @@ from reid.data.names import UNKNOWN, UNKNOWN_PID, folder_pid, identity_name
 from reid.retrieval.extract import Extractor
 from reid.retrieval.index import FORMAT, VERSION, GalleryIndex, check_made_of
 from reid.retrieval.ranked import Query
-from reid.retrieval.search import ExactSearch, merge_shards
+from reid.retrieval.search import ExactSearch, exact_products, merge_shards
 
 
 def random_rows(count, dim=64, seed=0, spread=0.3):
@@ -39,9 +39,9 @@ def make_index(count=500, dim=64, dtype=torch.float32, root="nowhere"):
 
 
 @pytest.mark.parametrize("count, topk, spread", [(5000, 10, 0.3), (5000, 1, 0.01), (300, 50, 0.3), (20, 10, 1.0), (3, 10, 1.0)])
-@pytest.mark.parametrize("fast", [True, False])
-def test_search_has_the_order_of_float64(monkeypatch, count, topk, spread, fast):
-    monkeypatch.setattr("reid.retrieval.search.fast_bf16", lambda device: fast)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_search_has_the_order_of_float64(monkeypatch, count, topk, spread, dtype):
+    monkeypatch.setattr("reid.retrieval.search.fast_dtype", lambda device: dtype)
     monkeypatch.setattr("reid.retrieval.search.CHUNK", {"cpu": 1700})
     gallery, queries = random_rows(count, spread=spread), random_rows(40, seed=1)
     queries[: min(10, count)] = gallery[:10]
@@ -57,7 +57,7 @@ def test_search_among_many_that_are_about_as_near(monkeypatch, more, expected):
     """First among more candidates; where those are still too few, among every row that may be one."""
     monkeypatch.setattr("reid.retrieval.search.SPARE", 2)
     monkeypatch.setattr("reid.retrieval.search.MORE", more)
-    monkeypatch.setattr("reid.retrieval.search.fast_bf16", lambda device: True)
+    monkeypatch.setattr("reid.retrieval.search.fast_dtype", lambda device: torch.bfloat16)
     gallery, calls = random_rows(1000, spread=1e-3), []
     queries = F.normalize(gallery[::97] + 0.02 * random_rows(11, seed=5))
     exact = ExactSearch(gallery)
@@ -73,6 +73,50 @@ def test_search_among_many_that_are_about_as_near(monkeypatch, more, expected):
     best, order = every.sort(dim=1, descending=True, stable=True)
     assert torch.equal(rows, order[:, :3]) and torch.allclose(scores, best[:, :3].float(), atol=1e-6)
     assert calls[1:] == expected
+
+
+class SmallCard(ExactSearch):
+    """Pretends that its first copy is on a GPU with memory for the scores of `room` queries."""
+
+    room, copies = 0, 0
+
+    def _copy_to(self, device):
+        self.copies += 1
+        super()._copy_to(device)
+
+    def _block(self, queries, *options):
+        if self.copies == 1:
+            self.tried.append(len(queries))
+            if len(queries) > self.room:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return super()._block(queries, *options)
+
+
+@pytest.mark.parametrize("room, tried", [(3, [5, 2, 2, 2, 1]), (0, [5, 2, 1])])
+def test_out_of_memory_halves_the_queries_and_gives_the_gpu_up(monkeypatch, room, tried):
+    monkeypatch.setattr("reid.retrieval.search.QUERIES", 5)
+    gallery, queries = random_rows(300), random_rows(7, seed=1)
+    small = SmallCard(gallery)
+    small.room, small.tried = room, []
+    _, rows = small.search(queries, 5)
+    assert torch.equal(rows, reference(queries, gallery, 5)[1])
+    assert small.tried == tried and small.copies == (1 if room else 2)
+
+
+def test_exact_products_switch_tf32_off_and_on_again():
+    before, found = torch.backends.cuda.matmul.allow_tf32, []
+    torch.backends.cuda.matmul.allow_tf32 = True
+
+    @exact_products()
+    def product():
+        found.append(torch.backends.cuda.matmul.allow_tf32)
+
+    product()
+    with pytest.raises(KeyError), exact_products():
+        found.append(torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction)
+        raise KeyError
+    assert found == [False, False] and torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def test_filters():
