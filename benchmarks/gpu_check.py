@@ -1,6 +1,6 @@
-"""Check everything that needs a GPU, against the CPU or against itself: run this first on a new machine (about 5 minutes).
+"""Check what needs a GPU, against the CPU or against itself: run this first on a new machine (about 5 minutes).
 
-Each check prints a line: ok or FAIL, its name and what it measured. The last line is the number of failed checks, and the exit
+Each check prints a line: ok or FAIL, its name, and what it measured. The last line is the number of failed checks, and the exit
 status is 1 if there are any. `--device cpu` tries the script itself, on small sizes. All images are drawn or random.
 """
 
@@ -30,10 +30,8 @@ from reid.training.cache import ImageCache
 from reid.training.teacher import Teacher
 from reid.training.trainer import Trainer
 
-CHECKPOINT = common.ROOT / "models/masked-hog-908/best.pth"
 EVERYTHING = ["--ema", "0.9", "--jitter", "0.4", "--gray", "0.2", "--blur", "0.3", "--tint", "0.3", "--clip", "5"]
-WAYS = {"eager": (False, "off"), "CUDA graph": (True, "off"), "compiled, CUDA graph": (True, "on")}
-BATCHES = 4  # different batches
+WAYS = {"eager": (False, "off"), "CUDA graph": (True, "off"), "compiled CUDA graph": (True, "on")}
 
 
 class Setup:
@@ -46,7 +44,7 @@ class Setup:
         self.files = common.draw_images(self.folder / "crops", count)
 
     def trainer(self, *options, device=None, graph=True):
-        """A Trainer with the step of train.py, which follows random embeddings of a teacher as well."""
+        """Return a Trainer with the step of train.py, which follows random embeddings of a teacher as well."""
         device = device or self.device
         args = train.get_args_parser().parse_args(["--batch_size", str(self.batch), "--compile", "off", *options])
         torch.manual_seed(0)
@@ -60,18 +58,15 @@ class Setup:
         return trainer
 
     def train(self, trainer, first, last):
-        """Run the steps from `first` to `last`; return their losses, float32 [steps]."""
-        generator, shape = torch.Generator().manual_seed(0), (BATCHES, self.batch, 3, *self.size)
-        pixels = torch.randint(256, shape, dtype=torch.uint8, generator=generator).to(trainer.device)
-        numbers = augment.draw(BATCHES, self.batch, 0, 0).to(trainer.device)
+        """Run the steps from `first` to `last` on four batches in turn; return their losses and the parameters."""
+        shape = (4, self.batch, 3, *self.size)
+        pixels = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(trainer.device)
+        numbers = augment.draw(4, self.batch, 0, 0).to(trainer.device)
         rows = torch.arange(self.batch, device=trainer.device)
         for step in range(first, last):
-            trainer.step(pixels[step % BATCHES], numbers[step % BATCHES], rows // 4, rows, 0.01)
-        return torch.stack(trainer.logged)[:, 0].cpu()[first - last :]
-
-
-def flat(trainer):
-    return torch.cat([weight.detach().flatten() for weight in trainer.model.parameters()]).cpu()
+            trainer.step(pixels[step % 4], numbers[step % 4], rows // 4, rows, 0.01)
+        losses = torch.stack(trainer.logged)[len(trainer.logged) - (last - first) :, 0].cpu() if last > first else None
+        return losses, torch.cat([weight.detach().flatten() for weight in trainer.model.parameters()]).cpu()
 
 
 def allow_tf32(allowed):
@@ -79,48 +74,44 @@ def allow_tf32(allowed):
 
 
 def ways_of_the_step(setup):
-    """The ways of a step give the same losses and weights, and move the weights, which an empty graph does not."""
+    """All ways of a step give the same losses and weights, and move the weights, which an empty graph does not."""
     losses, moved = {}, {}
     for way, (graph, compiled) in WAYS.items():
         trainer = setup.trainer("--precision", "fp32", "--compile", compiled if setup.cuda else "off", graph=graph)
         allow_tf32(False)
-        start = flat(trainer)
-        losses[way] = setup.train(trainer, 0, 6)
-        moved[way] = flat(trainer) - start
-        taken = (trainer.graph is not None) == (graph and setup.cuda)
-        taken &= (trainer.network is not trainer.model) == (compiled == "on" and setup.cuda)
-        yield f"step, {way}", taken and moved[way].norm() > 0, f"moved by {moved[way].norm():.3g}"
-        trainer.close()
-    for way in list(WAYS)[1:]:
+        start = setup.train(trainer, 0, 0)[1]
+        losses[way], end = setup.train(trainer, 0, 6)
+        moved[way] = end - start
+        taken = trainer.graph is not None, trainer.network is not trainer.model
         apart = (moved[way] - moved["eager"]).norm() / moved["eager"].norm()
-        same = apart < 0.05 and torch.allclose(losses[way], losses["eager"], rtol=5e-3)
-        yield f"{way} = eager", same, f"weights differ by {apart:.1e} of the way"
+        good = taken == (graph and setup.cuda, compiled == "on" and setup.cuda) and moved[way].norm() > 0
+        good &= bool(apart < 0.05) and torch.allclose(losses[way], losses["eager"], rtol=5e-3)
+        yield f"step, {way}", good, f"moved by {moved[way].norm():.3g}, {apart:.1e} of it apart from eager"
+        trainer.close()
 
 
 def settings_of_the_step(setup):
-    """Every setting in a graph, fp16 with its loss scale, and a GPU that is not the first."""
+    """Every setting in a graph, fp16 with its loss scale, and each GPU."""
     runs = [("every setting", EVERYTHING, setup.device)]
     if setup.cuda:
-        runs += [("fp16", ["--precision", "fp16"], setup.device), ("fp16, everything", ["--precision", "fp16", *EVERYTHING], setup.device)]
+        runs += [(name, ["--precision", "fp16", *more], setup.device) for name, more in (("fp16", []), ("all in fp16", EVERYTHING))]
         runs += [(f"cuda:{i}", [], torch.device("cuda", i)) for i in range(1, torch.cuda.device_count())]
     for name, options, device in runs:
         trainer = setup.trainer(*options, device=device)
-        start, losses = flat(trainer), setup.train(trainer, 0, 8)
-        moved = (flat(trainer) - start).norm()
-        yield name, losses.isfinite().all() and 0 < moved < torch.inf, f"{trainer.describe()}, moved by {moved:.3g}"
+        start = setup.train(trainer, 0, 0)[1]
+        losses, end = setup.train(trainer, 0, 8)
+        yield name, losses.isfinite().all() and 0 < (end - start).norm() < torch.inf, trainer.describe()
         trainer.close()
     if setup.cuda:
-        torch.cuda.set_device(setup.device)
+        torch.cuda.set_device(setup.device.index or 0)
 
 
 def resume(setup):
     trainer, again = setup.trainer(), setup.trainer()
     setup.train(trainer, 0, 3)
-    kept = copy.deepcopy((trainer.model.state_dict(), trainer.state()))
-    losses = setup.train(trainer, 3, 6)
-    again.load_state(*kept)
-    same = torch.allclose(setup.train(again, 3, 6), losses, rtol=2e-2)
-    yield "resume", same, f"bit-equal: {torch.equal(flat(again), flat(trainer))}"
+    again.load_state(*copy.deepcopy((trainer.model.state_dict(), trainer.state())))
+    (losses, end), (losses_again, end_again) = (setup.train(one, 3, 6) for one in (trainer, again))
+    yield "resume", torch.allclose(losses, losses_again, rtol=2e-2), f"bit-equal: {torch.equal(end, end_again)}"
     trainer.close()
     again.close()
 
@@ -136,16 +127,15 @@ def speed_and_memory(setup):
     setup.train(trainer, 5, 5 + setup.steps)
     speed = setup.batch * setup.steps / (time.perf_counter() - started)
     gib = torch.cuda.max_memory_reserved() / 2**30 if setup.cuda else 0
-    yield "speed", not setup.cuda or speed >= 4000, f"{speed:,.0f} images/s; the goal is 4,000 on an H100"
-    yield "memory", gib < 6, f"{gib:.2f} GiB reserved; the goal is less than 6"
+    yield "training speed", not setup.cuda or speed >= 4000, f"{speed:,.0f} images/s; the goal is 4,000 on an H100"
+    yield "training memory", gib < 6, f"{gib:.2f} GiB reserved; the goal is less than 6"
     trainer.close()
 
 
 def pixels(setup):
-    """Images are the same wherever they are kept, and augmented as on the CPU, to rounding."""
     rows = torch.arange(8).flip(0)
     kept = [ImageCache(setup.files, setup.size, setup.device, where)[rows].cpu() for where in ("device", "host", "none")]
-    yield "image cache", all(torch.equal(batch, kept[0]) for batch in kept), "device = host = none"
+    yield "image cache", all(torch.equal(batch, kept[0]) for batch in kept), "the same on the device, in memory, from files"
     allow_tf32(False)
     numbers, options = augment.draw(1, 8, 0, 0)[0], {"jitter": 0.4, "gray": 0.3, "blur": 0.5, "tint": 0.3}
     ours = augment.apply(kept[0].to(setup.device), numbers.to(setup.device), **options).cpu()
@@ -154,34 +144,32 @@ def pixels(setup):
 
 
 def embeddings(setup):
-    """Each precision against float32 on the CPU; a second pass, in which a race of streams would show."""
-    some, checkpoint = setup.files[:64], {"checkpoint": CHECKPOINT, "device": setup.device, "mirror": False}
-    truth = Extractor(CHECKPOINT, "cpu", "fp32", mirror=False).embed(some)
-    wanted = {"fp32": 0.99999, "fp16": 0.9999, "bf16": 0.999} if setup.cuda else {"fp32": 0.99999}
-    for precision, least in wanted.items():
-        for way in ("off", "on") if setup.cuda else ("off",):
-            extractor = Extractor(**checkpoint, precision=precision, compile=way)
-            cosine = F.cosine_similarity(extractor.embed(some), truth).min()
-            yield f"embedding, {precision}{', compiled' * (way == 'on')}", cosine > least, f"lowest cosine {cosine:.6f}"
-    extractor = Extractor(**checkpoint)
+    """Each precision against float32 on the CPU; and a second pass, in which a race of streams would show."""
+    checkpoint, some = common.ROOT / "models/masked-hog-908/best.pth", setup.files[:64]
+    truth = Extractor(checkpoint, "cpu", "fp32", mirror=False).embed(some)
+    least = {"fp32": 0.99999, "fp16": 0.9999, "bf16": 0.999} if setup.cuda else {"fp32": 0.99999}
+    for precision, compiled in ((name, way) for name in least for way in (("off", "on") if setup.cuda else ("off",))):
+        extractor = Extractor(checkpoint, setup.device, precision, mirror=False, compile=compiled)
+        cosine = F.cosine_similarity(extractor.embed(some), truth).min()
+        yield f"embedding, {precision}, compile {compiled}", cosine > least[precision], f"lowest cosine {cosine:.6f}"
+    extractor = Extractor(checkpoint, setup.device, mirror=False)
     many = (setup.files * 40)[: 20_000 if setup.cuda else 24]
     first, started = extractor.embed(many), time.perf_counter()
-    second = extractor.embed(many)
+    same = torch.equal(extractor.embed(many), first)
     speed = len(many) / (time.perf_counter() - started)
-    yield "files embedded twice", torch.equal(first, second), f"bit-equal, {extractor.precision}, {speed:,.0f} files/s"
+    yield "embedding twice", same, f"bit-equal, {extractor.precision}, {speed:,.0f} files/s"
 
 
 def searches(setup):
-    """Search has the order of float64 products and metrics that of the CPU, also where TF32 is switched on for the process."""
+    """Search has the order of float64, metrics are those of the CPU; also where TF32 is switched on for the process."""
     allow_tf32(True)
     gallery = F.normalize(torch.randn(300_000 if setup.cuda else 3000, 256))
     gallery[1::7] = gallery[::7][: len(gallery[1::7])]  # exact ties
     queries = F.normalize(gallery[:40] + 0.05 * torch.randn(40, 256))
-    for dtype in (torch.float32, torch.float16):
-        stored = gallery.to(dtype)
+    for stored in (gallery, gallery.half()):
         expected = (queries.double() @ stored.double().T).sort(dim=1, descending=True, stable=True).indices[:, :10]
         found = ExactSearch(stored, setup.device).search(queries, 10)[1]
-        yield f"search, {dtype}", torch.equal(found, expected), "order of float64, ties by row"
+        yield f"search, {stored.dtype}", torch.equal(found, expected), "order of float64, ties by row"
     data, values = common.features(queries=200, gallery=2000), []
     for device in ("cpu", setup.device):
         pair, labels = ([data[name].to(device) for name in names] for names in (("q_emb", "g_emb"), common.LABELS))
@@ -193,54 +181,52 @@ def searches(setup):
 
 def command_line(setup):
     """train.py takes the graph, eval.py finds on the device what it finds on the CPU, and torchrun ends."""
-    def run(*command):
-        """Return the output. Raises CalledProcessError where a script fails, and TimeoutExpired where it does not end."""
-        command = [sys.executable, *map(str, command)]
+    def run(script, *options, launcher=()):
+        command = map(str, [sys.executable, *launcher, common.ROOT / script, *options])
         return subprocess.run(command, cwd=setup.folder, stdout=subprocess.PIPE, text=True, timeout=280, check=True).stdout
 
-    script, device = common.ROOT.joinpath, setup.device.type
-    run(script("data_prep.py"), "--synthetic", "--num_ids", 16, "--output", "people")
-    options = ["--data_root", "people", "--weights", "none", "--num_epochs", 2, "--warmup_epochs", 1, "--device", device]
+    run("data_prep.py", "--synthetic", "--num_ids", 16, "--output", "people")
+    options = ["--data_root", "people", "--weights", "none", "--num_epochs", 2, "--warmup_epochs", 1, "--device", setup.device]
     options += [] if setup.cuda else ["--height", 64, "--width", 32, "--batch_size", 8]
-    out = run(script("train.py"), *options, "--exp_name", "one", "--compile", "on" if setup.cuda else "off")
+    out = run("train.py", *options, "--exp_name", "one", "--compile", "on" if setup.cuda else "off")
     yield "train.py", "going on without" not in out and ("CUDA graph" in out) == setup.cuda, "takes the fastest way of the step"
-    tables = []
-    for where, index in ((device, "--save_index"), ("cpu", "--load_index")):
-        out = run(script("eval.py"), "--exp_name", "one", "--data_root", "people", index, "--rerank", "--device", where)
-        tables.append(re.findall(r"[\d.]+", "".join(line for line in out.splitlines() if line.startswith(("plain", "+rerank")))))
-    apart = max(abs(float(one) - float(other)) for one, other in zip(*tables, strict=True))
-    yield "eval.py", tables[0] and apart < 0.1, f"percentages differ by {apart:.2f} from those of the CPU"
+    values = []
+    for device, index in ((setup.device, "--save_index"), ("cpu", "--load_index")):
+        out = run("eval.py", "--exp_name", "one", "--data_root", "people", index, "--rerank", "--device", device)
+        values.append([float(value) for row in re.findall(r"^(?:plain|\+rerank) +(.*)$", out, re.M) for value in row.split(" / ")[0].split()])
+    apart = max(abs(one - other) for one, other in zip(*values, strict=True))
+    yield "eval.py", apart < 0.1, f"percentages differ by {apart:.2f} from those of the CPU"
     for count in sorted({1, torch.cuda.device_count()} if setup.cuda else {2}):
-        run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count, script("train.py"), *options,
-            "--exp_name", f"ranks-{count}", "--compile", "off")
+        launcher = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count
+        run("train.py", *options, "--exp_name", f"ranks-{count}", "--compile", "off", launcher=launcher)
         yield "torchrun", True, f"ends, processes: {count}"
 
 
 CHECKS = (ways_of_the_step, settings_of_the_step, resume, speed_and_memory, pixels, embeddings, searches, command_line)
 
 
-def run_checks(setup, checks=CHECKS):
-    """Run the checks and print a line for each result; return the names of those that failed."""
+def run_check(check, setup):
+    """Run a check and print a line for each result; return the names of those that failed."""
     failed = []
-    for check in checks:
-        try:
-            for name, good, figure in check(setup):
-                print("ok  " if good else "FAIL", f"{name}: {figure}", flush=True)
-                failed += [] if good else [name]
-        except Exception as error:  # the other checks run all the same
-            print("FAIL", f"{check.__name__}: {type(error).__name__}: {cli.first_line(error)}", flush=True)
-            failed.append(check.__name__)
+    try:
+        for name, good, figure in check(setup):
+            print("ok  " if good else "FAIL", f"{name}: {figure}", flush=True)
+            failed += [] if good else [name]
+    except Exception as error:  # the other checks run all the same
+        print("FAIL", f"{check.__name__}: {type(error).__name__}: {cli.first_line(error)}", flush=True)
+        failed.append(check.__name__)
     return failed
 
 
 def main(args):
     with tempfile.TemporaryDirectory() as folder:
-        failed = run_checks(Setup(pick_device(args.device), folder))
+        setup = Setup(pick_device(args.device), folder)
+        failed = [name for check in CHECKS for name in run_check(check, setup)]
     print(f"{len(failed)} checks failed{': ' * bool(failed)}{', '.join(failed)}")
     return bool(failed)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu for a trial of the script (default: cuda)")
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu for a trial of the script (default: cuda)")
     cli.run(parser, main)
