@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
 
 import train
-from reid.model import DTYPES, build_model, cast_network, default_config
+from reid.model import DTYPES, EMBEDDING_SIZES, build_model, cast_network, default_config
 from reid.retrieval.extract import Extractor
 from reid.training import augment
 from reid.training.teacher import Teacher
@@ -72,16 +72,40 @@ def test_every_check_is_a_test(gpu_check):
 @pytest.fixture
 def traced(monkeypatch):
     """Tensors without values, on a GPU that is not there."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
     augment._constant.cache_clear()
-    with FakeTensorMode(), CUDA:
+    with FakeTensorMode():  # which must see that there is no GPU
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # else autocast does nothing
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
         yield
     augment._constant.cache_clear()
 
 
+def on_gpu(module):
+    """Put tensors without values on the GPU in the place of a module's own."""
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, own in tensors.items():
+                if own is not None:
+                    tensors[name] = torch.empty_strided(own.shape, own.stride(), dtype=own.dtype, device=CUDA)
+                    if own.requires_grad:
+                        tensors[name] = torch.nn.Parameter(tensors[name])
+    return module
+
+
+def zeros(*shape, dtype=torch.int64):
+    return torch.zeros(shape, dtype=dtype, device=CUDA)
+
+
 def model(backbone="densenet121"):
-    return build_model(default_config([1, 2, 3], backbone, height=64, width=32))
+    with unset_fake_temporarily():
+        network = build_model(default_config([1, 2, 3], backbone, height=64, width=32))
+    return on_gpu(network)
+
+
+def teacher(size, **options):
+    with unset_fake_temporarily():
+        found = Teacher(size, torch.zeros(12, 6)) if not options else None
+    return on_gpu(found or Teacher(size, **options))
 
 
 def trace_step(precision="bf16", teacher=None, backbone="densenet121", options=EVERYTHING):
@@ -92,24 +116,21 @@ def trace_step(precision="bf16", teacher=None, backbone="densenet121", options=E
     trainer.autocast, trainer.average_weights = (method.__get__(trainer) for method in (Trainer.autocast, Trainer.average_weights))
     trainer.optimizer = SimpleNamespace(zero_grad=none)
     trainer.scaler = SimpleNamespace(scale=lambda loss: SimpleNamespace(backward=none), step=none, update=none)
-    labels = torch.zeros(8, dtype=torch.int64)
-    rows = torch.zeros(12, dtype=torch.int64)  # four crops without identities
-    numbers = torch.rand(12, sum(augment.NUMBERS.values()))
-    return train.train_step(trainer, torch.zeros(12, 3, 64, 32, dtype=torch.uint8), numbers, labels, rows)
+    numbers = zeros(12, sum(augment.NUMBERS.values()), dtype=torch.float32)
+    return train.train_step(trainer, zeros(12, 3, 64, 32, dtype=torch.uint8), numbers, zeros(8), zeros(12))  # 4 have no identity
 
 
 @pytest.mark.parametrize("backbone", ["densenet121", "resnet50"])
 @pytest.mark.parametrize("precision", list(DTYPES))
 def test_the_step_stays_on_the_gpu(traced, precision, backbone):
     """Augmentation, forward pass, each loss and the averaged weights; the teacher's embeddings are from a file."""
-    teacher = Teacher(2048 if backbone == "resnet50" else 1024, torch.zeros(12, 6))
-    logged = trace_step(precision, teacher, backbone)
+    logged = trace_step(precision, teacher(EMBEDDING_SIZES[backbone]), backbone)
     assert set(logged) == {"loss", "loss_id", "loss_pair", "loss_relational", "loss_cosine", "accuracy"}
     assert all(value.device.type == "cuda" and value.shape == () for value in logged.values())
 
 
 def test_the_step_with_a_teacher_that_is_a_network_stays_on_the_gpu(traced):
-    logged = trace_step(teacher=Teacher(1024, network=model("resnet50")))
+    logged = trace_step(teacher=teacher(1024, network=model("resnet50")))
     assert "loss_soft" in logged and all(value.device.type == "cuda" for value in logged.values())
 
 
@@ -127,5 +148,5 @@ def test_a_value_that_is_read_back_and_a_wrong_device_are_found(traced, monkeypa
 def test_embedding_stays_on_the_gpu(traced, precision, backbone):
     extractor, network = Extractor.__new__(Extractor), model(backbone).eval()
     extractor.mirror, extractor._neck, extractor._features = True, network.neck, cast_network(network, DTYPES[precision])
-    found = extractor._embed(torch.zeros(3, 3, 64, 32, dtype=torch.uint8))
+    found = extractor._embed(zeros(3, 3, 64, 32, dtype=torch.uint8))
     assert found.device.type == "cuda" and found.shape == (3, network.config["embedding_size"]) and found.dtype == torch.float32
