@@ -92,18 +92,17 @@ def ways_of_the_step(setup):
 
 def settings_of_the_step(setup):
     """Every setting in a graph, fp16 with its loss scale, and each GPU."""
-    runs = [("every setting", EVERYTHING, setup.device)]
+    runs = [(EVERYTHING, setup.device)]
     if setup.cuda:
-        runs += [(name, ["--precision", "fp16", *more], setup.device) for name, more in (("fp16", []), ("all in fp16", EVERYTHING))]
-        runs += [(f"cuda:{i}", [], torch.device("cuda", i)) for i in range(1, torch.cuda.device_count())]
-    for name, options, device in runs:
+        runs += [([*EVERYTHING, "--precision", "fp16"], setup.device), (["--precision", "fp16"], setup.device)]
+        runs += [([], torch.device("cuda", i)) for i in reversed(range(torch.cuda.device_count()))]  # ends at the first
+    for options, device in runs:
         trainer = setup.trainer(*options, device=device)
         start = setup.train(trainer, 0, 0)[1]
         losses, end = setup.train(trainer, 0, 8)
-        yield name, losses.isfinite().all() and 0 < (end - start).norm() < torch.inf, trainer.describe()
+        good = losses.isfinite().all() and 0 < (end - start).norm() < torch.inf
+        yield "step with every setting" if "--ema" in options else "step", good, f"{device}, {trainer.describe()}"
         trainer.close()
-    if setup.cuda:
-        torch.cuda.set_device(setup.device.index or 0)
 
 
 def resume(setup):
@@ -182,7 +181,7 @@ def searches(setup):
 def command_line(setup):
     """train.py takes the graph, eval.py finds on the device what it finds on the CPU, and torchrun ends."""
     def run(script, *options, launcher=()):
-        command = map(str, [sys.executable, *launcher, common.ROOT / script, *options])
+        command = [str(part) for part in (sys.executable, *launcher, common.ROOT / script, *options)]
         return subprocess.run(command, cwd=setup.folder, stdout=subprocess.PIPE, text=True, timeout=280, check=True).stdout
 
     run("data_prep.py", "--synthetic", "--num_ids", 16, "--output", "people")
@@ -190,11 +189,12 @@ def command_line(setup):
     options += [] if setup.cuda else ["--height", 64, "--width", 32, "--batch_size", 8]
     out = run("train.py", *options, "--exp_name", "one", "--compile", "on" if setup.cuda else "off")
     yield "train.py", "going on without" not in out and ("CUDA graph" in out) == setup.cuda, "takes the fastest way of the step"
-    values = []
+    tables = []
     for device, index in ((setup.device, "--save_index"), ("cpu", "--load_index")):
         out = run("eval.py", "--exp_name", "one", "--data_root", "people", index, "--rerank", "--device", device)
-        values.append([float(value) for row in re.findall(r"^(?:plain|\+rerank) +(.*)$", out, re.M) for value in row.split(" / ")[0].split()])
-    apart = max(abs(one - other) for one, other in zip(*values, strict=True))
+        rows = re.findall(r"^(?:plain|\+rerank) +(.*)$", out, re.MULTILINE)
+        tables.append([float(value) for row in rows for value in re.findall(r"[\d.]+", row)])
+    apart = max(abs(one - other) for one, other in zip(*tables, strict=True))
     yield "eval.py", apart < 0.1, f"percentages differ by {apart:.2f} from those of the CPU"
     for count in sorted({1, torch.cuda.device_count()} if setup.cuda else {2}):
         launcher = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count

@@ -5,6 +5,7 @@ so does what reads a value back to the host, which would make the device wait an
 backward pass and the fused optimizer need a driver even for these, and are left out.
 """
 
+import inspect
 import sys
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from reid.training.teacher import Teacher
 from reid.training.trainer import Trainer
 
 CUDA = torch.device("cuda")
+NETWORKS = [("bf16", "resnet50"), *((precision, "densenet121") for precision in DTYPES)]
 EVERYTHING = ["--ema", "0.9", "--jitter", "0.4", "--tint", "0.3", "--gray", "0.2", "--blur", "0.3"]
 
 
@@ -35,8 +37,8 @@ def gpu_check(root):
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("check", ["ways_of_the_step", "settings_of_the_step", "resume", "speed_and_memory", "pixels", "embeddings",
-                                   "searches", "command_line"])
+@pytest.mark.parametrize("check", ["ways_of_the_step", "settings_of_the_step", "resume", "speed_and_memory", "pixels",
+                                   "embeddings", "searches", "command_line"])
 def test_check_on_the_gpu(gpu_check, tmp_path, check):
     assert gpu_check.run_check(getattr(gpu_check, check), gpu_check.Setup(CUDA, tmp_path)) == []
 
@@ -113,15 +115,15 @@ def trace_step(precision="bf16", teacher=None, backbone="densenet121", options=E
     learner, none = model(backbone), lambda *_, **__: None
     trainer = SimpleNamespace(args=train.get_args_parser().parse_args(options), model=learner, network=learner, teacher=teacher,
                               averaged=model(backbone), parameters=[], precision=precision, device=CUDA)
-    trainer.autocast, trainer.average_weights = (method.__get__(trainer) for method in (Trainer.autocast, Trainer.average_weights))
+    for method in (Trainer.autocast, Trainer.average_weights):
+        setattr(trainer, method.__name__, method.__get__(trainer))
     trainer.optimizer = SimpleNamespace(zero_grad=none)
     trainer.scaler = SimpleNamespace(scale=lambda loss: SimpleNamespace(backward=none), step=none, update=none)
     numbers = zeros(12, sum(augment.NUMBERS.values()), dtype=torch.float32)
     return train.train_step(trainer, zeros(12, 3, 64, 32, dtype=torch.uint8), numbers, zeros(8), zeros(12))  # 4 have no identity
 
 
-@pytest.mark.parametrize("backbone", ["densenet121", "resnet50"])
-@pytest.mark.parametrize("precision", list(DTYPES))
+@pytest.mark.parametrize("precision, backbone", NETWORKS)
 def test_the_step_stays_on_the_gpu(traced, precision, backbone):
     """Augmentation, forward pass, each loss and the averaged weights; the teacher's embeddings are from a file."""
     logged = trace_step(precision, teacher(EMBEDDING_SIZES[backbone]), backbone)
@@ -143,10 +145,14 @@ def test_a_value_that_is_read_back_and_a_wrong_device_are_found(traced, monkeypa
         trace_step()
 
 
-@pytest.mark.parametrize("backbone", ["densenet121", "resnet50"])
-@pytest.mark.parametrize("precision", list(DTYPES))
+@pytest.mark.parametrize("precision, backbone", NETWORKS)
 def test_embedding_stays_on_the_gpu(traced, precision, backbone):
-    extractor, network = Extractor.__new__(Extractor), model(backbone).eval()
-    extractor.mirror, extractor._neck, extractor._features = True, network.neck, cast_network(network, DTYPES[precision])
+    with unset_fake_temporarily():
+        network = build_model(default_config([1, 2, 3], backbone, height=64, width=32)).eval()
+        features = cast_network(network, DTYPES[precision])
+    for part in (network, inspect.getclosurevars(features.__wrapped__).nonlocals["body"]):
+        on_gpu(part)
+    extractor = Extractor.__new__(Extractor)
+    extractor.mirror, extractor._neck, extractor._features = True, network.neck, features
     found = extractor._embed(zeros(3, 3, 64, 32, dtype=torch.uint8))
     assert found.device.type == "cuda" and found.shape == (3, network.config["embedding_size"]) and found.dtype == torch.float32

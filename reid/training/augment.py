@@ -25,7 +25,8 @@ def draw(steps, batch_size, seed, epoch):
 def apply(images, numbers, flip=0.5, erase=0.5, jitter=0.0, gray=0.0, blur=0.0, tint=0.0):
     """Augment images, uint8 [N, 3, H, W], by `numbers` of `draw`, float32 [N, ...] on the same device.
 
-    All but jitter and tint are the probability that an image is changed. Returns float32 [N, 3, H, W] in 0..255, channels last.
+    All but jitter and tint are the probability that an image is changed. Returns float32 [N, 3, H, W] in 0..255, channels last;
+    a CPU and a GPU agree to rounding, which TF32 makes coarser in the blur.
     """
     u = dict(zip(NUMBERS, numbers.T.split(list(NUMBERS.values()))))
     x = flip_and_crop(images, u["flip"][0] < flip, u["crop"])

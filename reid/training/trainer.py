@@ -225,7 +225,10 @@ class Trainer:
         return torch.cat(embeddings), labels[rows], torch.cat([part.cpu() for part in images])
 
     def state(self):
-        """Return what exact resume needs beside the weights. No random state: a step draws no random numbers."""
+        """Return what exact resume needs beside the weights. No random state: a step draws no random numbers.
+
+        A run that goes on has the same weights, to the last bit on a CPU; some kernels of CUDA add in another order each time.
+        """
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
                 "averaged": self.averaged.state_dict() if self.averaged else None, "rates": self.rates,
                 "map": self.teacher.map.state_dict() if self.teacher else None,
