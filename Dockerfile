@@ -52,7 +52,8 @@ ENTRYPOINT ["sh", "-c", "case \" $* \" in *' --gallery'[!_]*|*' --data_root'*|*'
 FROM base AS train
 # PyPI's torch contains CUDA. For another version of CUDA: TORCH_INDEX=https://download.pytorch.org/whl/cu126
 ARG TORCH_INDEX=https://pypi.org/simple
-# torch.compile builds small C files; without a compiler training goes on without it, at a lower speed.
+# torch.compile builds small C files; without a compiler training goes on without it, at a lower speed. Any version will do.
+# hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 COPY requirements.txt ./
 RUN grep ^torch requirements.txt > /tmp/torch.txt && \
