@@ -182,7 +182,10 @@ def command_line(setup):
     """train.py takes the graph, eval.py finds on the device what it finds on the CPU, and torchrun ends."""
     def run(script, *options, launcher=()):
         command = [str(part) for part in (sys.executable, *launcher, common.ROOT / script, *options)]
-        return subprocess.run(command, cwd=setup.folder, stdout=subprocess.PIPE, text=True, timeout=280, check=True).stdout
+        done = subprocess.run(command, cwd=setup.folder, capture_output=True, text=True, timeout=280)
+        if done.returncode:
+            raise RuntimeError(f"{script}: {(done.stderr.strip() or '?').splitlines()[-1]}")
+        return done.stdout
 
     run("data_prep.py", "--synthetic", "--num_ids", 16, "--output", "people")
     options = ["--data_root", "people", "--weights", "none", "--num_epochs", 2, "--warmup_epochs", 1, "--device", setup.device]
