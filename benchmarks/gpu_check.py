@@ -6,7 +6,6 @@ status is 1 if there are any. `--device cpu` tries the script itself, on small s
 
 import argparse
 import copy
-import gc
 import re
 import subprocess
 import sys
@@ -111,12 +110,11 @@ def resume(setup):
     again.load_state(*copy.deepcopy((trainer.model.state_dict(), trainer.state())))
     (losses, end), (losses_again, end_again) = (setup.train(one, 3, 6) for one in (trainer, again))
     yield "resume", torch.allclose(losses, losses_again, rtol=2e-2), f"bit-equal: {torch.equal(end, end_again)}"
-    trainer.close()
-    again.close()
+    for one in (trainer, again):
+        one.close()
 
 
 def speed_and_memory(setup):
-    gc.collect()
     if setup.cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -187,7 +185,7 @@ def command_line(setup):
             raise RuntimeError(f"{script}: {(done.stderr.strip() or '?').splitlines()[-1]}")
         return done.stdout
 
-    run("data_prep.py", "--synthetic", "--num_ids", 16, "--output", "people")
+    run("data_prep.py", "--synthetic", "--num_ids", 64 if setup.cuda else 16, "--output", "people")
     options = ["--data_root", "people", "--weights", "none", "--num_epochs", 2, "--warmup_epochs", 1, "--device", setup.device]
     options += [] if setup.cuda else ["--height", 64, "--width", 32, "--batch_size", 8]
     out = run("train.py", *options, "--exp_name", "one", "--compile", "on" if setup.cuda else "off")
