@@ -69,7 +69,7 @@ def main(args):
         one = argparse.Namespace(**vars(args) | {"exp_name": exp_name, "data_root": data_root, "protocol": protocol})
         one.gallery_uri = args.gallery_uri or f"index/{exp_name}.pt"
         checkpoint, record, wanted = open_model(one)
-        index = load_index(one, wanted) if args.load_index else build_index(one, checkpoint, rank, world_size)
+        index = load_index(one, one.gallery_uri, wanted) if args.load_index else build_index(one, checkpoint, rank, world_size)
         if rank == 0:
             documents.append(evaluate(one, checkpoint, record, index))
             status = max(status, say_left_out(index))
@@ -94,10 +94,11 @@ def check_arguments(args):
         args.protocol *= len(args.data_root)
     if len(args.protocol) != len(args.data_root):
         raise ReidError(f"{len(args.data_root)} --data_root but {len(args.protocol)} --protocol: give one for all or for each")
-    several, kept = len(args.data_root) > 1, args.load_index or args.save_index
-    if (several and kept) or (len(args.exp_name) * len(args.data_root) > 1 and (args.gallery_uri or args.report)):
-        raise ReidError("several --data_root have no one index, and several evaluations no one --gallery_uri or --report: "
-                        "evaluate them one by one")
+    roots, evaluations = len(args.data_root), len(args.data_root) * len(args.exp_name)
+    if (roots > 1 and (args.load_index or args.save_index or args.spacetime)) or (
+            evaluations > 1 and (args.gallery_uri or args.report)):
+        raise ReidError("several --data_root have no one index and no common clocks for --spacetime, several evaluations no one "
+                        "--gallery_uri or --report: evaluate them one by one")
     if set(args.protocol) & set(SPLITS) and (args.report or args.compare or args.single_shot):
         raise ReidError("--report, --compare and --single_shot are of one gallery, but --protocol viper and prid draw ten: use "
                         "--protocol market")
@@ -107,7 +108,7 @@ def check_arguments(args):
         raise ReidError("--multi_query averages the images of one camera, which --protocol nocam ignores: give one of them")
     for exp_name in args.exp_name if args.save_index else ():
         if not is_milvus(uri := args.gallery_uri or f"index/{exp_name}.pt"):
-            check_replaceable(uri, args.data_root[0])
+            check_replaceable(uri, args.data_root[0], queries=True)
     if args.report:
         from reid.extras.report import check_path
 
@@ -172,16 +173,16 @@ def score(args, checkpoint, index):
         data = gather_data(args, index)
         yield "camera_norm", metrics.evaluate(*data.values(), protocol=args.protocol)
     for name, scores in extra_scores(args, checkpoint, data, index):
-        data |= {"q_emb": None, "g_emb": None}
-        yield name, metrics.evaluate(*data.values(), scores=scores, protocol=args.protocol)
+        yield name, metrics.evaluate(*(data | {"q_emb": None, "g_emb": None}).values(), scores=scores, protocol=args.protocol)
 
 
 def set_thresholds(args, index):
     """Measure TAR@FAR with and without camera statistics and keep the thresholds in the index; return the RocResult in use.
 
-    A false accept rate that is not at least FEWEST of the pairs of different people is left out, because it would rest on almost
-    nothing. Without --far, and without pairs of both kinds, there are no thresholds, and None is returned.
+    A rate that is less than FEWEST of the pairs of different people is left out. Without --far or pairs of both kinds there are
+    no thresholds, and None is returned.
     """
+    index.threshold = index.camera_threshold = index.false_accept_rate = None
     rates = sorted({1e-4, 1e-3, 1e-2, args.far})
     try:
         plain, normalised = (metrics.roc(*gather_data(args, one).values(), rates=rates, protocol=args.protocol)
@@ -193,8 +194,9 @@ def set_thresholds(args, index):
     if args.far not in rates:
         return print(f"no threshold: --far {args.far:g} takes {FEWEST / args.far:,.0f} pairs of different people, but there are "
                      f"{roc.different_pairs:,}")
-    index.threshold, index.camera_threshold = plain.threshold[args.far], normalised.threshold[args.far]
-    index.false_accept_rate = args.far
+    if not args.multi_query:  # the averages of several queries score higher than the single images of a search
+        index.threshold, index.camera_threshold = plain.threshold[args.far], normalised.threshold[args.far]
+        index.false_accept_rate = args.far
     for rate in rates:
         print(f"TAR@FAR {rate:g}: {100 * roc.tpr[rate]:.2f} % (cosine above {roc.threshold[rate]:.4f})")
     return roc._replace(tpr={rate: roc.tpr[rate] for rate in rates}, threshold={rate: roc.threshold[rate] for rate in rates})
@@ -230,9 +232,8 @@ def build_index(args, checkpoint, rank, world_size):
     return index
 
 
-def load_index(args, wanted):
+def load_index(args, uri, wanted):
     """Read the saved index with its queries; raises ReidError where weights, dataset, images or settings differ."""
-    uri = args.gallery_uri
     if is_milvus(uri):
         from reid.extras import milvus
 
@@ -288,7 +289,7 @@ def extra_scores(args, checkpoint, data, index):
             print(f"re-ranking: about {need / 2**20:,.0f} MiB of memory", flush=True)
         yield "+rerank", rerank(q_emb, g_emb).scores
     if args.spacetime:
-        evidence = learn_spacetime(args, checkpoint, index.space)
+        evidence = learn_spacetime(args, checkpoint, index)
         of_queries, of_gallery = ([column.to(g_emb.device) for column in (part.camids, part.seqs, part.frames)]
                                   for part in (index.queries, index))
 
@@ -303,22 +304,22 @@ def extra_scores(args, checkpoint, data, index):
             yield "+both", rerank(q_emb, g_emb, bonus=bonus).scores
 
 
-def learn_spacetime(args, checkpoint, wanted):
+def learn_spacetime(args, checkpoint, index):
     """Read models/<run>/spacetime.pt, or learn it from the training identities, never from the test set."""
     from reid.extras.network import make_extractor
 
     path = checkpoint.with_name("spacetime.pt")
     if path.exists():
-        return spacetime.SpaceTime.load(path, wanted, args.data_root)
+        return spacetime.SpaceTime.load(path, index.space, args.data_root)
     train = read_split(args.data_root, "train")
     print(f"camera and time: learning from {len(train.pids.unique()):,} training identities", flush=True)
     embeddings, kept, _ = make_extractor(args, checkpoint).embed_records(train.files())
     train = train.select(kept)
-    if args.camera_norm:
+    if index.normalised:
         embeddings = CameraStatistics.fit(embeddings, train.camids).apply(embeddings, train.camids)
     columns = train.pids, train.camids, train.seqs, train.frames
     evidence = replace(spacetime.fit(*columns), weight=spacetime.fit_weight(embeddings, *columns))
-    evidence.save(path, wanted, args.data_root)
+    evidence.save(path, index.space, args.data_root)
     print(f"camera and time: saved as {path}")
     return evidence
 

@@ -96,7 +96,8 @@ def main(args):
     if rank and not ranks:
         return distributed.stop()
     if rank == 0:
-        print(f"{extractor.describe()}; {len(index):,} images in the gallery", flush=True)
+        print(f"{extractor.describe()}; {len(index):,} images in the gallery"
+              f"{', camera statistics taken out' * index.normalised}", flush=True)
     if args.serve:
         file = uri if args.load_index and isinstance(index, GalleryIndex) else None
         return page.serve(page.create_app(extractor, index, [args.host, *args.allowed_hosts], file), listener)
@@ -140,12 +141,14 @@ def check_arguments(args):
         raise ReidError(f"--frames {args.frames[0]} {args.frames[1]}: give the first frame, then the last one")
     part = f"--{Path(args.gallery).resolve().name}" if args.gallery else ""  # eval.py's index is of the dataset's gallery
     uri = args.gallery_uri or f"index/{args.exp_name}{part}.pt"
+    if args.gallery and args.spacetime and not args.data_root:
+        raise ReidError("--spacetime: learned on a dataset by eval.py; give its --data_root beside --gallery")
     if args.load_index and args.save_index:
         raise ReidError("--load_index and --save_index: an index that is loaded is saved already; give one of them")
     if args.index_type != "FLAT" and not (args.save_index and is_milvus(uri)):
         raise ReidError(f"--index_type {args.index_type}: of a gallery kept in Milvus; give --save_index and --gallery_uri")
     if args.save_index and not is_milvus(uri):
-        check_replaceable(uri, args.gallery or args.data_root or DATA_ROOT)
+        check_replaceable(uri, args.gallery or args.data_root or DATA_ROOT, queries=False)
     return uri
 
 
@@ -226,7 +229,7 @@ def write_results(args, index, lists):
         print(f"\nquery {printable(ranked.query.file)}")
         for hit in ranked:
             verdict = {None: "", True: "  match", False: "  no match"}[hit.match]
-            print(f"{hit.position:>4}  {hit.score:.4f}  {printable(hit.path)}{verdict}")
+            print(f"{hit.position:>4}  {hit.score:.4f}  {printable(hit.path or hit.name)}{verdict}")
     if args.output:
         from reid.extras.pictures import draw_ranking
 

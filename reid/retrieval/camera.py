@@ -51,13 +51,13 @@ class CameraStatistics(NamedTuple):
                           for old, more in zip(self[1:], zip(*rows)))
         return CameraStatistics(cameras, mean, variance)
 
-    def apply(self, embeddings, camids):
-        """Standardise embeddings float [N, D] by the statistics of their cameras, int64 [N]; float32 [N, D], rows of norm 1."""
+    def apply(self, embeddings, camids, dtype=torch.float32):
+        """Standardise embeddings float [N, D] by the statistics of their cameras, int64 [N]: [N, D] of `dtype`, of norm 1."""
         row = torch.full_like(camids, len(self.cameras))
         if len(self.cameras):
             place = torch.searchsorted(self.cameras, camids.contiguous()).clamp(max=len(self.cameras) - 1)
             row = place.where(self.cameras[place] == camids, row)
-        out = torch.empty(embeddings.shape)
+        out = torch.empty(embeddings.shape, dtype=dtype)
         for part, rows, cameras in zip(out.split(CHUNK), embeddings.split(CHUNK), row.split(CHUNK)):
             part[:] = F.normalize((rows.float() - self.mean[cameras]) / self.variance[cameras].sqrt())
         return out

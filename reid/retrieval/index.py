@@ -74,6 +74,7 @@ class GalleryIndex:
         identities; pids: n integers (default: a number derived from the name, or unlabelled); camids: n integers; paths: n
         image files, relative to `data_root`. Raises ReidError where numbers or dimensions differ.
         """
+        self._require_plain("add")
         count, columns = len(embeddings), {"names": names, "pids": pids, "camids": camids, "paths": paths}
         if embeddings.ndim != 2 or embeddings.shape[1] != self.embeddings.shape[1]:
             raise ReidError(f"embeddings of shape {tuple(embeddings.shape)} do not fit an index of {self.embeddings.shape[1]} "
@@ -106,6 +107,7 @@ class GalleryIndex:
 
     def select(self, rows):
         """Return an index of some rows, int64 [n] or bool [N], without names, thresholds and queries."""
+        self._require_plain("select")
         stats = [getattr(self, name)[rows] for name in STATS]
         index = GalleryIndex(self.embeddings[rows], self.records().select(rows), self.fingerprint, self.mirror, stats)
         index.device = self.device
@@ -135,15 +137,19 @@ class GalleryIndex:
 
     def camera_normalised(self):
         """Return a copy with each camera's statistics taken out of the embeddings, also of `queries`; without cameras, itself."""
-        if self.statistics is None:
+        if self.statistics is None or self.normalised:
             return self
         index = copy.copy(self)
         index.normalised, index.threshold, index._search = True, self.camera_threshold, {}
-        index.embeddings = self.statistics.apply(self.embeddings, self.camids).to(self.embeddings.dtype)
+        index.embeddings = self.statistics.apply(self.embeddings, self.camids, self.embeddings.dtype)
         if self.queries is not None:
             index.queries = copy.copy(self.queries)
             index.queries.embeddings = index.normalise(self.queries.embeddings, self.queries.camids)
         return index
+
+    def _require_plain(self, method):
+        if self.normalised:
+            raise ReidError(f"{method}: not of a copy without camera statistics; use the index that it was made of")
 
     def normalise(self, embeddings, camids=None):
         """Take the statistics of their cameras out of queries, float [Q, D], if they are taken out of this index.
@@ -214,7 +220,8 @@ class GalleryIndex:
 
     def save(self, path):
         """Write the index, whole or not at all. An index of another folder, or any other file there, raises ReidError."""
-        check_replaceable(path, self.data_root)
+        self._require_plain("save")
+        check_replaceable(path, self.data_root, self.queries is not None)
         save(path, self._part(), FORMAT, VERSION)
 
     def _part(self):
@@ -283,8 +290,11 @@ def same_folder(one, other):
     return str(one) == str(other) or Path(one).resolve() == Path(other).resolve()
 
 
-def check_replaceable(path, data_root):
-    """Raise ReidError where `path` holds anything but an index (of any version) of the images below `data_root`."""
+def check_replaceable(path, data_root, queries):
+    """Raise ReidError where `path` holds anything but an index (of any version) of the images below `data_root`.
+
+    queries: whether the new index has queries. One with queries, of eval.py, is not replaced by one without.
+    """
     if not os.path.lexists(path):
         return
     try:
@@ -297,6 +307,9 @@ def check_replaceable(path, data_root):
     if not same_folder(found.get("data_root"), data_root):
         raise ReidError(f"{path}: the index of {found.get('data_root')} would be replaced by one of {data_root}; remove it, or "
                         f"name another, such as --gallery_uri {Path(path).with_stem(Path(path).stem + '-2')}")
+    if isinstance(found.get("queries"), dict) and not queries:
+        raise ReidError(f"{path}: eval.py's index, whose queries would be lost; search it with --load_index, or name another, "
+                        f"such as --gallery_uri {Path(path).with_stem(Path(path).stem + '-2')}")
 
 
 def check_made_of(gallery, uri, data_root, again):

@@ -288,7 +288,7 @@ def _rank_block(block: Tensor, rows: Tensor, cols: Tensor, kind: Tensor, depth: 
     def mean(values):
         return torch.zeros(size, dtype=torch.float64, device=rows.device).index_add_(0, rows, values) / matches
 
-    ap = mean(nth / ranks.double())
+    ap = mean(nth / ranks.double())  # AP: mean of the precision at each match
     before = torch.where(ranks > 1, (nth - 1) / (ranks - 1).double(), 1.0)  # precision just before each match
     first = torch.zeros_like(matches).index_put_((rows[nth == 1],), ranks[nth == 1])
     last = torch.zeros_like(matches).index_put_((rows[nth == matches[rows]],), ranks[nth == matches[rows]])

@@ -82,16 +82,17 @@ def random_splits(protocol: str, q_pids: Tensor, g_pids: Tensor, seed: int = 0):
     """Yield (rows of queries, rows of the gallery), int64, for each of the REPEATS random splits of a published protocol.
 
     viper: 316 of the 632 people (Gray et al., Evaluating Appearance Models for Recognition, Reacquisition, and Tracking, PETS
-    2007). prid: 100 of the 200 people that both cameras have seen; the distractors of the gallery are in every split (Hirzer et
-    al., Person Re-identification by Descriptive and Discriminative Classification, SCIA 2011). Raises ReidError for fewer people.
+    2007). prid: 100 of the 200 people that both cameras have seen (Hirzer et al., Person Re-identification by Descriptive and
+    Discriminative Classification, SCIA 2011). Of the people in queries and gallery only those drawn are left in the gallery; all
+    its other images are distractors of every split. Raises ReidError for fewer people.
     """
-    people, generator = q_pids[q_pids > 0].unique(), torch.Generator().manual_seed(seed)
+    people, generator = q_pids[(q_pids > 0) & torch.isin(q_pids, g_pids)].unique(), torch.Generator().manual_seed(seed)
     if len(people) < SPLITS[protocol]:
-        raise ReidError(f"--protocol {protocol}: takes {SPLITS[protocol]} people of the queries, but there are {len(people)}")
+        raise ReidError(f"--protocol {protocol}: takes {SPLITS[protocol]} people of queries and gallery, not {len(people)}")
     for _ in range(REPEATS):
         chosen = people[torch.randperm(len(people), generator=generator)[: SPLITS[protocol]]]
         yield (torch.isin(q_pids, chosen).nonzero()[:, 0],
-               (torch.isin(g_pids, chosen) | (g_pids == 0)).nonzero()[:, 0])
+               (torch.isin(g_pids, chosen) | ~torch.isin(g_pids, people)).nonzero()[:, 0])
 
 
 def _side(name: str, device: torch.device, *labels) -> Side:

@@ -116,21 +116,19 @@ def _rows(record, name):
 def match(files, paths, embeddings, name):
     """Return the embedding of each of `files`, float [len(files), T]. paths: N names of the rows of `embeddings`.
 
-    A row belongs to an image if its path ends that of the image (`train/0002/a.jpg` of `data/mine/train/0002/a.jpg`; the longest
-    such path counts), else if both have the same file name. Raises ReidError, which begins with `name`, unless every image has
-    exactly one row, and no row has two images.
+    A row belongs to an image if its path, which may be a file name alone, ends that of the image (`train/0002/a.jpg` of
+    `data/mine/train/0002/a.jpg`; the longest such path counts). Raises ReidError, which begins with `name`, unless every
+    image has exactly one row, and no row has two images.
     """
-    by_path, by_name = {}, {}
+    by_path = {}
     for row, path in enumerate(paths):
-        path = path.replace("\\", "/")
-        by_path.setdefault(path, []).append(row)
-        by_name.setdefault(path.rpartition("/")[2], []).append(row)
+        by_path.setdefault(path.replace("\\", "/"), []).append(row)
     found = []
     for file in files:
         parts = Path(file).parts
         ends = ("/".join(parts[i:]) for i in range(len(parts)))
-        found.append(next((by_path[end] for end in ends if end in by_path), None) or by_name.get(parts[-1], []))
-    advice = "embed the images with one model, and save one row for each under its path"
+        found.append(next((by_path[end] for end in ends if end in by_path), []))
+    advice = "embed the images with one model, and save one row for each under its path, or its file name alone"
     if missing := [file for file, rows in zip(files, found) if not rows]:
         raise ReidError(f"{name}: no embedding of {len(missing):,} of {len(files):,} images, such as {missing[0]}; {advice}")
     uses = Counter(rows[0] for rows in found)

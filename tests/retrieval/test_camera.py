@@ -119,6 +119,17 @@ def test_damaged_statistics_are_refused(tmp_path, monkeypatch, change):
         GalleryIndex.load(tmp_path / "a.pt")
 
 
+def test_a_copy_without_camera_statistics_stays_one(tmp_path):
+    """It is not standardised twice, and it is never saved, extended or cut as if its embeddings were plain."""
+    x, _, camids = people_in_two_cameras()
+    normalised = index_of(x, camids).camera_normalised()
+    assert normalised.camera_normalised() is normalised
+    for use, argument in ((normalised.save, tmp_path / "a.pt"), (normalised.add, x[:1]), (normalised.select, camids == 0)):
+        with pytest.raises(ReidError, match="not of a copy without camera statistics"):
+            use(argument)
+    assert not (tmp_path / "a.pt").exists()
+
+
 def test_added_rows_are_in_the_statistics():
     x, _, camids = people_in_two_cameras()
     index = index_of(x[:40], camids[:40])

@@ -146,10 +146,15 @@ def test_published_splits(script):
         assert len(q_rows) == 316 and len(g_rows) == 321 and torch.equal(people[q_rows], people[g_rows[:316]])
     assert len({tuple(q_rows.tolist()) for q_rows, _ in splits}) == 10
     assert all(torch.equal(a[0], b[0]) for a, b in zip(splits, random_splits("viper", people, people)))
-    with pytest.raises(ReidError, match="takes 100 people of the queries, but there are 99"):
+    with pytest.raises(ReidError, match="takes 100 people of queries and gallery, not 99"):
         next(random_splits("prid", people[:99], people))
 
     generator = torch.Generator().manual_seed(0)
+    # people whom only one side has are distractors, whatever their id
+    q_pids, g_pids = torch.cat([people[:150], people[300:310]]), torch.cat([people[:150], people[200:250]])
+    q_rows, g_rows = next(random_splits("prid", q_pids, g_pids))
+    assert len(q_rows) == 100 and int(q_rows.max()) < 150 and g_rows.tolist() == [*q_rows.tolist(), *range(150, 200)]
+
     rows = F.normalize(torch.randn(120, 16, generator=generator))
     seen = F.normalize(rows + 0.5 * torch.randn(120, 16, generator=generator))
     gallery = [(f"g/{i}", i + 1, 2, row) for i, row in enumerate(seen.tolist())] + [("g/x", 0, 2, [0.25] * 16)]
