@@ -162,13 +162,18 @@ def _bare(key):
     return re.sub(r"^(?:bn|bottleneck|bnneck)\.", "neck.", key)
 
 
-def _read_state(path):
+def load_foreign(path, name, advice):
+    """Return what a file of tensors of any origin holds; ReidError begins with `name`, and advises where there is no file."""
     if not Path(path).is_file():
-        raise ReidError(f"--weights {path}: no such file; give imagenet, none or the path of a state dict")
+        raise ReidError(f"{name}: no such file; {advice}")
     try:
-        record = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen types
-        raise ReidError(f"--weights {path}: not a file of tensors that torch.load reads with weights_only=True") from error
+        raise ReidError(f"{name}: not a file of tensors that torch.load reads with weights_only=True") from error
+
+
+def _read_state(path):
+    record = load_foreign(path, f"--weights {path}", "give imagenet, none or the path of a state dict")
     if isinstance(record, dict) and record.get("format") == FORMAT:
         return load_checkpoint(path)["state_dict"]
     for key in ("state_dict", "model_state_dict", "model"):

@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 from reid import ReidError, distributed
 from reid.data.datasets import Records
+from reid.data.paths import content_number, file_stats
 from reid.extras.milvus_client import BATCH, DEPTH, INDEXES, NUMBERS, Collection, batches, is_file
 from reid.images import PREPROCESSING
 from reid.retrieval.index import GalleryIndex
-from reid.retrieval.paths import content_number, file_stats
 from reid.retrieval.ranked import ranked_lists
 
 FORMAT = "reid-gallery/3"
@@ -225,7 +225,7 @@ class MilvusGallery:
     def write(self, embeddings, records, stats=None):
         """Write embeddings (float [N, D], norm 1) of `records`; return how many rows are new or of files with other bytes.
 
-        stats: int64 [3, N] as `reid.retrieval.paths.file_stats` returns, or None to read the files.
+        stats: int64 [3, N] as `reid.data.paths.file_stats` returns, or None to read the files.
         """
         stats = file_stats(records.files()) if stats is None else stats
         new = self._new(records, stats)

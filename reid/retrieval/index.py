@@ -10,10 +10,10 @@ import torch
 from reid import ReidError, distributed
 from reid.data.datasets import Records
 from reid.data.names import UNKNOWN, UNKNOWN_PID, folder_pid, identity_name
+from reid.data.paths import Paths, file_stats
 from reid.files import VERIFY_LIMIT, load, save
 from reid.images import PREPROCESSING
 from reid.retrieval.camera import CameraStatistics
-from reid.retrieval.paths import Paths, file_stats
 from reid.retrieval.ranked import ranked_lists
 from reid.retrieval.search import ExactSearch, merge_shards
 
@@ -44,6 +44,7 @@ class GalleryIndex:
         self.normalised = False  # whether camera statistics are taken out
         self.threshold = self.camera_threshold = self.false_accept_rate = self.queries = None
         self.bad, self.device, self._search, self._statistics = [], "cpu", {}, None
+        self._copy = None  # without camera statistics, made once
 
     @classmethod
     def build(cls, extractor, records, strict=False, dtype=torch.float16, progress=True, rank=0, world_size=1):
@@ -95,7 +96,7 @@ class GalleryIndex:
         self.paths, self.embeddings = Paths.of([*self.paths, *new.paths]), torch.cat([self.embeddings, new.embeddings])
         for name in COLUMNS:
             setattr(self, name, torch.cat([getattr(self, name), getattr(new, name)]))
-        self._search, self._statistics = {}, None
+        self._search, self._statistics, self._copy = {}, None, None
         return len(new)
 
     def __len__(self):
@@ -139,7 +140,9 @@ class GalleryIndex:
         """Return a copy with each camera's statistics taken out of the embeddings, also of `queries`; without cameras, itself."""
         if self.statistics is None or self.normalised:
             return self
-        index = copy.copy(self)
+        if self._copy is not None:
+            return self._copy
+        self._copy = index = copy.copy(self)
         index.normalised, index.threshold, index._search = True, self.camera_threshold, {}
         index.embeddings = self.statistics.apply(self.embeddings, self.camids, self.embeddings.dtype)
         if self.queries is not None:

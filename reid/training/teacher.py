@@ -1,7 +1,5 @@
 """What the network follows beside its labels: the embeddings of any model from a file, or a checkpoint of this project."""
 
-import itertools
-import os
 from collections import Counter
 from pathlib import Path
 
@@ -10,8 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from reid import ReidError
-from reid.checkpoint import FORMAT, load_checkpoint, restore_model
-from reid.cli import first_line
+from reid.checkpoint import FORMAT, load_checkpoint, load_foreign, restore_model
+from reid.data.paths import Paths
+
+KINDS = "a checkpoint, an index or a dict of paths and embeddings"
 
 
 class Teacher(nn.Module):
@@ -72,14 +72,9 @@ def load_teacher(args, model, files, unlabelled):
 
 def _load(path, name):
     """Return the dict in a file of tensors and plain values."""
-    if not Path(path).is_file():
-        raise ReidError(f"{name}: no such file")
-    try:
-        record = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen types
-        raise ReidError(f"{name}: not a file of tensors that can be loaded safely ({first_line(error)})") from error
+    record = load_foreign(path, name, f"give {KINDS}")
     if not isinstance(record, dict):
-        raise ReidError(f"{name}: holds a {type(record).__name__}; give a checkpoint, an index or a dict of paths and embeddings")
+        raise ReidError(f"{name}: holds a {type(record).__name__}; give {KINDS}")
     return record
 
 
@@ -96,8 +91,7 @@ def _rows(record, name):
         names, embeddings = part.get("paths"), part.get("embeddings")
         try:
             if "path_blob" in part:
-                blob, ends = part["path_blob"].numpy().tobytes(), part["path_offsets"].tolist()
-                names = [os.fsdecode(blob[start:stop]) for start, stop in itertools.pairwise(ends)]
+                names = list(Paths(part["path_blob"], part["path_offsets"]))
             fits = embeddings.is_floating_point() and embeddings.ndim == 2 and len(embeddings) == len(names)
             fits = fits and all(isinstance(name, str) for name in names)
         except (AttributeError, KeyError, TypeError, ValueError):
