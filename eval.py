@@ -6,28 +6,21 @@ Several GPUs: torchrun --nproc_per_node N eval.py --save_index
 """
 
 import argparse
-import sys
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-import torch
-
 from reid import ReidError, distributed
 from reid.checkpoint import checkpoint_path, fingerprint, load_checkpoint, versions
-from reid.cli import HelpFormatter, check_network, check_outputs, check_ranges, printable, run
+from reid.cli import HelpFormatter, check_network, check_outputs, check_ranges, left_out_status, run
 from reid.data.datasets import read_split
 from reid.files import write_json
 from reid.model import pick_device
-from reid.retrieval import metrics, spacetime, summary
-from reid.retrieval.camera import CameraStatistics
+from reid.retrieval import metrics, summary
+from reid.retrieval.evaluation import gather_data, learn_spacetime, score, set_thresholds, split_index
 from reid.retrieval.extract import add_arguments
-from reid.retrieval.index import GalleryIndex, check_made_of, check_replaceable, is_milvus
-from reid.retrieval.protocol import PROTOCOLS, SPLITS, random_splits
-from reid.retrieval.rerank import estimate_bytes, rerank
-from reid.retrieval.search import exact_products
-
-FEWEST = 10  # pairs of different people above a threshold
+from reid.retrieval.index import GalleryIndex
+from reid.retrieval.protocol import PROTOCOLS, SPLITS
+from reid.retrieval.stored import check_made_of, check_replaceable, is_milvus
 
 
 def get_args_parser():
@@ -72,7 +65,7 @@ def main(args):
         index = load_index(one, one.gallery_uri, wanted) if args.load_index else build_index(one, checkpoint, rank, world_size)
         if rank == 0:
             documents.append(evaluate(one, checkpoint, record, index))
-            status = max(status, say_left_out(index))
+            status = max(status, left_out_status(index.queries.bad + index.bad))
     distributed.stop()
     if rank:  # the other ranks have embedded their part
         return 0
@@ -122,9 +115,16 @@ def evaluate(args, checkpoint, record, index):
           f"{'mirrored images averaged' if index.mirror else 'no mirrored images'}", flush=True)
     if cross_domain:
         print(f"cross-domain: {args.exp_name} was not trained on the people and cameras of this dataset")
+    scored = index.camera_normalised() if args.camera_norm else index
+    evidence = None
+    if args.spacetime:
+        from reid.extras.network import make_extractor
+
+        evidence = learn_spacetime(checkpoint.with_name("spacetime.pt"), args.data_root, scored,
+                                   lambda: make_extractor(args, checkpoint))
     found = {}
     for part in split_index(index, args.protocol):
-        for name, result in score(args, checkpoint, part):
+        for name, result in score(args, part, evidence):
             found.setdefault(name, []).append(result)
     results = {name: metrics.pooled(splits) for name, splits in found.items()}
     intervals = {name: metrics.bootstrap(result) for name, result in results.items() if args.protocol not in SPLITS}
@@ -132,8 +132,7 @@ def evaluate(args, checkpoint, record, index):
     if args.protocol in SPLITS:
         summary.print_deviations(args.protocol, found)
 
-    scored = index.camera_normalised() if args.camera_norm else index
-    data = gather_data(args, scored)
+    data = gather_data(scored, args.multi_query)
     shots = None
     if args.single_shot:
         shots = metrics.single_shot(*data.values(), repeats=args.single_shot, protocol=args.protocol)
@@ -150,56 +149,6 @@ def evaluate(args, checkpoint, record, index):
     cameras = metrics.camera_table(*data.values(), protocol=args.protocol)._asdict()
     return summary.to_document(args, record, results, intervals, roc, index,
                                {"cross_domain": cross_domain, "single_shot": shots, "cameras": cameras})
-
-
-def split_index(index, protocol):
-    """The index with its queries, or for a published protocol the random splits of it."""
-    if protocol not in SPLITS:
-        return [index]
-    parts = []
-    for q_rows, g_rows in random_splits(protocol, index.queries.pids, index.pids):
-        part = index.select(g_rows)
-        part.queries = index.queries.select(q_rows)
-        parts.append(part)
-    return parts
-
-
-def score(args, checkpoint, index):
-    """Yield (name, EvalResult) of each way of scoring."""
-    data = gather_data(args, index)
-    yield "plain", metrics.evaluate(*data.values(), protocol=args.protocol)
-    if args.camera_norm and index.statistics is not None:
-        index = index.camera_normalised()
-        data = gather_data(args, index)
-        yield "camera_norm", metrics.evaluate(*data.values(), protocol=args.protocol)
-    for name, scores in extra_scores(args, checkpoint, data, index):
-        yield name, metrics.evaluate(*(data | {"q_emb": None, "g_emb": None}).values(), scores=scores, protocol=args.protocol)
-
-
-def set_thresholds(args, index):
-    """Measure TAR@FAR with and without camera statistics and keep the thresholds in the index; return the RocResult in use.
-
-    A rate that is less than FEWEST of the pairs of different people is left out. Without --far or pairs of both kinds there are
-    no thresholds, and None is returned.
-    """
-    index.threshold = index.camera_threshold = index.false_accept_rate = None
-    rates = sorted({1e-4, 1e-3, 1e-2, args.far})
-    try:
-        plain, normalised = (metrics.roc(*gather_data(args, one).values(), rates=rates, protocol=args.protocol)
-                             for one in (index, index.camera_normalised()))
-    except ReidError as error:
-        return print(error)
-    roc = normalised if args.camera_norm else plain
-    rates = [rate for rate in rates if rate * roc.different_pairs >= FEWEST]
-    if args.far not in rates:
-        return print(f"no threshold: --far {args.far:g} takes {FEWEST / args.far:,.0f} pairs of different people, but there are "
-                     f"{roc.different_pairs:,}")
-    if not args.multi_query:  # the averages of several queries score higher than the single images of a search
-        index.threshold, index.camera_threshold = plain.threshold[args.far], normalised.threshold[args.far]
-        index.false_accept_rate = args.far
-    for rate in rates:
-        print(f"TAR@FAR {rate:g}: {100 * roc.tpr[rate]:.2f} % (cosine above {roc.threshold[rate]:.4f})")
-    return roc._replace(tpr={rate: roc.tpr[rate] for rate in rates}, threshold={rate: roc.threshold[rate] for rate in rates})
 
 
 def open_model(args):
@@ -262,78 +211,6 @@ def save_index(index, uri, exp_name):
     print(f"index saved: {uri}")
 
 
-def gather_data(args, index):
-    """The arguments of `metrics.evaluate`, by name and in order, on `index.scoring_device`."""
-    queries = index.queries
-    q_emb, q_pids, q_camids, q_ids = queries.embeddings.float(), queries.pids, queries.camids, queries.contents
-    if args.multi_query:  # gallery images of a query's identity and camera are never ranked for it, so they join the average
-        own = {pair for pair in zip(q_pids.tolist(), q_camids.tolist()) if pair[0] > 0 <= pair[1]}
-        more = torch.tensor([pair in own for pair in zip(index.pids.tolist(), index.camids.tolist())])
-        q_emb, q_pids, q_camids, group = metrics.pool_queries(
-            torch.cat([q_emb, index.embeddings[more].float()]), torch.cat([q_pids, index.pids[more]]),
-            torch.cat([q_camids, index.camids[more]]))
-        q_ids = torch.full_like(q_pids, -1).index_put_((group,), torch.cat([q_ids, index.contents[more]]))
-    g_ids = index.contents.where(index.contents >= 0, -2)  # unknown files differ from each other
-    data = {"q_emb": q_emb, "g_emb": index.embeddings.float(), "q_pids": q_pids, "q_camids": q_camids,
-            "g_pids": index.pids, "g_camids": index.camids, "q_ids": q_ids, "g_ids": g_ids}
-    device = index.scoring_device
-    return {name: value.to(device) for name, value in data.items()}
-
-
-def extra_scores(args, checkpoint, data, index):
-    """Yield (name, scores as `metrics.evaluate` takes them) of the other ways of scoring that are asked for."""
-    q_emb, g_emb = data["q_emb"], data["g_emb"]
-    if args.rerank:
-        need = estimate_bytes(len(q_emb), len(g_emb), g_emb.shape[1])
-        if need > 1 << 28:
-            print(f"re-ranking: about {need / 2**20:,.0f} MiB of memory", flush=True)
-        yield "+rerank", rerank(q_emb, g_emb).scores
-    if args.spacetime:
-        evidence = learn_spacetime(args, checkpoint, index)
-        of_queries, of_gallery = ([column.to(g_emb.device) for column in (part.camids, part.seqs, part.frames)]
-                                  for part in (index.queries, index))
-
-        @exact_products()
-        def fused(start, stop):
-            odds = evidence.prob(*(column[start:stop] for column in of_queries), *of_gallery)
-            return evidence.fuse(q_emb[start:stop] @ g_emb.T, odds)
-
-        yield "+spacetime", fused
-        if args.rerank:
-            bonus = evidence.bonus(*(torch.cat(columns) for columns in zip(of_queries, of_gallery)))
-            yield "+both", rerank(q_emb, g_emb, bonus=bonus).scores
-
-
-def learn_spacetime(args, checkpoint, index):
-    """Read models/<run>/spacetime.pt, or learn it from the training identities, never from the test set."""
-    from reid.extras.network import make_extractor
-
-    path = checkpoint.with_name("spacetime.pt")
-    if path.exists():
-        return spacetime.SpaceTime.load(path, index.space, args.data_root)
-    train = read_split(args.data_root, "train")
-    print(f"camera and time: learning from {len(train.pids.unique()):,} training identities", flush=True)
-    embeddings, kept, _ = make_extractor(args, checkpoint).embed_records(train.files())
-    train = train.select(kept)
-    if index.normalised:
-        embeddings = CameraStatistics.fit(embeddings, train.camids).apply(embeddings, train.camids)
-    columns = train.pids, train.camids, train.seqs, train.frames
-    evidence = replace(spacetime.fit(*columns), weight=spacetime.fit_weight(embeddings, *columns))
-    evidence.save(path, index.space, args.data_root)
-    print(f"camera and time: saved as {path}")
-    return evidence
-
-
-def say_left_out(index):
-    """Print the images that could not be read; return the exit status."""
-    bad = index.queries.bad + index.bad
-    for file, reason in bad:
-        print(f"left out: {printable(file)}: {printable(reason)}", file=sys.stderr)
-    if bad:
-        print(f"eval.py: {len(bad)} images could not be read and were left out (exit status 3)", file=sys.stderr)
-    return 3 if bad else 0
-
-
 def saved_run(name, args):
     """(name, index, EvalResult) of a run, or of a --network by its name, whose index was saved with its queries."""
     uri, checkpoint = f"index/{name}.pt", Path(f"models/{name}/best.pth")
@@ -342,8 +219,7 @@ def saved_run(name, args):
     if index.queries is None:
         raise ReidError(f"{uri}: has a gallery but no queries; make it again: python eval.py --save_index --exp_name {name}")
     index = index.camera_normalised() if args.camera_norm else index
-    data = gather_data(argparse.Namespace(multi_query=False), index)
-    return name, index, metrics.evaluate(*data.values(), protocol=args.protocol[0])
+    return name, index, metrics.evaluate(*gather_data(index).values(), protocol=args.protocol[0])
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ python inference.py --gallery my/crops --query_paths 'my/queries/*.png' --output
 
 import argparse
 import glob
-import sys
 from itertools import islice
 from pathlib import Path
 
@@ -14,15 +13,16 @@ import torch
 
 from reid import ReidError, distributed
 from reid.checkpoint import checkpoint_path
-from reid.cli import HelpFormatter, check_network, check_outputs, check_ranges, printable, run
+from reid.cli import HelpFormatter, check_network, check_outputs, check_ranges, left_out_status, printable, run
 from reid.data import synthetic
 from reid.data.datasets import list_images, read_folder, read_split
 from reid.data.names import read_file
 from reid.files import write_json
 from reid.retrieval.extract import add_arguments
-from reid.retrieval.index import GalleryIndex, check_made_of, check_replaceable, is_milvus
+from reid.retrieval.index import GalleryIndex
 from reid.retrieval.ranked import Query, rerank_lists, weigh_lists
 from reid.retrieval.spacetime import SpaceTime
+from reid.retrieval.stored import check_made_of, check_replaceable, is_milvus
 
 DATA_ROOT = "data/market-1501-grouped"
 CANDIDATES = 200  # hits that re-ranking and camera + time reorder
@@ -86,7 +86,7 @@ def main(args):
     check_outputs(outputs, [*query_files, args.gallery or Path(args.data_root, "gallery")])
     embeddings, kept, bad = extractor.embed_records(query_files, strict=args.strict, progress=False)
     if bad and not len(kept):  # before the gallery is embedded
-        say_left_out(bad)
+        left_out_status(bad)
         raise ReidError("none of the queries could be read; give images such as JPEG or PNG")
     if index is None:
         index = build_gallery(args, uri, extractor, rank, world_size)
@@ -118,14 +118,7 @@ def main(args):
         lists = weigh_lists(lists, evidence, args.topk)
     write_results(args, index, lists)
     distributed.stop()
-    say_left_out(index.bad + bad)
-    return 3 if index.bad or bad else 0
-
-
-def say_left_out(bad):
-    """Print the images that could not be read: [(file, reason)]."""
-    for file, reason in bad:
-        print(f"left out: {printable(file)}: {printable(reason)}", file=sys.stderr)
+    return left_out_status(index.bad + bad)
 
 
 def check_arguments(args):

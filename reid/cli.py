@@ -66,6 +66,15 @@ def printable(text):
     return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
 
 
+def left_out_status(bad):
+    """Print the images that could not be read, [(file, reason)]; return the exit status: 3, or 0 without such images."""
+    for file, reason in bad:
+        print(f"left out: {printable(file)}: {printable(reason)}", file=sys.stderr)
+    if bad:
+        print(f"{len(bad):,} images could not be read and were left out (exit status 3)", file=sys.stderr)
+    return 3 if bad else 0
+
+
 def without_secrets(text):
     """Return `text` with *** for the user part and the query of an address in it: both may hold passwords and tokens."""
     return re.sub(r"\?\S.*", "?***", re.sub("//.*@", "//***@", str(text)))

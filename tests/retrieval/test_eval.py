@@ -1,7 +1,6 @@
 """What eval.py adds to reid.retrieval.metrics: cross-domain, the query's own file, JSON, and the comparison of two runs."""
 
 import argparse
-import importlib.util
 import json
 from pathlib import Path
 
@@ -12,17 +11,10 @@ import torch.nn.functional as F
 from reid import ReidError
 from reid.data.datasets import Records
 from reid.retrieval import metrics
+from reid.retrieval.evaluation import gather_data, score, set_thresholds, split_index
 from reid.retrieval.index import GalleryIndex
 from reid.retrieval.protocol import random_splits
 from reid.retrieval.summary import compare_table, is_cross_domain, print_matrix, to_document
-
-
-@pytest.fixture(scope="module")
-def script(root):
-    spec = importlib.util.spec_from_file_location("eval_script", root / "eval.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize(
@@ -70,7 +62,7 @@ def test_json_holds_every_query_and_reads_as_strict_json(tmp_path):
     assert len(found["cameras"]["rank1"]) == 3 and {"fingerprint", "versions", "arguments", "roc"} <= set(found)
 
 
-def evaluated(script, name, rows, queries):
+def evaluated(name, rows, queries):
     """(name, index, EvalResult) as `compare_table` takes it. rows, queries: (path, pid, camid, embedding)."""
     def index_of(rows):
         paths, pids, camids, emb = zip(*rows)
@@ -80,16 +72,16 @@ def evaluated(script, name, rows, queries):
 
     index = index_of(rows)
     index.queries = index_of(queries)
-    data = script.gather_data(argparse.Namespace(multi_query=False), index)
+    data = gather_data(index)
     return name, index, metrics.evaluate(*data.values())
 
 
-def test_comparison_pairs_by_path(script):
+def test_comparison_pairs_by_path():
     gallery = [("g/2.jpg", 2, 2, (1.0, 0, 0)), ("g/1.jpg", 1, 2, (0.5, 1.0, 0)), ("g/3.jpg", 3, 2, (0, 0, 1.0))]
     queries = [("q/1.jpg", 1, 1, (1.0, 0, 0)), ("q/1b.jpg", 1, 3, (1.0, 0.1, 0)), ("q/3.jpg", 3, 1, (0, 0, 1.0)),
                ("q/4.jpg", 4, 1, (1.0, 1.0, 1.0))]  # 4 has no match
-    one = evaluated(script, "calm-fox-1", gallery, queries)
-    two = evaluated(script, "wise-owl-2", gallery, queries[::-1][:-1])  # another order, one query less
+    one = evaluated("calm-fox-1", gallery, queries)
+    two = evaluated("wise-owl-2", gallery, queries[::-1][:-1])  # another order, one query less
     lines = compare_table(one, two).splitlines()
     # of the two queries in both, 1b is second (AP 1/2) and 3 is first
     assert lines[1].split() == ["mAP", "75.00", "75.00", "+0.00", "+0.00", "to", "+0.00"]
@@ -98,26 +90,26 @@ def test_comparison_pairs_by_path(script):
                           "mAP: no clear difference; Rank-1: no clear difference"]
 
 
-def test_comparison_names_the_better_run(script):
+def test_comparison_names_the_better_run():
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(40, 64, generator=generator)
     queries, good, bad = (
         [(f"{number}", number % 40 + 1, camid, row) for number, row in enumerate(
             (centres.repeat(3, 1) + noise * torch.randn(120, 64, generator=generator)).tolist())]
         for camid, noise in ((1, 0.4), (2, 0.4), (2, 8.0)))
-    good, bad = evaluated(script, "good", good, queries), evaluated(script, "bad", bad, queries)
+    good, bad = evaluated("good", good, queries), evaluated("bad", bad, queries)
     for sides in ((good, bad), (bad, good)):
         lines = compare_table(*sides).splitlines()
         assert lines[-1] == "mAP: good is better; Rank-1: good is better"
         assert float(lines[1].split()[3]) == pytest.approx(100 * (sides[1][2].mAP - sides[0][2].mAP), abs=0.011)
-    other = evaluated(script, "other", [("else", 1, 2, (1.0, 0.0))], [("q", 1, 1, (1.0, 0.0))])
+    other = evaluated("other", [("else", 1, 2, (1.0, 0.0))], [("q", 1, 1, (1.0, 0.0))])
     with pytest.raises(ReidError, match="different galleries"):
         compare_table(good, other)
     with pytest.raises(ReidError, match="--compare good good: give two different runs"):
         compare_table(good, good)
 
 
-def test_a_copy_of_the_query_is_not_a_result(script, tmp_path):
+def test_a_copy_of_the_query_is_not_a_result(tmp_path):
     """Query and gallery folders hold the same file: by content it is the query itself, whatever its name, camera and id."""
     def index_of(split, images):
         records = Records(tmp_path, [f"{split}/{name}" for name in images], torch.tensor([1] * len(images)),
@@ -132,12 +124,12 @@ def test_a_copy_of_the_query_is_not_a_result(script, tmp_path):
     (tmp_path / "query" / "gone.jpg").unlink()
     index.queries.contents[1] = -1  # the query's file is unknown: both images count
     for multi_query in (False, True):  # without cameras each image stays alone
-        data = script.gather_data(argparse.Namespace(multi_query=multi_query), index)
+        data = gather_data(index, multi_query)
         result = metrics.evaluate(*data.values(), protocol="nocam")
         assert sorted(result.matches.tolist()) == [1, 2] and result.mAP == 1.0
 
 
-def test_published_splits(script):
+def test_published_splits():
     """viper: ten times 316 people; prid: 100 people and every distractor. Each split is evaluated on its own."""
     people = torch.arange(1, 401)
     splits = list(random_splits("viper", people, torch.cat([people, torch.zeros(5, dtype=torch.int64)])))
@@ -158,10 +150,10 @@ def test_published_splits(script):
     rows = F.normalize(torch.randn(120, 16, generator=generator))
     seen = F.normalize(rows + 0.5 * torch.randn(120, 16, generator=generator))
     gallery = [(f"g/{i}", i + 1, 2, row) for i, row in enumerate(seen.tolist())] + [("g/x", 0, 2, [0.25] * 16)]
-    _, index, _ = evaluated(script, "run", gallery, [(f"q/{i}", i + 1, 1, row) for i, row in enumerate(rows.tolist())])
-    parts = script.split_index(index, "prid")
+    _, index, _ = evaluated("run", gallery, [(f"q/{i}", i + 1, 1, row) for i, row in enumerate(rows.tolist())])
+    parts = split_index(index, "prid")
     args = argparse.Namespace(multi_query=False, protocol="prid", camera_norm=False, rerank=False, spacetime=False)
-    found = [result for part in parts for _, result in script.score(args, None, part)]
+    found = [result for part in parts for _, result in score(args, part)]
     scores = index.queries.embeddings @ index.embeddings.T
     by_hand = []
     for q_rows, _ in random_splits("prid", index.queries.pids, index.pids):
@@ -192,18 +184,20 @@ def test_table_of_runs_and_datasets(capsys):
     (["--protocol", "viper", "--report", "r.html"], "draw ten"),
     (["--protocol", "prid", "--single_shot", "3"], "draw ten"),
 ])
-def test_options_that_cannot_act_together(script, options, message):
+def test_options_that_cannot_act_together(options, message):
+    import eval as script
+
     with pytest.raises(ReidError, match=message):
         script.check_arguments(script.get_args_parser().parse_args(options))
 
 
 @pytest.mark.parametrize("far, kept", [(0.001, [0.001, 0.01]), (0.0001, None), (0.5, [0.001, 0.01, 0.5])])
-def test_no_threshold_rests_on_few_pairs(script, capsys, far, kept):
+def test_no_threshold_rests_on_few_pairs(capsys, far, kept):
     """120 queries and 120 gallery images, each of another person: 14,280 pairs of different people, of which a rate needs 10."""
     rows = F.normalize(torch.randn(240, 16, generator=torch.Generator().manual_seed(0))).tolist()
     sides = [[(f"{camid}/{i}", i + 1, camid, rows[camid * 120 + i]) for i in range(120)] for camid in (0, 1)]
-    _, index, _ = evaluated(script, "run", *sides)
-    roc = script.set_thresholds(argparse.Namespace(multi_query=False, protocol="market", camera_norm=False, far=far), index)
+    _, index, _ = evaluated("run", *sides)
+    roc = set_thresholds(argparse.Namespace(multi_query=False, protocol="market", camera_norm=False, far=far), index)
     printed = capsys.readouterr().out
     if kept is None:
         assert roc is None and index.threshold is index.camera_threshold is None

@@ -10,9 +10,10 @@ from reid import ReidError, files
 from reid.data.datasets import make_records
 from reid.data.names import UNKNOWN, UNKNOWN_PID, folder_pid, identity_name
 from reid.retrieval.extract import Extractor
-from reid.retrieval.index import FORMAT, VERSION, GalleryIndex, check_made_of
+from reid.retrieval.index import FORMAT, VERSION, GalleryIndex
 from reid.retrieval.ranked import Query
 from reid.retrieval.search import ExactSearch, exact_products, merge_shards
+from reid.retrieval.stored import check_made_of
 
 
 def random_rows(count, dim=64, seed=0, spread=0.3):

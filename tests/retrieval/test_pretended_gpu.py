@@ -1,6 +1,6 @@
 """Search, metrics and re-ranking on a GPU that is not there: nothing mixes devices, and the values are those of the CPU."""
 
-import importlib.util
+import argparse
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from pretended_gpu import OnGpu, pretend
 
 from reid.data.datasets import make_records
 from reid.retrieval import metrics, spacetime
+from reid.retrieval.evaluation import gather_data, score, set_thresholds
 from reid.retrieval.index import GalleryIndex
 from reid.retrieval.rerank import rerank
 from reid.retrieval.search import ExactSearch
@@ -84,30 +85,25 @@ def test_metrics_and_reranking(monkeypatch, data):
         torch.testing.assert_close(one, other, equal_nan=True)
 
 
-def test_every_way_of_scoring(monkeypatch, root):
+def test_every_way_of_scoring(monkeypatch):
     """eval.py with camera statistics, re-ranking, camera and time, several query images and thresholds."""
-    spec = importlib.util.spec_from_file_location("eval_script", root / "eval.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(20, 16, generator=generator)
     names = [f"{i % 20:04}/{i % 20:04}_c{i % 3 + 1}s1_{i % 20 * 50 + i % 3 * 40 + i:06}_00.jpg" for i in range(300)]
     records = make_records("nowhere", names, grouped=True)
     evidence = spacetime.fit(records.pids, records.camids, records.seqs, records.frames)
-    monkeypatch.setattr(script, "learn_spacetime", lambda *_: evidence)
     embeddings = F.normalize(centres[torch.arange(300) % 20] + torch.randn(300, 16, generator=generator))
-    args = script.get_args_parser().parse_args(["--rerank", "--spacetime", "--far", "0.01"])
-    args.protocol = "market"
+    args = argparse.Namespace(rerank=True, camera_norm=True, far=0.01, protocol="market")
 
     def found(device, multi_query):
-        args.multi_query, args.spacetime = multi_query, not multi_query
+        args.multi_query = multi_query
         whole = GalleryIndex(embeddings, records, "f" * 16, True)
         whole.device = device
         index = whole.select(torch.arange(40, 300))
         index.queries = whole.select(torch.arange(40))
-        assert isinstance(script.gather_data(args, index)["g_emb"], OnGpu) == (device == "cuda")
-        values = {name: result.mAP for name, result in script.score(args, None, index)}
-        return values | {"threshold": script.set_thresholds(args, index).threshold[0.01]}
+        assert isinstance(gather_data(index, multi_query)["g_emb"], OnGpu) == (device == "cuda")
+        values = {name: result.mAP for name, result in score(args, index, None if multi_query else evidence)}
+        return values | {"threshold": set_thresholds(args, index).threshold[0.01]}
 
     for multi_query in (False, True):
         expected = found("cpu", multi_query)
