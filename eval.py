@@ -11,16 +11,16 @@ from pathlib import Path
 
 from reid import ReidError, distributed
 from reid.checkpoint import checkpoint_path, fingerprint, load_checkpoint, versions
-from reid.cli import HelpFormatter, check_network, check_outputs, check_ranges, left_out_status, run
+from reid.cli import HelpFormatter, check_network, check_ranges, left_out_status, run
 from reid.data.datasets import read_split
-from reid.files import write_json
+from reid.files import REPORT, RESULTS, check_outputs, write_json
 from reid.model import pick_device
 from reid.retrieval import metrics, summary
 from reid.retrieval.evaluation import gather_data, learn_spacetime, score, set_thresholds, split_index
 from reid.retrieval.extract import add_arguments
 from reid.retrieval.index import GalleryIndex
 from reid.retrieval.protocol import PROTOCOLS, SPLITS
-from reid.retrieval.stored import check_made_of, check_replaceable, is_milvus
+from reid.retrieval.stored import FORMAT, check_made_of, check_replaceable, is_milvus
 
 
 def get_args_parser():
@@ -48,6 +48,7 @@ def get_args_parser():
     add("--json", metavar="PATH", help="write everything that was measured (default: not written)")
     add("--report", metavar="HTML", help="write a page with tables, charts, worst queries and likely label errors (default: "
         "not written)")
+    add("--overwrite", action="store_true", help="replace files of other kinds, and indexes of other datasets, by these outputs")
     add_arguments(parser)
     return parser
 
@@ -72,14 +73,13 @@ def main(args):
     if len(documents) > 1:
         summary.print_matrix(documents)
     if args.json:
-        write_json(args.json, documents[0] if len(documents) == 1 else {"evaluations": documents})
+        write_json(args.json, documents[0] if len(documents) == 1 else {"evaluations": documents}, args.overwrite)
     return status
 
 
 def check_arguments(args):
     """Raise ReidError for arguments that cannot work, before any work is done; one protocol for each dataset."""
     check_ranges(args, {"far": (1e-9, 1), "batch_size": (1, 1 << 16), "single_shot": (1, 1000)})
-    check_outputs([("json", args.json, (".json",))])
     check_network(args)
     if args.network:
         args.exp_name = [args.exp_name]
@@ -99,13 +99,13 @@ def check_arguments(args):
         raise ReidError("--spacetime needs the time of each query, which --multi_query averages over: give one of them")
     if args.multi_query and "nocam" in args.protocol:
         raise ReidError("--multi_query averages the images of one camera, which --protocol nocam ignores: give one of them")
-    for exp_name in args.exp_name if args.save_index else ():
-        if not is_milvus(uri := args.gallery_uri or f"index/{exp_name}.pt"):
-            check_replaceable(uri, args.data_root[0], queries=True)
-    if args.report:
-        from reid.extras.report import check_path
-
-        check_path(args.report)
+    uris = [uri for exp_name in args.exp_name if not is_milvus(uri := args.gallery_uri or f"index/{exp_name}.pt")]
+    saved, loaded = (uris, []) if args.save_index else ([], uris)
+    folders = [Path(root, split) for root in args.data_root for split in ("gallery", "query", "train")]
+    check_outputs([("json", args.json, RESULTS), ("report", args.report, REPORT),
+                   *(("gallery_uri", uri, FORMAT) for uri in saved)], [*folders, *loaded], args.overwrite)
+    for uri in saved:
+        check_replaceable(uri, args.data_root[0], queries=True, overwrite=args.overwrite)
 
 
 def evaluate(args, checkpoint, record, index):
@@ -139,7 +139,7 @@ def evaluate(args, checkpoint, record, index):
         summary.print_single_shot(shots, args.single_shot)
     roc = set_thresholds(args, index)
     if args.save_index:
-        save_index(index, args.gallery_uri, args.exp_name)
+        save_index(index, args.gallery_uri, args.exp_name, args.overwrite)
     if args.report:
         from reid.extras.report import write_report
 
@@ -200,14 +200,14 @@ def load_index(args, uri, wanted):
     return index
 
 
-def save_index(index, uri, exp_name):
+def save_index(index, uri, exp_name, overwrite=False):
     """Keep an index with its queries and its threshold."""
     if is_milvus(uri):
         from reid.extras import milvus
 
         milvus.save_index(index, uri, exp_name)
     else:
-        index.save(uri)
+        index.save(uri, overwrite)
     print(f"index saved: {uri}")
 
 

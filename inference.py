@@ -13,16 +13,16 @@ import torch
 
 from reid import ReidError, distributed
 from reid.checkpoint import checkpoint_path
-from reid.cli import HelpFormatter, check_network, check_outputs, check_ranges, left_out_status, printable, run
+from reid.cli import HelpFormatter, check_network, check_ranges, left_out_status, printable, run
 from reid.data import synthetic
 from reid.data.datasets import list_images, read_folder, read_split
 from reid.data.names import read_file
-from reid.files import write_json
+from reid.files import PICTURE, RESULTS, check_outputs, write_json
 from reid.retrieval.extract import add_arguments
 from reid.retrieval.index import GalleryIndex
 from reid.retrieval.ranked import Query, rerank_lists, weigh_lists
 from reid.retrieval.spacetime import SpaceTime
-from reid.retrieval.stored import check_made_of, check_replaceable, is_milvus
+from reid.retrieval.stored import FORMAT, check_made_of, check_replaceable, is_milvus
 
 DATA_ROOT = "data/market-1501-grouped"
 CANDIDATES = 200  # hits that re-ranking and camera + time reorder
@@ -62,6 +62,7 @@ def get_args_parser():
     add("--output", metavar="PNG", help="draw the ranked lists; more queries than fit go on numbered sheets (default: off)")
     add("--positions", type=int, nargs="+", metavar="K", help="draw these positions only, such as 1 5 10 15 (default: all)")
     add("--json", metavar="PATH", help="write the ranked lists (default: not written)")
+    add("--overwrite", action="store_true", help="replace files of other kinds, and indexes of other galleries, by these outputs")
     add_arguments(parser)
     return parser
 
@@ -82,8 +83,10 @@ def main(args):
     index = load_gallery(args, uri, extractor) if args.load_index else None
     args.data_root = args.data_root or (index.data_root if index is not None else DATA_ROOT)
     query_files = [] if args.serve else find_queries(args)
-    outputs = [("output", args.output, (".png", ".jpg", ".jpeg", ".webp")), ("json", args.json, (".json",))]
-    check_outputs(outputs, [*query_files, args.gallery or Path(args.data_root, "gallery")])
+    file = None if is_milvus(uri) else uri
+    outputs = [("output", args.output, PICTURE), ("json", args.json, RESULTS), ("gallery_uri", args.save_index and file, FORMAT)]
+    check_outputs(outputs, [*query_files, args.gallery or Path(args.data_root, "gallery"), args.load_index and file],
+                  args.overwrite)
     embeddings, kept, bad = extractor.embed_records(query_files, strict=args.strict, progress=False)
     if bad and not len(kept):  # before the gallery is embedded
         left_out_status(bad)
@@ -141,7 +144,7 @@ def check_arguments(args):
     if args.index_type != "FLAT" and not (args.save_index and is_milvus(uri)):
         raise ReidError(f"--index_type {args.index_type}: of a gallery kept in Milvus; give --save_index and --gallery_uri")
     if args.save_index and not is_milvus(uri):
-        check_replaceable(uri, args.gallery or args.data_root or DATA_ROOT, queries=False)
+        check_replaceable(uri, args.gallery or args.data_root or DATA_ROOT, queries=False, overwrite=args.overwrite)
     return uri
 
 
@@ -151,7 +154,7 @@ def export(args, checkpoint):
 
     output = checkpoint.with_suffix(".onnx" if args.onnx_input == "uint8" else ".float.onnx")
     images = find_queries(args)[:64] if args.query_paths else [content for *_, content in islice(synthetic.dataset(4, 0), 8)]
-    lowest = export_onnx(checkpoint, output, images, args.mirror is not False, args.onnx_input)
+    lowest = export_onnx(checkpoint, output, images, args.mirror is not False, args.onnx_input, args.overwrite)
     print(f"{output}: written; lowest cosine to PyTorch {lowest:.6f}")
 
 
@@ -203,7 +206,7 @@ def build_gallery(args, uri, extractor, rank, world_size):
         raise ReidError(f"{args.gallery or args.data_root}: not one image of the gallery could be read")
     if rank == 0 and args.save_index:
         if isinstance(index, GalleryIndex):
-            index.save(uri)
+            index.save(uri, args.overwrite)
         print(f"index saved: {uri}")
         if args.index_type != "FLAT":
             recall, compared = index.recall()
@@ -226,11 +229,11 @@ def write_results(args, index, lists):
     if args.output:
         from reid.extras.pictures import draw_ranking
 
-        print(f"pictures written: {', '.join(map(str, draw_ranking(args.output, lists, args.positions)))}")
+        print(f"pictures written: {', '.join(map(str, draw_ranking(args.output, lists, args.positions, args.overwrite)))}")
     if args.json:
         document = {"exp_name": args.exp_name, "fingerprint": index.fingerprint,
                     "threshold": lists[0].threshold if lists else None, "rankings": [ranked.to_dict() for ranked in lists]}
-        write_json(args.json, document)
+        write_json(args.json, document, args.overwrite)
 
 
 if __name__ == "__main__":

@@ -30,27 +30,6 @@ def check_ranges(args, limits):
                 raise ReidError(f"--{name} {value}: must lie between {low:,} and {high:,}")
 
 
-def check_outputs(outputs, inputs=()):
-    """Raise ReidError where an output would replace an input or a file of another kind.
-
-    outputs: [(name of the option, path or None, allowed suffixes)]; a picture may become numbered sheets (out-001.png).
-    inputs: files that are read, and folders all of whose files are.
-    """
-    files = {os.path.realpath(path) for path in inputs if not os.path.isdir(path)}
-    folders = {Path(path).resolve() for path in inputs if os.path.isdir(path)}
-    for option, path, suffixes in outputs:
-        if path is None:
-            continue
-        path = Path(path)
-        if path.is_dir() or path.suffix.lower() not in suffixes:
-            raise ReidError(f"--{option} {path}: give a file that ends in {', '.join(suffixes)}")
-        sheet = re.compile(re.escape(path.stem) + r"(-\d{3,})?" + re.escape(path.suffix))
-        for old in path.parent.iterdir() if path.parent.is_dir() else ():
-            places = {*old.parent.resolve().joinpath(old.name).parents, *old.resolve().parents}
-            if sheet.fullmatch(old.name) and (os.path.realpath(old) in files or folders & places):
-                raise ReidError(f"--{option} {path}: {old} is one of the images that are read; choose another name")
-
-
 def check_network(args):
     """Check --network and --network_input. The name of the network's file takes the place of the run's in `args.exp_name`."""
     if (args.network is None) != (args.network_input is None):

@@ -1,10 +1,11 @@
-"""Write files whole or not at all, verify what is read, and keep other processes away."""
+"""Which files may be written; write them whole or not at all, verify what is read, and keep other processes away."""
 
 import ctypes
 import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 import uuid
@@ -23,18 +24,82 @@ except ImportError:  # Windows: no locks, and leftovers of killed processes are 
     fcntl = None
 
 VERIFY_LIMIT = 256 << 20  # bytes up to which a file's checksum is compared on every load (about 0.2 s)
+# Kinds of files that scripts write. The kind is a mark inside of the file, by which `check_output` recognises it.
+CHECKPOINT, RESULTS, PICTURE, ONNX = "reid-checkpoint", "reid-results", "reid-picture", "reid-onnx"
+REPORT = "human re-identification report"
+SUFFIXES = {RESULTS: (".json",), REPORT: (".html", ".htm"), PICTURE: (".png", ".jpg", ".jpeg", ".webp")}
+BEFORE_MARK = {RESULTS: rb'\{\s*"format": "', REPORT: rb"\s*<!doctype html>.*", PICTURE: rb"(\x89PNG|\xff\xd8|RIFF).*",
+               ONNX: rb"\x08.*"}
+BEFORE_FORMAT = rb"PK.{,300}?/data\.pkl.{,200}?format.{,12}?"  # in a file that `save` has written
+
+
+def is_ours(path, kind):
+    """Whether a file has the mark of `kind` where our files have it: in its first or, of some kinds, its last 4 kB."""
+    with open(path, "rb") as file:
+        ends = file.read(4096)
+        file.seek(max(file.tell(), os.path.getsize(path) - 4096))
+        ends += file.read(4096)
+    return bool(re.match(BEFORE_MARK.get(kind, BEFORE_FORMAT) + re.escape(kind).encode(), ends, re.DOTALL))
+
+
+def check_output(path, kind, overwrite=False):
+    """Raise ReidError where `path` must not be written: it holds anything but an earlier output of the same kind.
+
+    overwrite: any other file may be replaced, except checkpoints. Folders, devices and read-only files never are.
+    """
+    if not os.path.exists(path):
+        return
+    if not (os.path.isfile(path) and os.access(path, os.W_OK)):  # root could replace /dev/null
+        raise ReidError(f"{path}: is not a file, or is read-only; choose another name")
+    if is_ours(path, kind):
+        return
+    if is_ours(path, CHECKPOINT):
+        raise ReidError(f"{path}: is a checkpoint; choose another name")
+    if not overwrite:
+        raise ReidError(f"{path}: exists and is not a {kind} file; choose another name, or replace it with --overwrite")
+
+
+def check_outputs(outputs, inputs=(), overwrite=False):
+    """Check all outputs of a command: each as in `check_output`, none is an input, and no two are the same file.
+
+    outputs: [(name of the option, path or false, kind)]; a picture may become numbered sheets (out-001.png). inputs: files
+    that are read, and folders all of whose images are.
+    """
+    read, taken = set(map(_identity, filter(None, inputs))) - {None}, set()
+    for option, path, kind in outputs:
+        if not path:
+            continue
+        path, name = Path(path), f"--{option} {path}"
+        if path.is_dir() or path.suffix.lower() not in SUFFIXES.get(kind, (path.suffix.lower(),)):
+            raise ReidError(f"{name}: give a file that ends in {', '.join(SUFFIXES.get(kind, ['.pt']))}")
+        if os.path.realpath(path) in taken:
+            raise ReidError(f"{name}: two outputs of this command have this name; choose another for one of them")
+        taken.add(os.path.realpath(path))
+        sheet = re.compile(re.escape(path.stem) + r"(-\d{3,})?" * (kind == PICTURE) + re.escape(path.suffix))
+        for old in path.parent.iterdir() if path.parent.is_dir() else ():
+            if sheet.fullmatch(old.name):
+                folders = {*old.parent.resolve().joinpath(old.name).parents, *old.resolve().parents}
+                if read & set(map(_identity, {old, *folders})) and (kind == PICTURE or not is_ours(old, kind)):
+                    raise ReidError(f"{name}: {old} is read by the same command; choose another name")
+                check_output(old, kind, overwrite)
+
+
+def _identity(path):
+    """Return what is the same for all names of one file or folder; None where there is none."""
+    with suppress(OSError, TypeError, ValueError):
+        found = os.stat(path)
+        return found.st_dev, found.st_ino
 
 
 @contextmanager
-def atomic_path(path):
+def atomic_path(path, kind, overwrite=False):
     """Yield a temporary path, whose file replaces `path` when the block ends without an exception.
 
     The data and the folder entry are on disk before the old file is gone, so a crash leaves the old file or the new one. A
-    symbolic link stays one, and the new file has the permissions of the old. Temporary files of killed processes are
-    removed. Raises ReidError if `path` is not a regular file or is read-only.
+    symbolic link stays one, and the new file has the owner and permissions of the old. Temporary files of killed processes
+    are removed. Raises ReidError as `check_output` does.
     """
-    if os.path.exists(path) and not (os.path.isfile(path) and os.access(path, os.W_OK)):  # root could replace /dev/null
-        raise ReidError(f"{path}: is not a file, or is read-only; choose another name")
+    check_output(path, kind, overwrite)
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(target.parent)
@@ -45,8 +110,11 @@ def atomic_path(path):
             if not fcntl:
                 file.close()  # Windows cannot replace an open file
             if target.exists():
+                old = target.stat()
+                with suppress(OSError, AttributeError):  # only root may give files away; Windows
+                    os.chown(temporary, old.st_uid, old.st_gid)
                 with suppress(OSError):  # not every file system has permissions
-                    temporary.chmod(target.stat().st_mode & 0o7777)
+                    temporary.chmod(old.st_mode & 0o7777)
             yield temporary
             with open(temporary, "rb") as written:  # the block may have replaced the file
                 os.fsync(written.fileno())
@@ -57,10 +125,10 @@ def atomic_path(path):
     fsync_folder(target.parent)
 
 
-def write_json(path, document):
+def write_json(path, document, overwrite=False):
     """Write the results of a script, whole or not at all, and print where they are."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(document, indent=1, default=str))
+    with atomic_path(path, RESULTS, overwrite) as temporary:
+        temporary.write_text(json.dumps({"format": RESULTS, **document}, indent=1, default=str))
     print(f"results written: {path}")
 
 
@@ -183,11 +251,11 @@ def _check_plain(node, depth=0):
             _check_plain(value, depth + 1)
 
 
-def save(path, payload, kind, version):
+def save(path, payload, kind, version, overwrite=False):
     """Write `payload`, a dict of tensors and plain values, as a file of format `kind`, whole or not at all."""
     record = {"format": kind, "version": version, **payload}
     record["sha256"] = checksum(record)
-    with atomic_path(path) as temporary:
+    with atomic_path(path, kind, overwrite) as temporary:
         try:
             torch.save(record, temporary)
         except RuntimeError as error:  # torch's zip writer hides the errno of a full disk

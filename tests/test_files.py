@@ -8,17 +8,21 @@ import subprocess
 import sys
 import textwrap
 import time
+import zipfile
 from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from reid import ReidError
 from reid import files as storage
 from reid.cli import printable, without_secrets
+from reid.extras import pictures
 
 PAYLOAD = {"numbers": torch.arange(1000.0), "half": torch.ones(3, dtype=torch.bfloat16), "none": None,
            "list": [1, 2.5, "x", True], "nested": {1: torch.zeros(0), "scalar": torch.tensor(3)}}
@@ -128,7 +132,7 @@ def test_any_bytes_are_our_error(tmp_path_factory, data):
 
 def test_failure_keeps_the_old_file(path):
     before = path.read_bytes()
-    with pytest.raises(ZeroDivisionError), storage.atomic_path(path) as temporary:
+    with pytest.raises(ZeroDivisionError), storage.atomic_path(path, "kind") as temporary:
         temporary.write_text("half")
         1 / 0  # noqa: B018
     assert path.read_bytes() == before and len(list(path.parent.iterdir())) == 1
@@ -138,7 +142,7 @@ def test_killed_writer_leaves_the_old_file_and_the_next_sweeps(path):
     code = f"""
         import time
         from reid import files as storage
-        with storage.atomic_path({str(path)!r}) as temporary:
+        with storage.atomic_path({str(path)!r}, "kind") as temporary:
             temporary.write_text("half")
             print("written", flush=True)
             time.sleep(60)
@@ -165,7 +169,7 @@ def test_only_our_own_leftovers_are_removed(tmp_path, name):
     for path in (*mine, left):
         path.touch()
         os.utime(path, (1, 1))
-    with storage.atomic_path(tmp_path / name) as temporary:
+    with storage.atomic_path(tmp_path / name, "kind") as temporary:
         temporary.write_text("new")
     assert set(tmp_path.iterdir()) == {*mine, tmp_path / name}
 
@@ -178,8 +182,97 @@ def test_permissions_and_links_are_kept(tmp_path):
     storage.save(link, {"x": 1}, "kind", 1)
     assert link.is_symlink() and storage.load(real, "kind", 1)["x"] == 1
     assert real.stat().st_mode & 0o777 == 0o600
-    with storage.atomic_path(link) as temporary:
+    with storage.atomic_path(link, "kind") as temporary:
         assert temporary.parent == real.parent and temporary.stat().st_mode & 0o777 == 0o600  # at no moment readable by others
+
+
+def picture(path, mark=True):
+    exif = Image.Exif()
+    if mark:
+        exif[pictures.SOFTWARE] = storage.PICTURE
+    Image.new("RGB", (300, 300), "red").save(path, exif=exif)
+
+
+OURS = {"r.json": storage.RESULTS, "r.html": storage.REPORT, "r.png": storage.PICTURE, "r.jpg": storage.PICTURE,
+        "r.webp": storage.PICTURE, "r.pt": "reid-index", "r.pth": storage.CHECKPOINT}
+
+
+def ours(folder):
+    """Write one file of each kind, and return {path: kind}."""
+    storage.write_json(folder / "r.json", {"x": 1})
+    (folder / "r.html").write_text(f'\n<!doctype html>\n<meta name="generator" content="{storage.REPORT}">')
+    for name in ("r.png", "r.jpg", "r.webp"):
+        picture(folder / name)
+    for name in ("r.pt", "r.pth"):
+        storage.save(folder / name, PAYLOAD, OURS[name], 1)
+    return {folder / name: kind for name, kind in OURS.items()}
+
+
+def test_a_file_is_replaced_by_one_of_its_kind_only(tmp_path):
+    found = ours(tmp_path)
+    for (path, own), kind in product(found.items(), set(found.values())):
+        if kind == own:
+            storage.check_output(path, kind)
+            continue
+        with pytest.raises(ReidError, match="is a checkpoint" if own == storage.CHECKPOINT else "replace it with --overwrite"):
+            storage.check_output(path, kind)
+        if own == storage.CHECKPOINT:
+            with pytest.raises(ReidError, match="is a checkpoint; choose"):
+                storage.check_output(path, kind, overwrite=True)
+        else:
+            storage.check_output(path, kind, overwrite=True)
+
+
+def test_files_of_others_are_not_ours(tmp_path):
+    """Their names, and what they say about our files, do not matter."""
+    with zipfile.ZipFile(tmp_path / "backup.zip", "w") as archive:
+        archive.writestr("reid-index/format/reid-checkpoint", "reid-index")
+    (tmp_path / "notes.txt").write_text("reid-index reid-results reid-checkpoint human re-identification report")
+    (tmp_path / "notes.json").write_text('{"note": "made by reid", "format": "reid-results"}')
+    (tmp_path / "empty.json").touch()
+    torch.save({"model": {"format": "x"}, "reid-index": 1}, tmp_path / "model.pt")
+    picture(tmp_path / "photo.jpg", mark=False)
+    for path, kind in product(tmp_path.iterdir(), set(OURS.values())):
+        with pytest.raises(ReidError, match="exists and is not a"):
+            storage.check_output(path, kind)
+
+
+def test_outputs_are_no_inputs_and_differ(tmp_path, monkeypatch):
+    def refused(*outputs, inputs=(), overwrite=True):
+        with pytest.raises(ReidError) as error:
+            storage.check_outputs(outputs, inputs, overwrite)
+        return str(error.value)
+
+    monkeypatch.chdir(tmp_path)
+    ours(tmp_path)
+    Path("folder.html").mkdir()
+    Path("gallery/0001").mkdir(parents=True)
+    picture("gallery/0001/a.png")
+    Path("link.png").symlink_to("gallery/0001/a.png")
+    Path("elsewhere").symlink_to("gallery")
+    for path in ("r.png", "folder.html/../r.png", tmp_path / "r.png"):
+        assert "is read by the same command" in refused(("output", path, storage.PICTURE), inputs=["r.png"])
+    for path in ("gallery/0001/a.png", "link.png", "elsewhere/0001/a.png"):
+        assert "is read by the same command" in refused(("output", path, storage.PICTURE), inputs=["gallery"])
+        assert "is read by the same command" in refused(("gallery_uri", path, "reid-index"), inputs=["elsewhere"])
+    picture("r-001.png", mark=False)
+    assert "r-001.png: exists" in refused(("output", "r.png", storage.PICTURE), overwrite=False)  # a numbered sheet
+    Path("link.json").symlink_to("r.json")
+    outputs = ("json", "r.json", storage.RESULTS), ("gallery_uri", "link.json", "reid-index")
+    assert "two outputs of this command" in refused(*outputs)
+    for path, kind in (("folder.html", storage.REPORT), ("new.txt", storage.RESULTS), ("new", storage.PICTURE),
+                       ("gallery", "reid-index")):
+        assert "give a file that ends in" in refused(("option", path, kind))
+    storage.check_outputs([("json", "r.json", storage.RESULTS), ("report", "new/r.html", storage.REPORT), ("output", None, "")],
+                          ["."])
+
+
+def test_the_owner_is_kept(path):
+    if os.getuid():
+        pytest.skip("only root may give files away")
+    os.chown(path, 1234, 2345)
+    storage.save(path, {}, "kind", 1)
+    assert (path.stat().st_uid, path.stat().st_gid) == (1234, 2345)
 
 
 def test_read_only_files_are_not_replaced(path, monkeypatch):

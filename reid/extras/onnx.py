@@ -8,7 +8,7 @@ from torch import nn
 
 from reid import ReidError
 from reid.checkpoint import load_checkpoint, restore_model
-from reid.files import atomic_path
+from reid.files import ONNX, atomic_path
 from reid.images import MEAN, PREPROCESSING, STD, decode, resize
 from reid.retrieval.extract import Extractor
 
@@ -37,7 +37,7 @@ class Embedder(nn.Module):
         return F.normalize(both.unflatten(0, (2, -1)).sum(0))
 
 
-def export_onnx(checkpoint, output, files, mirror=True, pixels="uint8"):
+def export_onnx(checkpoint, output, files, mirror=True, pixels="uint8", overwrite=False):
     """Write the network of `checkpoint` (a .pth file) to `output` and return its lowest cosine to PyTorch on `files`.
 
     The ONNX graph takes `images` [N, 3, H, W] of any N, RGB, resized: uint8, or with pixels="float" float32 in 0..1 minus
@@ -56,10 +56,10 @@ def export_onnx(checkpoint, output, files, mirror=True, pixels="uint8"):
     extractor = Extractor(checkpoint, device="cpu", precision="fp32", mirror=mirror)
     expected = extractor.embed(files)
     network = Embedder(restore_model(load_checkpoint(checkpoint), checkpoint), mirror, pixels).eval()
-    with atomic_path(output) as temporary:
+    with atomic_path(output, ONNX, overwrite) as temporary:
         _write(network, extractor.size, temporary)
         graph = onnx.load(temporary)
-        onnx.helper.set_model_props(graph, {"fingerprint": extractor.fingerprint, "preprocessing": PREPROCESSING,
+        onnx.helper.set_model_props(graph, {"format": ONNX, "fingerprint": extractor.fingerprint, "preprocessing": PREPROCESSING,
                                             "input": INPUTS[pixels], "mirror": str(mirror).lower()})
         onnx.save(graph, temporary)
         session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])

@@ -8,9 +8,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from reid import ReidError, images
 from reid.data.names import DISTRACTOR, JUNK, UNKNOWN, UNKNOWN_PID, identity_name
-from reid.files import atomic_path
+from reid.files import PICTURE, atomic_path, check_outputs
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+SOFTWARE = 0x0131  # EXIF tag, which holds the mark of our pictures
 MAX_HITS = 100  # hits drawn for one query; the caption of the query shows how many there are
 PER_LINE, LINES = 10, 10  # hits on a line; lines of a sheet (a query takes one for each PER_LINE hits)
 
@@ -46,16 +47,18 @@ def identity(pid, path):
     return f"id {name}" if name.isdecimal() else name
 
 
-def draw_ranking(output, ranked_lists, positions=None):
+def draw_ranking(output, ranked_lists, positions=None, overwrite=False):
     """Draw ranked lists into picture files and return the paths written.
 
     output: .png, .jpg or .webp. A sheet holds LINES lines; more go on numbered sheets (out-001.png, out-002.png ...).
     ranked_lists: list of RankedList; with a threshold each hit is marked as match or no match. positions: draw only these
     ranks, such as (1, 5, 10, 15); default: all up to MAX_HITS. An image that cannot be read becomes a tile that says so.
+    overwrite: replace other files than our pictures, too; see `reid.files.check_output`.
     """
     output, sheets, written, room = Path(output), [], [], 0
-    if output.is_dir() or output.suffix.lower() not in FORMATS:
-        raise ReidError(f"--output {output}: give a file that ends in {', '.join(FORMATS)}")
+    mark = Image.Exif()
+    mark[SOFTWARE] = PICTURE
+    check_outputs([("output", output, PICTURE)], overwrite=overwrite)
     for ranked in ranked_lists:
         shown = [ranked[p - 1] for p in positions or range(1, MAX_HITS + 1) if 0 < p <= len(ranked)]
         if _lines(shown) > room:
@@ -66,8 +69,8 @@ def draw_ranking(output, ranked_lists, positions=None):
     for number, sheet in enumerate(sheets, 1):
         file = output.with_stem(f"{output.stem}-{number:03d}") if len(sheets) > 1 else output
         picture = _draw_sheet(sheet)
-        with atomic_path(file) as temporary:
-            picture.save(temporary, FORMATS[output.suffix.lower()], compress_level=3, quality=92)  # of PNG; of the others
+        with atomic_path(file, PICTURE, overwrite) as temporary:  # level of PNG, quality of the others
+            picture.save(temporary, FORMATS[file.suffix.lower()], exif=mark, compress_level=3, quality=92)
         written.append(file)
     return written
 

@@ -9,28 +9,17 @@ from pathlib import Path
 
 import torch
 
-from reid import ReidError, __version__
+from reid import __version__
 from reid.cli import without_secrets
 from reid.extras import analysis, pictures
-from reid.files import atomic_path
+from reid.files import REPORT, atomic_path
 from reid.retrieval import metrics
 from reid.retrieval.protocol import blocks, make_task
 
-MARK = '<meta name="generator" content="human re-identification report">'  # `check_path` recognises our reports by it
 QUERIES, SHOWN, IGNORED = 20, 10, 3  # worst queries; hits of each that count; hits of each that do not count
 CARDS, NAMED = 12, 20  # examples of a kind; files named of a kind
 BADGES = {"right": "✓", "wrong": "×", "distractor": "×", "junk": "–"}
 SERIES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7")  # Okabe and Ito's, distinct for every kind of colour vision
-
-
-def check_path(path):
-    """Raise ReidError if `write_report` must not write `path`: a folder, or a file that is not a report."""
-    path = Path(path)
-    if path.is_dir() or path.suffix.lower() not in (".html", ".htm"):
-        name = path / "report.html" if path.is_dir() else path.with_name(f"{path.name}.html")
-        raise ReidError(f"--report {path}: give the name of an HTML file, such as {name}")
-    if path.exists() and not (path.is_file() and MARK.encode() in path.open("rb").read(4096)):
-        raise ReidError(f"--report {path}: exists and is not a report; choose another name")
 
 
 def write_report(path, title, queries, gallery, data, results, intervals, roc, arguments, versions):
@@ -40,12 +29,11 @@ def write_report(path, title, queries, gallery, data, results, intervals, roc, a
     (with --multi_query its queries are tracklets). results: {name of the scoring: EvalResult}; the first one ranks by
     cosine, and worst queries, confused people, label errors and score charts are its. intervals: {name: result of
     `metrics.bootstrap`}. roc: RocResult with the rates 1e-4, 1e-2 and arguments["far"], or None. arguments: the command
-    line's, by name. versions: {library: version}. Raises ReidError as `check_path` does.
+    line's, by name. versions: {library: version}.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    check_path(path)
     folder, protocol, result = Path(__file__).parent, arguments["protocol"], next(iter(results.values()))
     style = (folder / "report.css").read_text("utf-8")
     found = analysis.extremes(*data.values(), protocol=protocol)
@@ -54,7 +42,7 @@ def write_report(path, title, queries, gallery, data, results, intervals, roc, a
                               trim_blocks=True, lstrip_blocks=True)
     html = environment.get_template("report.html").render(
         title=title, style=Markup(style), digest=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
-        mark=Markup(MARK), badges=BADGES, gallery=gallery, result=result, results=results, roc=roc,
+        mark=REPORT, badges=BADGES, gallery=gallery, result=result, results=results, roc=roc,
         arguments={name: without_secrets(str(value)) for name, value in arguments.items()},
         intervals=intervals, far=arguments["far"], cmc=_cmc_chart(results), curve=roc and _roc_chart(roc),
         scores=roc and _score_chart(roc, arguments["far"]),
@@ -65,7 +53,7 @@ def write_report(path, title, queries, gallery, data, results, intervals, roc, a
         dissimilar=roc and analysis.dissimilar_matches(found, roc),
         left_out=_left_out(tiles, result, queries.bad + gallery.bad), queries=queries, versions=versions, code=__version__,
         meaning=pictures.MEANING, shown=SHOWN, card_count=CARDS, unlike=analysis.UNLIKE)
-    with atomic_path(path) as temporary:
+    with atomic_path(path, REPORT, arguments.get("overwrite", False)) as temporary:
         temporary.write_bytes(html.encode("utf-8", "replace"))
     return Path(path)
 

@@ -221,11 +221,14 @@ class GalleryIndex:
     def _content_differs(self, row, path):
         return file_stats([Path(self.data_root) / path])[2].item() not in (-1, self.contents[row].item())
 
-    def save(self, path):
-        """Write the index, whole or not at all. An index of another folder, or any other file there, raises ReidError."""
+    def save(self, path, overwrite=False):
+        """Write the index, whole or not at all. An index of another folder, or any other file there, raises ReidError.
+
+        overwrite: replace these, too.
+        """
         self._require_plain("save")
-        check_replaceable(path, self.data_root, self.queries is not None)
-        save(path, self._part(), FORMAT, VERSION)
+        check_replaceable(path, self.data_root, self.queries is not None, overwrite)
+        save(path, self._part(), FORMAT, VERSION, overwrite)
 
     def _part(self):
         columns = {name: getattr(self, name).clone(memory_format=torch.contiguous_format) for name in COLUMNS}

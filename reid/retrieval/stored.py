@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from reid import ReidError
+from reid.files import check_output
 
 FORMAT, VERSION = "reid-index", 3
 
@@ -20,26 +21,25 @@ def same_folder(one, other):
     return str(one) == str(other) or Path(one).resolve() == Path(other).resolve()
 
 
-def check_replaceable(path, data_root, queries):
+def check_replaceable(path, data_root, queries, overwrite=False):
     """Raise ReidError where `path` holds anything but an index (of any version) of the images below `data_root`.
 
-    queries: whether the new index has queries. One with queries, of eval.py, is not replaced by one without.
+    queries: whether the new index has queries. One with queries, of eval.py, is not replaced by one without. overwrite: any
+    index may be replaced, and what else `check_output` permits.
     """
-    if not os.path.lexists(path):
+    check_output(path, FORMAT, overwrite)
+    if overwrite or not os.path.exists(path):
         return
+    other = f"or name another, such as --gallery_uri {Path(path).with_stem(Path(path).stem + '-2')}"
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        ours = found["format"] == FORMAT
-    except Exception:  # not a file of tensors: torch raises half a dozen types
-        ours = False
-    if not ours:
-        raise ReidError(f"{path}: exists and is not an index that can be read; remove it, or choose another --gallery_uri")
+    except Exception as error:  # torch raises half a dozen types
+        raise ReidError(f"{path}: an index that cannot be read; replace it with --overwrite, {other}") from error
     if not same_folder(found.get("data_root"), data_root):
-        raise ReidError(f"{path}: the index of {found.get('data_root')} would be replaced by one of {data_root}; remove it, or "
-                        f"name another, such as --gallery_uri {Path(path).with_stem(Path(path).stem + '-2')}")
+        raise ReidError(f"{path}: the index of {found.get('data_root')} would be replaced by one of {data_root}; add "
+                        f"--overwrite, {other}")
     if isinstance(found.get("queries"), dict) and not queries:
-        raise ReidError(f"{path}: eval.py's index, whose queries would be lost; search it with --load_index, or name another, "
-                        f"such as --gallery_uri {Path(path).with_stem(Path(path).stem + '-2')}")
+        raise ReidError(f"{path}: eval.py's index, whose queries would be lost; search it with --load_index, {other}")
 
 
 def check_made_of(gallery, uri, data_root, again):

@@ -230,6 +230,6 @@ def test_names_of_runs_are_plain():
 def test_only_files_are_replaced(tmp_path, make):
     """`--json /dev/null` by root must leave the device alone."""
     make(tmp_path / "x")
-    with pytest.raises(ReidError, match="is not a file"), storage.atomic_path(tmp_path / "x"):
+    with pytest.raises(ReidError, match="is not a file"), storage.atomic_path(tmp_path / "x", "kind"):
         pass
     assert not (tmp_path / "x").is_file() and len(list(tmp_path.iterdir())) == 1

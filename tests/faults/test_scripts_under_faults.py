@@ -18,6 +18,8 @@ import torch
 from fault_lab import contents, raw, small_disk, state
 from PIL import Image
 
+from reid.files import write_json
+
 COMMANDS = ["data_prep", "train", "eval", "inference"]
 SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 
@@ -73,7 +75,7 @@ def old(lab):
         elif name == "eval":
             lab.start(name, folder).works()
         elif name == "inference":
-            (folder / "r.json").write_text("{}")
+            write_json(folder / "r.json", {})
         return folder
     return prepared
 

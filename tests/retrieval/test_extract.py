@@ -353,7 +353,7 @@ def test_openvino_gives_the_same_and_keeps_what_it_compiled(checkpoint, crops, m
             kept.write_bytes(kept.read_bytes()[:-100])
         if start == "read-only":
             kept.unlink()
-            monkeypatch.setattr("reid.files.atomic_path", lambda path: (_ for _ in ()).throw(OSError(30, "read-only")))
+            monkeypatch.setattr("reid.files.atomic_path", lambda *_: (_ for _ in ()).throw(OSError(30, "read-only")))
         extractor = Extractor(checkpoint, precision="fp32", network=OpenVinoNetwork)
         torch.testing.assert_close(extractor.embed(crops), expected, atol=1e-4, rtol=0)
         torch.testing.assert_close(extractor.embed(crops[:1]), expected[:1], atol=1e-4, rtol=0)

@@ -239,16 +239,24 @@ def test_an_index_replaces_only_an_index_of_the_same_folder(tmp_path):
     files.save(path, index._part(), FORMAT, VERSION - 1)  # an older version
     index.save(path)
     content = path.read_bytes()
+    others = GalleryIndex.build(Flat(), photos(tmp_path / "others"), progress=False)
     with pytest.raises(ReidError, match="--gallery_uri"):
-        GalleryIndex.build(Flat(), photos(tmp_path / "others"), progress=False).save(path)
+        others.save(path)
     assert path.read_bytes() == content
+    others.save(path, overwrite=True)
+    assert GalleryIndex.load(path).data_root == others.data_root
     for name, make in {"best.pth": lambda p: files.save(p, {}, "reid-checkpoint", 1), "q.jpg": lambda p: p.write_bytes(b"image"),
                        "other.pt": lambda p: torch.save({"a": 1}, p)}.items():
         make(tmp_path / name)
         content = (tmp_path / name).read_bytes()
-        with pytest.raises(ReidError, match="is not an index that can be read; remove it"):
+        with pytest.raises(ReidError, match="is a checkpoint; choose another" if name == "best.pth" else "with --overwrite"):
             index.save(tmp_path / name)
         assert (tmp_path / name).read_bytes() == content
+    with pytest.raises(ReidError, match="is a checkpoint"):
+        index.save(tmp_path / "best.pth", overwrite=True)
+    for name in ("a.pt", "q.jpg", "other.pt"):
+        index.save(tmp_path / name, overwrite=True)
+        assert GalleryIndex.load(tmp_path / name).data_root == index.data_root
 
 
 def test_empty_and_add(tmp_path):
