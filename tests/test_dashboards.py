@@ -1,4 +1,7 @@
-"""dashboards.sh, started for real: pages, host names, passwords, signals, deaths, taken ports; no process may stay."""
+"""dashboards.sh: pages, host names, passwords, signals, deaths, taken ports; no process may stay.
+
+Where only the script's care for its processes matters, a small server stands in for MLflow, which takes ten seconds to start.
+"""
 
 import contextlib
 import json
@@ -40,6 +43,20 @@ def until(found, what, seconds=90):
     return result
 
 
+MLFLOW = """#!/usr/bin/env python3
+import http.server, subprocess, sys
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"experiment_id": "1"}')
+
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", "worker"])
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+"""
+
+
 class Dashboards:
     """The script on a terminal of its own. A mark in their environment finds its processes, whatever their parents are."""
 
@@ -48,7 +65,7 @@ class Dashboards:
         settings = {"TENSORBOARD_PORT": str(free_port()), "MLFLOW_PORT": str(free_port())} | settings
         self.ports = {name: port for name, port in settings.items() if name.endswith("_PORT")}
         name, value = self.mark.split("=")
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        path = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
         env = {name: value for name, value in os.environ.items() if name not in ("HOST", "MLFLOW_TRACKING_URI")}
         env |= settings | {name: value, "PATH": path, "TMPDIR": str(folder), "CDPATH": "/"}
         self.pid, self.terminal = pty.fork()
@@ -104,9 +121,12 @@ def start(tmp_path, root, database):
     (folder / "reid").symlink_to(root / "reid")
     started = []
 
-    def start(fresh=False, **settings):
-        if not fresh:  # creating one takes seconds
+    def start(real=False, **settings):
+        if not real:
             shutil.copy(database, folder)
+            (folder / "bin").mkdir()
+            (folder / "bin/mlflow").write_text(MLFLOW)
+            (folder / "bin/mlflow").chmod(0o755)
         started.append(Dashboards(folder, **settings))
         return started[-1]
 
@@ -118,7 +138,7 @@ def start(tmp_path, root, database):
 
 
 def test_both_pages_show_a_run_while_it_trains_and_the_end_of_the_terminal_ends_all(start, tmp_path, monkeypatch):
-    dashboards = start(fresh=True)
+    dashboards = start(real=True)
     dashboards.read("learning\n")
     for name, path in ("TENSORBOARD_PORT", "\n"), ("MLFLOW_PORT", "/#/experiments/1/runs?workflowType=machine_learning\n"):
         assert f"http://127.0.0.1:{dashboards.ports[name]}{path}" in dashboards.text
@@ -152,7 +172,7 @@ def test_both_pages_show_a_run_while_it_trains_and_the_end_of_the_terminal_ends_
 def test_the_death_of_mlflow_ends_all_its_workers_too(start):
     dashboards = start()
     dashboards.read("learning\n")
-    assert dashboards.find("uvicorn")
+    assert dashboards.find("worker")
     os.kill(dashboards.find("mlflow server"), signal.SIGKILL)
     assert dashboards.ended() == 1
     assert dashboards.text.splitlines()[-1].startswith("dashboards.sh: error: mlflow has stopped")
@@ -211,7 +231,8 @@ def test_a_tracking_server_is_refused_without_its_password(start):
 
 
 def test_the_password_of_a_store_is_neither_printed_nor_a_process_argument(start):
-    dashboards = start(MLFLOW_TRACKING_URI="s3cret://user:s3cret@host/s3cret")  # no such database: MLflow quotes the address
+    # No such kind of database: MLflow quotes the address.
+    dashboards = start(real=True, MLFLOW_TRACKING_URI="s3cret://user:s3cret@host/s3cret")
     server = until(lambda: dashboards.find("mlflow server"), "mlflow")
     seen = dashboards.processes()
     assert server in seen and not any("s3cret" in line for line in seen.values())
