@@ -6,12 +6,13 @@ Several GPUs: torchrun --nproc_per_node N eval.py --save_index
 """
 
 import argparse
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 from reid import ReidError, distributed
 from reid.checkpoint import checkpoint_path, fingerprint, load_checkpoint, versions
-from reid.cli import HelpFormatter, check_network, check_ranges, left_out_status, run
+from reid.cli import HelpFormatter, check_network, check_ranges, command, left_out_status, run
 from reid.data.datasets import read_split
 from reid.files import REPORT, RESULTS, check_outputs, write_json
 from reid.model import pick_device
@@ -20,7 +21,7 @@ from reid.retrieval.evaluation import gather_data, learn_spacetime, score, set_t
 from reid.retrieval.extract import add_arguments
 from reid.retrieval.index import GalleryIndex
 from reid.retrieval.protocol import PROTOCOLS, SPLITS
-from reid.retrieval.stored import FORMAT, check_made_of, check_replaceable, is_milvus
+from reid.retrieval.stored import FORMAT, check_current, check_replaceable, default_uri, is_milvus, save_command
 
 
 def get_args_parser():
@@ -30,8 +31,10 @@ def get_args_parser():
     add("--compare", nargs=2, metavar="RUN", help="print two runs side by side, from their saved indexes, and stop")
     add = parser.add_argument_group("data").add_argument
     add("--data_root", nargs="+", default=["data/market-1501-grouped"], help="grouped datasets with query/ and gallery/")
-    add("--load_index", action="store_true", help="read the embeddings from the index, embed nothing")
-    add("--save_index", action="store_true", help="keep the embeddings and the threshold in the index")
+    add("--load_index", action="store_true", help="read the embeddings from the index, embed nothing; refused where images have "
+        "changed since")
+    add("--save_index", action="store_true", help="keep embeddings and threshold in the index; one that is there already, of the "
+        "same network, is brought up to date: only new and changed images are embedded")
     add("--gallery_uri", help="the index: a file, or Milvus as name.db or http://host:19530 (default: index/<run>.pt)")
     add = parser.add_argument_group("protocol and scoring").add_argument
     add("--protocol", nargs="+", choices=PROTOCOLS, default=["market"], help="of all datasets, or one for each. nocam: only the "
@@ -61,7 +64,7 @@ def main(args):
     documents, status = [], 0
     for exp_name, (data_root, protocol) in product(args.exp_name, zip(args.data_root, args.protocol)):
         one = argparse.Namespace(**vars(args) | {"exp_name": exp_name, "data_root": data_root, "protocol": protocol})
-        one.gallery_uri = args.gallery_uri or f"index/{exp_name}.pt"
+        one.gallery_uri = args.gallery_uri or default_uri(exp_name)
         checkpoint, record, wanted = open_model(one)
         index = load_index(one, one.gallery_uri, wanted) if args.load_index else build_index(one, checkpoint, rank, world_size)
         if rank == 0:
@@ -95,11 +98,13 @@ def check_arguments(args):
     if set(args.protocol) & set(SPLITS) and (args.report or args.compare or args.single_shot):
         raise ReidError("--report, --compare and --single_shot are of one gallery, but --protocol viper and prid draw ten: use "
                         "--protocol market")
+    if args.load_index and args.save_index:
+        raise ReidError("--load_index and --save_index: give one of them; --save_index alone embeds only what has changed")
     if args.multi_query and args.spacetime:
         raise ReidError("--spacetime needs the time of each query, which --multi_query averages over: give one of them")
     if args.multi_query and "nocam" in args.protocol:
         raise ReidError("--multi_query averages the images of one camera, which --protocol nocam ignores: give one of them")
-    uris = [uri for exp_name in args.exp_name if not is_milvus(uri := args.gallery_uri or f"index/{exp_name}.pt")]
+    uris = [uri for exp_name in args.exp_name if not is_milvus(uri := args.gallery_uri or default_uri(exp_name))]
     saved, loaded = (uris, []) if args.save_index else ([], uris)
     folders = [Path(root, split) for root in args.data_root for split in ("gallery", "query", "train")]
     check_outputs([("json", args.json, RESULTS), ("report", args.report, REPORT),
@@ -163,19 +168,23 @@ def open_model(args):
 
 
 def build_index(args, checkpoint, rank, world_size):
-    """Embed gallery and queries of the dataset."""
+    """Embed gallery and queries of the dataset; with --save_index only what is new or has changed since."""
     from reid.extras.network import make_extractor
 
     images, queries = read_split(args.data_root, "gallery"), read_split(args.data_root, "query")
     extractor = make_extractor(args, checkpoint)
-    if rank == 0:
-        print(extractor.describe(), flush=True)
+    old = None
+    if args.save_index and not is_milvus(args.gallery_uri):
+        old = GalleryIndex.reusable(args.gallery_uri, extractor, args.data_root)
     accounts = [images.account(f"{args.data_root}/gallery", args.strict), queries.account(f"{args.data_root}/query", args.strict)]
     if rank == 0:
-        print(*accounts, sep="\n")
+        print(extractor.describe(), *accounts, sep="\n", flush=True)
     options = {"strict": args.strict, "rank": rank, "world_size": world_size, "progress": rank == 0}
-    index = GalleryIndex.build(extractor, images, **options)
-    index.queries = GalleryIndex.build(extractor, queries, **options)
+    index = GalleryIndex.build(extractor, images, old=old, **options)
+    index.queries = GalleryIndex.build(extractor, queries, old=None if old is None else old.queries, **options)
+    if rank == 0 and old is not None:
+        print(f"{args.gallery_uri}: gallery {index.update(old)}"
+              + (f"; queries {index.queries.update(old.queries)}" if old.queries is not None else ""))
     if rank == 0 and not (len(index) and len(index.queries)):
         raise ReidError(f"{args.data_root}: not one image of its {'gallery' if not len(index) else 'query'} could be read")
     return index
@@ -188,14 +197,10 @@ def load_index(args, uri, wanted):
 
         index = milvus.load_index(uri, args.exp_name, wanted)
     else:
-        index = GalleryIndex.load(uri, wanted)
-    again = f"make it again: python eval.py --save_index --exp_name {args.exp_name} --data_root {args.data_root}"
+        index = GalleryIndex.load(uri, wanted, partial(save_command, args))
     if index.queries is None:
-        raise ReidError(f"{uri}: has a gallery but no queries; {again}")
-    check_made_of(index, uri, args.data_root, again)
-    if args.mirror not in (None, index.mirror):
-        raise ReidError(f"{uri}: made {'with' if index.mirror else 'without'} mirrored images; give "
-                        f"{'--mirror' if index.mirror else '--no-mirror'}, or {again}")
+        raise ReidError(f"{uri}: has a gallery but no queries; make them: {save_command(args, index)}")
+    check_current(index, uri, args.data_root, args)
     args.mirror, index.device = index.mirror, distributed.device or pick_device(args.device)
     return index
 
@@ -213,11 +218,12 @@ def save_index(index, uri, exp_name, overwrite=False):
 
 def saved_run(name, args):
     """(name, index, EvalResult) of a run, or of a --network by its name, whose index was saved with its queries."""
-    uri, checkpoint = f"index/{name}.pt", Path(f"models/{name}/best.pth")
+    uri, checkpoint = default_uri(name), Path(f"models/{name}/best.pth")
     wanted = fingerprint(load_checkpoint(checkpoint_path(name))) if checkpoint.exists() or not Path(uri).exists() else None
-    index = GalleryIndex.load(uri, wanted)
+    again = command("eval.py", save_index=True, exp_name=name)
+    index = GalleryIndex.load(uri, wanted, lambda index: again)
     if index.queries is None:
-        raise ReidError(f"{uri}: has a gallery but no queries; make it again: python eval.py --save_index --exp_name {name}")
+        raise ReidError(f"{uri}: has a gallery but no queries; make them: {again}")
     index = index.camera_normalised() if args.camera_norm else index
     return name, index, metrics.evaluate(*gather_data(index).values(), protocol=args.protocol[0])
 

@@ -6,6 +6,7 @@ python inference.py --gallery my/crops --query_paths 'my/queries/*.png' --output
 
 import argparse
 import glob
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from reid.retrieval.extract import add_arguments
 from reid.retrieval.index import GalleryIndex
 from reid.retrieval.ranked import Query, rerank_lists, weigh_lists
 from reid.retrieval.spacetime import SpaceTime
-from reid.retrieval.stored import FORMAT, check_made_of, check_replaceable, is_milvus
+from reid.retrieval.stored import FORMAT, check_current, check_replaceable, default_uri, is_milvus, save_command
 
 DATA_ROOT = "data/market-1501-grouped"
 CANDIDATES = 200  # hits that re-ranking and camera + time reorder
@@ -44,8 +45,10 @@ def get_args_parser():
     add = parser.add_argument_group("gallery").add_argument
     add("--data_root", help=f"grouped dataset whose gallery/ is searched (default: that of the index, else {DATA_ROOT})")
     add("--gallery", metavar="DIR", help="search any folder of images instead (default: off)")
-    add("--load_index", action="store_true", help="read the gallery from the index, embed only the queries")
-    add("--save_index", action="store_true", help="keep the gallery's embeddings in the index")
+    add("--load_index", action="store_true", help="read the gallery from the index, embed only the queries; refused where images "
+        "have changed since")
+    add("--save_index", action="store_true", help="keep the gallery's embeddings in the index; one that is there already, of the "
+        "same network, is brought up to date: only new and changed images are embedded")
     add("--gallery_uri", help="the index: a file, or Milvus as name.db or http://host:19530 (default: index/<run>.pt, "
         "of a --gallery index/<run>--<its folder>.pt)")
     add("--index_type", default="FLAT", help="of a Milvus gallery that is saved: FLAT is exact; HNSW and IVF_SQ8 "
@@ -70,7 +73,7 @@ def get_args_parser():
 def main(args):
     from reid.extras import network
 
-    uri = check_arguments(args)
+    check_arguments(args)
     checkpoint = Path("index", args.exp_name, "network") if args.network else checkpoint_path(args.exp_name)
     if args.export:
         return export(args, checkpoint)
@@ -80,10 +83,10 @@ def main(args):
         listener = page.listen(args.host, args.port)  # a taken port is an error before the gallery is embedded
     rank, world_size = distributed.start(args.device)  # torchrun: every rank embeds its part
     extractor = network.make_extractor(args, checkpoint)
-    index = load_gallery(args, uri, extractor) if args.load_index else None
+    index = load_gallery(args, extractor) if args.load_index else None
     args.data_root = args.data_root or (index.data_root if index is not None else DATA_ROOT)
     query_files = [] if args.serve else find_queries(args)
-    file = None if is_milvus(uri) else uri
+    file = None if is_milvus(args.gallery_uri) else args.gallery_uri
     outputs = [("output", args.output, PICTURE), ("json", args.json, RESULTS), ("gallery_uri", args.save_index and file, FORMAT)]
     check_outputs(outputs, [*query_files, args.gallery or Path(args.data_root, "gallery"), args.load_index and file],
                   args.overwrite)
@@ -92,7 +95,7 @@ def main(args):
         left_out_status(bad)
         raise ReidError("none of the queries could be read; give images such as JPEG or PNG")
     if index is None:
-        index = build_gallery(args, uri, extractor, rank, world_size)
+        index = build_gallery(args, extractor, rank, world_size)
     if args.camera_norm and isinstance(index, GalleryIndex):
         index = index.camera_normalised()
     ranks = {"rank": rank, "world_size": world_size} if isinstance(index, GalleryIndex) and not args.serve else {}
@@ -102,7 +105,7 @@ def main(args):
         print(f"{extractor.describe()}; {len(index):,} images in the gallery"
               f"{', camera statistics taken out' * index.normalised}", flush=True)
     if args.serve:
-        file = uri if args.load_index and isinstance(index, GalleryIndex) else None
+        file = args.gallery_uri if args.load_index and isinstance(index, GalleryIndex) else None
         return page.serve(page.create_app(extractor, index, [args.host, *args.allowed_hosts], file), listener)
 
     evidence = SpaceTime.load(checkpoint.with_name("spacetime.pt"), index.space, args.data_root) if args.spacetime else None
@@ -125,7 +128,7 @@ def main(args):
 
 
 def check_arguments(args):
-    """Raise ReidError for arguments that cannot work, before any work is done; return the URI of the index."""
+    """Raise ReidError for arguments that cannot work, before any work is done; give --gallery_uri its default."""
     check_ranges(args, {"topk": (1, 1 << 40), "positions": (1, 1 << 40), "cameras": (-1, 1 << 40), "batch_size": (1, 1 << 16),
                         "port": (0, 65535)})
     check_network(args)
@@ -135,17 +138,15 @@ def check_arguments(args):
         raise ReidError(f"--positions {min(args.positions)}: beyond --topk {args.topk}, so nothing would be drawn")
     if args.frames and args.frames[0] > args.frames[1]:
         raise ReidError(f"--frames {args.frames[0]} {args.frames[1]}: give the first frame, then the last one")
-    part = f"--{Path(args.gallery).resolve().name}" if args.gallery else ""  # eval.py's index is of the dataset's gallery
-    uri = args.gallery_uri or f"index/{args.exp_name}{part}.pt"
+    uri = args.gallery_uri = args.gallery_uri or default_uri(args.exp_name, args.gallery)
     if args.gallery and args.spacetime and not args.data_root:
         raise ReidError("--spacetime: learned on a dataset by eval.py; give its --data_root beside --gallery")
     if args.load_index and args.save_index:
-        raise ReidError("--load_index and --save_index: an index that is loaded is saved already; give one of them")
+        raise ReidError("--load_index and --save_index: give one of them; --save_index alone embeds only what has changed")
     if args.index_type != "FLAT" and not (args.save_index and is_milvus(uri)):
         raise ReidError(f"--index_type {args.index_type}: of a gallery kept in Milvus; give --save_index and --gallery_uri")
     if args.save_index and not is_milvus(uri):
         check_replaceable(uri, args.gallery or args.data_root or DATA_ROOT, queries=False, overwrite=args.overwrite)
-    return uri
 
 
 def export(args, checkpoint):
@@ -174,40 +175,43 @@ def find_queries(args):
     return found
 
 
-def load_gallery(args, uri, extractor):
-    """Open the saved gallery; raises ReidError where it was made of other weights or of another folder."""
-    if is_milvus(uri):
+def load_gallery(args, extractor):
+    """Open the saved gallery; raises ReidError where it was made of other weights, of another folder, or of other images."""
+    if is_milvus(args.gallery_uri):
         from reid.extras import milvus
 
-        index = milvus.open_gallery(uri, args.exp_name, extractor)
+        index = milvus.open_gallery(args.gallery_uri, args.exp_name, extractor)
     else:
-        index = GalleryIndex.load(uri, extractor)
-    check_made_of(index, uri, args.gallery or args.data_root or index.data_root,
-                  f"make it again: python inference.py --save_index --exp_name {args.exp_name}"
-                  + (f" --gallery {args.gallery}" if args.gallery else ""))
+        index = GalleryIndex.load(args.gallery_uri, extractor, partial(save_command, args))
+    check_current(index, args.gallery_uri, args.gallery or args.data_root or index.data_root, args)
     if args.mirror is None:
         extractor.mirror = index.mirror
     return index
 
 
-def build_gallery(args, uri, extractor, rank, world_size):
-    """Embed the gallery; with --save_index it is kept, in Milvus without ever being in memory as a whole."""
+def build_gallery(args, extractor, rank, world_size):
+    """Embed the gallery; with --save_index it is kept, in Milvus without ever being in memory as a whole.
+
+    Of a gallery that is kept already only what is new or has changed is embedded.
+    """
     records = read_folder(args.gallery) if args.gallery else read_split(args.data_root, "gallery")
-    account = records.account(args.gallery or f"{args.data_root}/gallery", args.strict)
+    account, uri = records.account(args.gallery or f"{args.data_root}/gallery", args.strict), args.gallery_uri
     if rank == 0:
         print(account)
+    old = None
     if args.save_index and is_milvus(uri):
         from reid.extras import milvus
 
         index = milvus.build_gallery(uri, args.exp_name, extractor, records, args.index_type, args.strict)
     else:
-        index = GalleryIndex.build(extractor, records, args.strict, rank=rank, world_size=world_size)
+        old = GalleryIndex.reusable(uri, extractor, records.root) if args.save_index else None
+        index = GalleryIndex.build(extractor, records, args.strict, rank=rank, world_size=world_size, old=old)
     if rank == 0 and not len(index):
         raise ReidError(f"{args.gallery or args.data_root}: not one image of the gallery could be read")
     if rank == 0 and args.save_index:
         if isinstance(index, GalleryIndex):
             index.save(uri, args.overwrite)
-        print(f"index saved: {uri}")
+        print(f"index saved: {uri}" + (f" ({index.update(old)})" if old is not None else ""))
         if args.index_type != "FLAT":
             recall, compared = index.recall()
             print(f"{args.index_type}: recall@10 {100 * recall:.1f} % against exact search over {compared:,} images")

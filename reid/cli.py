@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -45,9 +46,16 @@ def printable(text):
     return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
 
 
+def command(script, **options):
+    """Return a command line for a message. An option that is None or False is left out; True makes a flag of it."""
+    words = [f"--{name}" if value is True else f"--{name} {shlex.quote(str(value))}" for name, value in options.items()
+             if value not in (None, False)]
+    return " ".join(["python", script, *words])
+
+
 def left_out_status(bad):
-    """Print the images that could not be read, [(file, reason)]; return the exit status: 3, or 0 without such images."""
-    for file, reason in bad:
+    """Print the images that could not be read, [(file, reason, ...)]; return the exit status: 3, or 0 without such images."""
+    for file, reason, *_ in bad:
         print(f"left out: {printable(file)}: {printable(reason)}", file=sys.stderr)
     if bad:
         print(f"{len(bad):,} images could not be read and were left out (exit status 3)", file=sys.stderr)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -155,8 +156,12 @@ def test_inference_on_any_folder(people, workplace, tmp_path):
     for i, path in enumerate(sorted((people / "gallery").rglob("*.jpg"))[:6]):
         shutil.copy(path, tmp_path / f"no pattern {i}.jpg")
     (tmp_path / "broken.jpg").write_bytes(b"nothing")
-    done = Script(workplace, "inference.py", "--exp_name", "small", "--gallery", tmp_path, "--query_paths",
-                  tmp_path / "no pattern 3.jpg", tmp_path / "broken.jpg", "--topk", 2).works(3)
+    own = ("--exp_name", "small", "--gallery", tmp_path, "--gallery_uri", "index/own.pt")
+    search = (*own, "--query_paths", tmp_path / "no pattern 3.jpg", tmp_path / "broken.jpg", "--topk", 2)
+    done = Script(workplace, "inference.py", *search, "--save_index").works(3)
+    again = Script(workplace, "inference.py", *search, "--load_index").works(3)
+    assert again.err.splitlines() == [line for line in done.err.splitlines() if "left out" in line]
+    assert again.out.partition("\nquery")[2] == done.out.partition("\nquery")[2]
     assert done.err.count("left out: ") == 2 and f"{tmp_path}/broken.jpg" in done.err  # as a query and in the gallery
     assert re.search(r"1  (?:1\.000\d|0\.999\d)  .*no pattern 3\.jpg", done.out)
     assert "broken.jpg" in fails(workplace, "inference.py", "--exp_name", "small", "--gallery", tmp_path, "--strict",
@@ -223,11 +228,15 @@ def test_an_index_of_another_folder_is_refused(people, workplace, tmp_path):
         victim.write_bytes(content + b"x")
         for name in ("eval.py", "inference.py"):
             line = fails(workplace, name, "--exp_name", "small", "--data_root", people, "--load_index")
-            assert "1 images have changed since" in line and victim.name in line and "make it again" in line
+            assert f"(1 changed, such as gallery/{victim.parent.name}/{victim.name}); bring it up to date: python eval.py" in line
+        assert (workplace / "index" / "small.pt").read_bytes() == index
+        command = shlex.split(line.partition("python ")[2])
+        out = works(workplace, *command)
+        assert re.search(r"small.pt: gallery \d+ images kept, 1 embedded, 0 dropped; queries \d+ images kept, 0 embedded, 0", out)
     finally:
         victim.write_bytes(content)
         victim.chmod(mode)
-    assert (workplace / "index" / "small.pt").read_bytes() == index
+    assert "1 embedded" in works(workplace, *command)
 
 
 def test_outputs_never_replace_inputs(people, workplace, tmp_path):

@@ -25,7 +25,7 @@ NO_CAMERA = ("NO CAMERA was read: images from the query's own camera count in th
 class Records:
     """A list of N images: POSIX paths relative to `root`, and identity, camera, sequence and frame as int64 tensors [N].
 
-    left_out: {reason: paths} of the other files that were there.
+    left_out: {reason: paths} of the other files that were there. split: folder of `root` that was listed, "" for `root` itself.
     """
 
     root: Path
@@ -35,6 +35,7 @@ class Records:
     seqs: torch.Tensor
     frames: torch.Tensor
     left_out: dict = field(default_factory=dict)
+    split: str = ""
 
     def __len__(self):
         return len(self.paths)
@@ -89,7 +90,7 @@ def make_records(root, paths, grouped, split="", left_out=None):
     """
     columns = torch.tensor([read_path(path, grouped) for path in paths], dtype=torch.int64).reshape(-1, 4).T.contiguous()
     prefix = f"{split}/" if split else ""
-    return Records(Path(root), [prefix + path for path in paths], *columns, left_out or {})
+    return Records(Path(root), [prefix + path for path in paths], *columns, left_out or {}, split)
 
 
 def read_split(data_root, split):
@@ -97,13 +98,19 @@ def read_split(data_root, split):
     folder = Path(data_root) / split
     if not folder.is_dir():
         raise ReidError(f"{folder}: no such folder; make it with data_prep.py or give another --data_root")
-    found, left_out = list_files(folder)
-    paths = [path for path in found if "/" in path and read_folders(path)[0]]
+    paths, left_out = list_split(data_root, split)
     if not paths:
         raise ReidError(f"{folder}: no images in sub-folders named by identity; make them with data_prep.py")
+    return make_records(data_root, paths, True, split, left_out)
+
+
+def list_split(data_root, split):
+    """`list_files` of `data_root/split`, where only images in identity folders are taken; without a split, of `data_root`."""
+    found, left_out = list_files(Path(data_root) / split)
+    paths = [path for path in found if not split or ("/" in path and read_folders(path)[0])]
     if beside := sorted(set(found) - set(paths)):
         left_out[BESIDE] = beside
-    return make_records(data_root, paths, True, split, left_out)
+    return paths, left_out
 
 
 def read_folder(folder):

@@ -122,7 +122,7 @@ def _left_out(tiles, result, unreadable):
         skipped = (result.reason == metrics.REASONS.index(why)).nonzero()[:NAMED, 0].tolist()
         rows.append(("queries", why, [tiles.queries.paths[tiles.first[row]] for row in skipped], count))
     if unreadable:
-        rows.append(("images", "cannot be read", [f"{file}: {why}" for file, why in unreadable[:NAMED]], len(unreadable)))
+        rows.append(("images", "cannot be read", [f"{file}: {why}" for file, why, *_ in unreadable[:NAMED]], len(unreadable)))
     return rows
 
 

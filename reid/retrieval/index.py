@@ -1,7 +1,6 @@
 """The gallery index: one matrix of embeddings with the labels of each image, its file, and exact search."""
 
 import copy
-import os
 import warnings
 from pathlib import Path
 
@@ -16,11 +15,11 @@ from reid.images import PREPROCESSING
 from reid.retrieval.camera import CameraStatistics
 from reid.retrieval.ranked import ranked_lists
 from reid.retrieval.search import ExactSearch, merge_shards
-from reid.retrieval.stored import FORMAT, VERSION, check_replaceable
+from reid.retrieval.stored import FORMAT, VERSION, check_replaceable, find_unchanged, same_folder
 
 STATS = ("sizes", "mtimes", "contents")  # of the image files, see `file_stats`
 COLUMNS = ("pids", "camids", "seqs", "frames", *STATS)  # int64 [N] each
-PLAIN = {"data_root": str, "fingerprint": str, "preprocessing": str, "mirror": bool, "names": dict,
+PLAIN = {"data_root": str, "split": str, "bad": list, "fingerprint": str, "preprocessing": str, "mirror": bool, "names": dict,
          **dict.fromkeys(("threshold", "camera_threshold", "false_accept_rate"), (int, float, type(None)))}
 
 
@@ -30,7 +29,8 @@ class GalleryIndex:
     Make one with `build` (from images), with `empty` and `add` (from embeddings), or with `load` (from a file).
     threshold: cosine above which two images are a match, at `false_accept_rate` (None: not measured); camera_threshold: the
     same for `camera_normalised`. names: {pid: name} of identities added by name. queries: a second GalleryIndex with the queries
-    of an evaluation, or None. bad: [(file, reason)] of images that `build` left out. device: where it is searched, that of the
+    of an evaluation, or None. bad: [(file, reason, size, time)] of images that `build` left out. split: folder of `data_root`
+    that was listed, "" for `data_root` itself. kept: rows that `build` took over. device: where it is searched, that of the
     Extractor.
     """
 
@@ -39,24 +39,34 @@ class GalleryIndex:
         self.paths = records.paths if isinstance(records.paths, Paths) else Paths.of(records.paths)
         self.pids, self.camids, self.seqs, self.frames = records.pids, records.camids, records.seqs, records.frames
         self.sizes, self.mtimes, self.contents = file_stats(records.files()) if stats is None else stats
-        self.data_root, self.names = str(records.root), {}
+        self.data_root, self.split, self.names = str(records.root), records.split, {}
         self.fingerprint, self.preprocessing, self.mirror = fingerprint, PREPROCESSING, mirror
         self.normalised = False  # whether camera statistics are taken out
         self.threshold = self.camera_threshold = self.false_accept_rate = self.queries = None
-        self.bad, self.device, self._search, self._statistics = [], "cpu", {}, None
+        self.bad, self.kept, self.device, self._search, self._statistics = [], 0, "cpu", {}, None
         self._copy = None  # without camera statistics, made once
 
     @classmethod
-    def build(cls, extractor, records, strict=False, dtype=torch.float16, progress=True, rank=0, world_size=1):
-        """Embed `records` into an index. Images that cannot be read are left out and listed in `.bad` (`strict` raises)."""
-        own = torch.arange(len(records))[rank::world_size]  # under torchrun each rank embeds its share, which may be empty
+    def build(cls, extractor, records, strict=False, dtype=torch.float16, progress=True, rank=0, world_size=1, old=None):
+        """Embed `records` into an index. Images that cannot be read are left out and listed in `.bad` (`strict` raises).
+
+        old: an index of the same folder by the same network; its rows of files that have not changed are taken over.
+        """
+        rows, mtimes = torch.full((2, len(records)), -1) if old is None else find_unchanged(old, records.paths)
+        own = (rows < 0).nonzero()[:, 0][rank::world_size]  # under torchrun each rank embeds its share, which may be empty
         embeddings, kept, bad = extractor.embed_records(records.select(own).files(), strict, progress, dtype)
-        kept = own[kept]
+        kept, bad = own[kept], [(str(file), str(reason), *file_stats([file])[:2, 0].tolist()) for file, reason in bad]
         stats = file_stats(records.select(kept).files())
         if world_size > 1:
             embeddings, kept, stats, bad = _gather(embeddings, kept, stats, bad)
+        taken = (rows >= 0).nonzero()[:, 0]
+        if len(taken):
+            there = rows[taken]
+            kept, order = torch.cat([kept, taken]).sort()
+            embeddings = torch.cat([embeddings, old.embeddings[there].to(dtype)])[order]
+            stats = torch.cat([stats, torch.stack([old.sizes[there], mtimes[taken], old.contents[there]])], 1)[:, order]
         index = cls(embeddings, records.select(kept), extractor.fingerprint, extractor.mirror, stats)
-        index.bad, index.device = bad, getattr(extractor, "device", "cpu")
+        index.bad, index.kept, index.device = bad, len(taken), getattr(extractor, "device", "cpu")
         return index
 
     @classmethod
@@ -104,7 +114,8 @@ class GalleryIndex:
 
     def records(self):
         """The images as reid.data.datasets.Records."""
-        return Records(Path(self.data_root), list(self.paths), self.pids, self.camids, self.seqs, self.frames)
+        columns = self.pids, self.camids, self.seqs, self.frames
+        return Records(Path(self.data_root), list(self.paths), *columns, split=self.split)
 
     def select(self, rows):
         """Return an index of some rows, int64 [n] or bool [N], without names, thresholds and queries."""
@@ -206,21 +217,6 @@ class GalleryIndex:
             return scores, rows
         return merge_shards(distributed.gather_objects((scores, torch.where(rows < 0, rows, rows + start))), topk)
 
-    def changed(self):
-        """Paths of the images whose content has changed since they were embedded; files that are gone do not count."""
-        found = []
-        for row, (path, size, mtime) in enumerate(zip(self.paths, self.sizes.tolist(), self.mtimes.tolist())):
-            try:
-                now = os.stat(os.path.join(self.data_root, path)) if size >= 0 else None
-            except OSError:
-                continue
-            if now and (now.st_size != size or (now.st_mtime_ns != mtime and self._content_differs(row, path))):
-                found.append(path)
-        return found
-
-    def _content_differs(self, row, path):
-        return file_stats([Path(self.data_root) / path])[2].item() not in (-1, self.contents[row].item())
-
     def save(self, path, overwrite=False):
         """Write the index, whole or not at all. An index of another folder, or any other file there, raises ReidError.
 
@@ -233,30 +229,53 @@ class GalleryIndex:
     def _part(self):
         columns = {name: getattr(self, name).clone(memory_format=torch.contiguous_format) for name in COLUMNS}
         part = {"embeddings": self.embeddings, "path_blob": self.paths.blob, "path_offsets": self.paths.offsets, **columns,
-                **{name: getattr(self, name) for name in PLAIN}}
+                **{name: getattr(self, name) for name in PLAIN}, "bad": [list(row) for row in self.bad]}
         if self.statistics is not None:
             part["statistics"] = self.statistics._asdict()
         return part if self.queries is None else part | {"queries": self.queries._part()}
 
     @classmethod
-    def load(cls, path, extractor_or_fingerprint=None):
-        """Open an index, memory-mapped. With an Extractor (or a fingerprint) one of other weights raises ReidError."""
+    def load(cls, path, extractor_or_fingerprint=None, command=lambda index: "python eval.py --save_index"):
+        """Open an index, memory-mapped. With an Extractor (or a fingerprint) one of other weights raises ReidError.
+
+        command: for the advice, a function of the stored index, or None where that cannot be read.
+        """
         if not Path(path).is_file():
-            raise ReidError(f"{path}: no such index; make it with eval.py --save_index, or without queries with inference.py "
-                            "--save_index")
-        index = cls._restore(load(path, FORMAT, VERSION, mmap=True), path)
+            raise ReidError(f"{path}: no such index; make it: {command(None)}")
+        index = cls._restore(load(path, FORMAT, VERSION, mmap=True), path, command(None))
         wanted = getattr(extractor_or_fingerprint, "fingerprint", extractor_or_fingerprint)
         index.device = getattr(extractor_or_fingerprint, "device", "cpu")
         if index.preprocessing != PREPROCESSING or (wanted is not None and index.fingerprint != wanted):
-            raise ReidError(f"{path}: made by other weights or another preprocessing; make it again with eval.py --save_index")
+            raise ReidError(f"{path}: made by other weights or another preprocessing; make it again: {command(index)}")
         return index
 
     @classmethod
-    def _restore(cls, part, path):
+    def reusable(cls, path, extractor, data_root):
+        """Open the index whose rows a new one of `data_root` may take over: of the same network, mirror images and folder.
+
+        Without one, return None.
+        """
+        try:
+            index = cls.load(path, extractor)
+        except ReidError:
+            index = None
+        if index is not None and index.mirror == extractor.mirror and same_folder(index.data_root, data_root):
+            return index
+        if Path(path).exists() and distributed.rank == 0:
+            print(f"{path}: of another network, of other settings or damaged, so it is made anew", flush=True)
+        return None
+
+    def update(self, old):
+        """Return text on how many rows `build` has taken over from `old`, embedded, and dropped."""
+        dropped = len(set(old.paths) - set(self.paths))
+        return f"{self.kept:,} images kept, {len(self) - self.kept:,} embedded, {dropped:,} dropped"
+
+    @classmethod
+    def _restore(cls, part, path, command):
         """The index of a dict that `_part` made; raises ReidError for one that contradicts itself."""
         def require(condition, reason):
             if not condition:
-                raise ReidError(f"{path}: {reason}; the index is damaged, remove it and make it again with eval.py --save_index")
+                raise ReidError(f"{path}: {reason}; the index is damaged, remove it and make it again: {command}")
 
         embeddings, blob, ends = (part.get(name) for name in ("embeddings", "path_blob", "path_offsets"))
         require(isinstance(embeddings, torch.Tensor) and embeddings.ndim == 2, "has no embeddings [N, D]")
@@ -274,6 +293,8 @@ class GalleryIndex:
         small = embeddings.numel() * embeddings.element_size() <= VERIFY_LIMIT
         require(not small or not embeddings.numel() or bool(torch.isfinite(embeddings.float().sum())),
                 "embeddings hold NaN or infinite values")
+        require(all(isinstance(row, list) and [type(value) for value in row] == [str, str, int, int] for row in part["bad"]),
+                "its list of unreadable images is wrong")
         records = Records(Path(part["data_root"]), Paths(blob, ends), *(part[name] for name in COLUMNS[:4]))
         index = cls(embeddings, records, part["fingerprint"], part["mirror"], [part[name] for name in STATS])
         for name in PLAIN:
@@ -282,7 +303,7 @@ class GalleryIndex:
             index._statistics = CameraStatistics.checked(part["statistics"], embeddings.shape[1])
             require(index._statistics is not None, "its camera statistics are damaged")
         if isinstance(part.get("queries"), dict):
-            index.queries = cls._restore(part["queries"], path)
+            index.queries = cls._restore(part["queries"], path, command)
         return index
 
 

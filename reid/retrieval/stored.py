@@ -6,9 +6,12 @@ from pathlib import Path
 import torch
 
 from reid import ReidError
+from reid.cli import command
+from reid.data.datasets import list_split
+from reid.data.paths import file_stats
 from reid.files import check_output
 
-FORMAT, VERSION = "reid-index", 3
+FORMAT, VERSION = "reid-index", 4
 
 
 def is_milvus(uri):
@@ -30,7 +33,7 @@ def check_replaceable(path, data_root, queries, overwrite=False):
     check_output(path, FORMAT, overwrite)
     if overwrite or not os.path.exists(path):
         return
-    other = f"or name another, such as --gallery_uri {Path(path).with_stem(Path(path).stem + '-2')}"
+    other = f"or name another, such as --gallery_uri {_another(path)}"
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises half a dozen types
@@ -39,16 +42,95 @@ def check_replaceable(path, data_root, queries, overwrite=False):
         raise ReidError(f"{path}: the index of {found.get('data_root')} would be replaced by one of {data_root}; add "
                         f"--overwrite, {other}")
     if isinstance(found.get("queries"), dict) and not queries:
-        raise ReidError(f"{path}: eval.py's index, whose queries would be lost; search it with --load_index, {other}")
+        raise ReidError(f"{path}: eval.py's index, whose queries would be lost; search it with --load_index, bring it up to date "
+                        f"with eval.py --save_index, {other}")
 
 
-def check_made_of(gallery, uri, data_root, again):
-    """Raise ReidError where a gallery is of another folder than `data_root`, or of files whose content has changed since.
+def check_current(gallery, uri, data_root, args):
+    """Raise ReidError where a gallery is not of the folder `data_root` and its present files, or of other --mirror than `args`.
 
-    gallery: GalleryIndex or MilvusGallery; again: the advice for changed files.
+    gallery: GalleryIndex with or without queries, or MilvusGallery, of which only the folder is compared; args: the options of
+    eval.py or inference.py, for the advice.
     """
-    if gallery.data_root and not same_folder(gallery.data_root, data_root):
-        raise ReidError(f"{uri}: made of {gallery.data_root}, not of {data_root}; give that folder, or {again}")
-    changed = gallery.changed() if hasattr(gallery, "changed") else []
-    if changed:
-        raise ReidError(f"{uri}: {len(changed):,} images have changed since, such as {changed[0]}; {again}")
+    if not gallery.data_root:  # made of embeddings
+        return
+    if not same_folder(gallery.data_root, data_root):
+        option = "gallery" if getattr(args, "gallery", None) else "data_root"
+        raise ReidError(f"{uri}: made of {gallery.data_root}, not of {data_root}; give --{option} {gallery.data_root}, or make "
+                        f"another: {save_command(args, gallery, _another(uri))}")
+    if args.mirror not in (None, gallery.mirror):
+        raise ReidError(f"{uri}: made {'with' if gallery.mirror else 'without'} mirrored images; give "
+                        f"--{'' if gallery.mirror else 'no-'}mirror, or make it again: {save_command(args, gallery)}")
+    parts = [] if is_milvus(uri) else [part for part in (gallery, gallery.queries) if part is not None]
+    found = {kind: [path for part in parts for path in differences(part)[kind]] for kind in ("changed", "new", "missing")}
+    if any(found.values()):
+        counts = ", ".join(f"{len(paths):,} {kind}" for kind, paths in found.items() if paths)
+        raise ReidError(f"{uri}: its images are not those of {data_root} any more ({counts}, such as "
+                        f"{next(paths[0] for paths in found.values() if paths)}); bring it up to date: "
+                        f"{save_command(args, gallery)}")
+
+
+def differences(index):
+    """Compare the files of an index with its folder: {"changed", "new", "missing": paths}.
+
+    All are empty if the folder is gone, since an index works without its images. Files that could not be read count as new once
+    they have changed.
+    """
+    if not Path(index.data_root, index.split).is_dir():
+        return dict.fromkeys(("changed", "new", "missing"), ())
+    prefix = f"{index.split}/" if index.split else ""
+    listed = [prefix + path for path in list_split(index.data_root, index.split)[0]]
+    same = dict(zip(listed, (find_unchanged(index, listed)[0] >= 0).tolist()))
+    known = set(index.paths)
+    unreadable = {str(file) for file, _, size, mtime in index.bad if _stat(file) == (size, mtime)}
+    return {"changed": [path for path in listed if path in known and not same[path]],
+            "new": [path for path in listed if path not in known and str(Path(index.data_root, path)) not in unreadable],
+            "missing": [path for path in index.paths if path not in same]}
+
+
+def find_unchanged(index, paths):
+    """For each path the row whose file is still the same, or -1, and the file's modification time in ns: int64 [2, N].
+
+    A file is the same by its size and time or, where only the time differs, by its content.
+    """
+    row_of, sizes, mtimes = {path: row for row, path in enumerate(index.paths)}, index.sizes.tolist(), index.mtimes.tolist()
+    found = []
+    for path in paths:
+        row, file = row_of.get(path, -1), os.path.join(index.data_root, path)
+        size, mtime = _stat(file) if row >= 0 else (-1, -1)
+        if row >= 0 and (size != sizes[row] or (mtime != mtimes[row] and file_stats([file])[2] != index.contents[row])):
+            row = -1
+        found.append((row, mtime))
+    return torch.tensor(found, dtype=torch.int64).reshape(-1, 2).T
+
+
+def _stat(file):
+    """Size in bytes and modification time in ns, -1 for a file that is gone."""
+    try:
+        found = os.stat(file)
+    except OSError:
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
+
+
+def default_uri(exp_name, gallery=None):
+    """The index file of a run: of its dataset's gallery, or of a folder that --gallery names."""
+    return f"index/{exp_name}{f'--{Path(gallery).resolve().name}' if gallery else ''}.pt"
+
+
+def save_command(args, index=None, uri=None):
+    """Return the command that makes the index of the options of eval.py or inference.py, or brings it up to date.
+
+    index: what is stored, or None where that cannot be read; uri: instead of that of `args`.
+    """
+    gallery, uri, far = getattr(args, "gallery", None), uri or args.gallery_uri, getattr(index, "false_accept_rate", None)
+    queries = gallery is None if index is None else not hasattr(args, "gallery") or getattr(index, "queries", None) is not None
+    return command("eval.py" if queries else "inference.py", save_index=True, exp_name=None if args.network else args.exp_name,
+                   network=args.network, network_input=args.network_input, gallery=gallery,
+                   data_root=None if gallery else args.data_root or getattr(index, "data_root", None),
+                   gallery_uri=None if uri == default_uri(args.exp_name, gallery) else uri, far=None if far == 1e-3 else far,
+                   **{"no-mirror": not (getattr(index, "mirror", True) if args.mirror is None else args.mirror)})
+
+
+def _another(uri):
+    return f"{uri}-2" if is_milvus(uri) else Path(uri).with_stem(f"{Path(uri).stem}-2")

@@ -1,19 +1,22 @@
 """The gallery index: exact search against float64, filters, ties, files that are damaged or of another model."""
 
+import argparse
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from reid import ReidError, files
-from reid.data.datasets import make_records
+from reid.data.datasets import make_records, read_folder
 from reid.data.names import UNKNOWN, UNKNOWN_PID, folder_pid, identity_name
 from reid.retrieval.extract import Extractor
-from reid.retrieval.index import FORMAT, VERSION, GalleryIndex
+from reid.retrieval.index import COLUMNS, FORMAT, VERSION, GalleryIndex
 from reid.retrieval.ranked import Query
 from reid.retrieval.search import ExactSearch, exact_products, merge_shards
-from reid.retrieval.stored import check_made_of
+from reid.retrieval.stored import check_current, differences, save_command
 
 
 def random_rows(count, dim=64, seed=0, spread=0.3):
@@ -169,6 +172,7 @@ def test_half_precision_moves_scores_little():
     (lambda p: p.update(embeddings=p["embeddings"].int()), "embeddings are"), (lambda p: p.pop("embeddings"), "no embeddings"),
     (lambda p: p["path_offsets"].__setitem__(-1, 10**9), "paths do not add up"), (lambda p: p.update(data_root=3), "data_root"),
     (lambda p: p.update(names={1: 2}), "names are wrong"), (lambda p: p.update(names=None), "its names is missing"),
+    (lambda p: p.update(bad=[["a.jpg", 1]]), "list of unreadable images"),
 ])
 def test_an_index_that_contradicts_itself(tmp_path, change, message):
     part = make_index()._part()
@@ -192,8 +196,15 @@ class Flat:
 
     embed_records = Extractor.embed_records
 
+    def __init__(self):
+        self.embedded = []
+
     def stream(self, files, strict=False, progress=False, bad=None):
+        self.embedded += [file.name for file in files]
         for i, file in enumerate(files):
+            if not file.read_bytes():
+                bad.append((file, "is empty"))
+                continue
             value = float(file.read_bytes()[0])
             yield torch.tensor([i]), F.normalize(torch.cos(value * torch.arange(1.0, 65))[None])
 
@@ -206,21 +217,97 @@ def photos(folder, count=4):
     return make_records(folder, [f"1/{i}.jpg" for i in range(count)], grouped=True)
 
 
-def test_changed_compares_content(tmp_path):
+def options(**given):
+    """The options of inference.py that an advice depends on."""
+    return argparse.Namespace(**{"exp_name": "run", "network": None, "network_input": None, "data_root": None, "gallery": None,
+                                 "gallery_uri": "index/run.pt", "mirror": None} | given)
+
+
+def test_differences_compare_content(tmp_path):
     index = GalleryIndex.build(Flat(), photos(tmp_path), progress=False)
-    assert index.changed() == []
-    (tmp_path / "1" / "0.jpg").unlink()  # an index works without its images
+    assert not any(differences(index).values())
+    (tmp_path / "1" / "0.jpg").unlink()
     (tmp_path / "1" / "1.jpg").write_bytes(bytes([1]))  # another time, the same content
     os.utime(tmp_path / "1" / "1.jpg", (0, 0))
-    assert index.changed() == []
     (tmp_path / "1" / "2.jpg").write_bytes(bytes([9, 9]))
     (tmp_path / "1" / "3.jpg").write_bytes(bytes([8]))
     os.utime(tmp_path / "1" / "3.jpg", (0, 0))
-    assert index.changed() == ["1/2.jpg", "1/3.jpg"]
-    with pytest.raises(ReidError, match=r"x\.pt: 2 images have changed since, such as 1/2.jpg; again"):
-        check_made_of(index, "x.pt", tmp_path, "again")
-    with pytest.raises(ReidError, match=r"made of .*, not of elsewhere"):
-        check_made_of(index, "x.pt", "elsewhere", "again")
+    (tmp_path / "1" / "4.jpg").write_bytes(bytes([4]))
+    assert differences(index) == {"changed": ["1/2.jpg", "1/3.jpg"], "new": ["1/4.jpg"], "missing": ["1/0.jpg"]}
+    args = options(gallery=str(tmp_path))
+    with pytest.raises(ReidError, match=r"x\.pt: its images are not those of .* any more \(2 changed, 1 new, 1 missing, such as "
+                       rf"1/2.jpg\); bring it up to date: python inference.py --save_index --exp_name run --gallery {tmp_path}"):
+        check_current(index, "x.pt", tmp_path, args)
+    with pytest.raises(ReidError, match=rf"made of {tmp_path}, not of elsewhere; give --gallery {tmp_path}, or .*-2"):
+        check_current(index, "x.pt", "elsewhere", args)
+    with pytest.raises(ReidError, match=r"x\.pt: made with mirrored images; give --mirror, or make it again: .* --no-mirror$"):
+        check_current(index, "x.pt", tmp_path, options(gallery=str(tmp_path), mirror=False))
+    shutil.rmtree(tmp_path / "1")
+    assert len(differences(index)["missing"]) == 4
+    tmp_path.rmdir()  # an index works without its images
+    check_current(index, "x.pt", tmp_path, args)
+
+
+def test_an_index_is_brought_up_to_date(tmp_path):
+    """Only new and changed images are embedded, and the result is the index made anew, also of what cannot be read."""
+    folder, path = tmp_path / "photos", tmp_path / "a.pt"
+    photos(folder, 5)
+    (folder / "1" / "5.jpg").write_bytes(b"")  # Flat cannot read it
+    index = GalleryIndex.build(Flat(), read_folder(folder), progress=False)
+    index.threshold = 0.5
+    index.save(path)
+    assert len(index) == 5 and not any(differences(GalleryIndex.load(path)).values())
+    (folder / "1" / "0.jpg").unlink()
+    (folder / "1" / "1.jpg").write_bytes(bytes([77]))
+    os.utime(folder / "1" / "2.jpg", (1, 1))
+    (folder / "0").mkdir()
+    (folder / "0" / "a_c3.jpg").write_bytes(bytes([5]))
+    (folder / "1" / "6.jpg").write_bytes(b"")
+    old, flat = GalleryIndex.reusable(path, Flat(), folder), Flat()
+    index = GalleryIndex.build(flat, read_folder(folder), progress=False, old=old)
+    anew = GalleryIndex.build(Flat(), read_folder(folder), progress=False)
+    assert flat.embedded == ["a_c3.jpg", "1.jpg", "5.jpg", "6.jpg"]
+    assert index.update(old) == "3 images kept, 2 embedded, 1 dropped"
+    assert list(index.paths) == list(anew.paths) == ["0/a_c3.jpg", "1/1.jpg", "1/2.jpg", "1/3.jpg", "1/4.jpg"]
+    for name in ("embeddings", *COLUMNS):
+        assert torch.equal(getattr(index, name), getattr(anew, name)), name
+    assert [Path(file).name for file, *_ in index.bad] == ["5.jpg", "6.jpg"] and index.bad == anew.bad
+    assert all(torch.equal(one, other) for one, other in zip(index.statistics, anew.statistics)) and index.threshold is None
+    index.save(path)  # over the file that its rows were read from
+    again = GalleryIndex.load(path)
+    assert torch.equal(again.embeddings, anew.embeddings) and not any(differences(again).values())
+    (folder / "1" / "6.jpg").write_bytes(bytes([6]))  # mended
+    assert differences(again) == {"changed": [], "new": ["1/6.jpg"], "missing": []}
+
+
+@pytest.mark.parametrize("setting, root", [({"fingerprint": "0" * 16}, "photos"), ({"mirror": False}, "photos"), ({}, "others")])
+def test_an_index_of_other_settings_is_made_anew(tmp_path, capsys, setting, root):
+    GalleryIndex.build(Flat(), photos(tmp_path / "photos"), progress=False).save(tmp_path / "a.pt")
+    other = Flat()
+    vars(other).update(setting)
+    assert GalleryIndex.reusable(tmp_path / "a.pt", other, tmp_path / "photos" / ".." / root) is None
+    assert capsys.readouterr().out == f"{tmp_path}/a.pt: of another network, of other settings or damaged, so it is made anew\n"
+    assert GalleryIndex.reusable(tmp_path / "none.pt", other, tmp_path) is None and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("given, queries, expected", [
+    ({}, False, "inference.py --save_index --exp_name run --data_root d"),
+    ({}, True, "eval.py --save_index --exp_name run --data_root d --far 0.01"),
+    ({"data_root": "my data"}, False, "inference.py --save_index --exp_name run --data_root 'my data'"),
+    ({"gallery": "g", "gallery_uri": "index/run--g.pt", "mirror": False}, False,
+     "inference.py --save_index --exp_name run --gallery g --no-mirror"),
+    ({"network": "n.onnx", "network_input": "imagenet", "exp_name": "n", "gallery_uri": "a b.pt"}, False,
+     "inference.py --save_index --network n.onnx --network_input imagenet --data_root d --gallery_uri 'a b.pt'"),
+])
+def test_the_command_that_makes_an_index(given, queries, expected):
+    index = make_index(4, root="d")
+    if queries:
+        index.queries, index.false_accept_rate = make_index(2, root="d"), 0.01
+    assert save_command(options(**given), index) == f"python {expected}"
+    args = argparse.Namespace(exp_name="run", data_root="d", network=None, gallery_uri="index/run.pt", mirror=None,
+                              network_input=None)  # of eval.py
+    assert save_command(args, index).startswith("python eval.py --save_index --exp_name run --data_root d")
+    assert save_command(args) == "python eval.py --save_index --exp_name run --data_root d"
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -33,7 +33,7 @@ for name, some in (("all", records), ("two", records.select(torch.arange(2))), (
     exclude = torch.arange(-1, len(index))[:3][: len(index)]
     scores, rows = index.nearest(index.embeddings[:3], 6, range(-1, 5), None, exclude, rank, world_size)
     out[name] = {"embeddings": index.embeddings, "paths": list(index.paths), "pids": index.pids, "rows": rows,
-                 "bad": [str(file) for file, _ in index.bad], "scores": scores}
+                 "bad": [str(file) for file, *_ in index.bad], "scores": scores}
 torch.save(out, f"{sys.argv[3]}/{rank}.pt")
 distributed.stop()
 """
@@ -70,7 +70,7 @@ def test_ranks_make_the_index_that_one_process_makes(made, tmp_path, world_size)
         for result in results:
             found = result[name]
             assert found["paths"] == list(index.paths) and torch.equal(found["pids"], index.pids)
-            assert sorted(found["bad"]) == sorted(str(file) for file, _ in index.bad)
+            assert sorted(found["bad"]) == sorted(str(file) for file, *_ in index.bad)
             torch.testing.assert_close(found["embeddings"], index.embeddings, atol=1e-6, rtol=0)
             torch.testing.assert_close(found["scores"], scores, atol=1e-6, rtol=0)
             for query, ours, expected, score in zip(queries, found["rows"].tolist(), rows.tolist(), scores):
