@@ -15,7 +15,7 @@ from torch import Tensor
 from reid.data.names import UNKNOWN
 
 PRIOR = 16  # images' worth of the gallery's statistics in those of each camera, and of "no change" in those of the gallery
-CHUNK = 1 << 15  # rows that are converted to float32 together
+CHUNK = 1 << 10  # rows that are converted to float32 together: 4 MiB, which stay in the cache
 
 
 class CameraStatistics(NamedTuple):
@@ -36,19 +36,21 @@ class CameraStatistics(NamedTuple):
         Those of n images are shrunk, because few images are unreliable: (n * own + PRIOR * other) / (n + PRIOR). For a camera
         the other ones are the gallery's; for the gallery, mean 0 and equal variances, which leave all cosines as they are.
         """
-        dim = embeddings.shape[1]
-        mean, variance = _shrunk(embeddings, torch.zeros(dim), torch.full((dim,), 1 / dim))
-        return cls(camids.new_empty(0), mean[None], variance[None]).joined(embeddings, camids)
+        (cameras, place), dim = camids.unique(return_inverse=True), embeddings.shape[1]
+        sums, known = _sums(embeddings, place, len(cameras)), cameras != UNKNOWN
+        mean, variance = _shrunk([part.sum(0, keepdim=True) for part in sums], torch.zeros(dim), torch.full((dim,), 1 / dim))
+        own_mean, own_variance = _shrunk([part[known] for part in sums], mean[0], variance[0])
+        return cls(cameras[known], torch.cat([own_mean, mean]), torch.cat([own_variance, variance]))
 
     def joined(self, embeddings, camids):
         """Add the cameras that only these images have, such as queries from a camera without images in the gallery."""
-        new = camids[~torch.isin(camids, self.cameras) & (camids != UNKNOWN)].unique()
-        if not len(new):
+        new = ~torch.isin(camids, self.cameras) & (camids != UNKNOWN)
+        if not new.any():
             return self
-        rows = [_shrunk(embeddings[camids == camera], self.mean[-1], self.variance[-1]) for camera in new]
-        cameras, order = torch.cat([self.cameras, new]).sort()
-        mean, variance = (torch.cat([torch.cat([old[:-1], torch.stack(more)])[order], old[-1:]])
-                          for old, more in zip(self[1:], zip(*rows)))
+        cameras, place = camids[new].unique(return_inverse=True)
+        rows = _shrunk(_sums(embeddings[new], place, len(cameras)), self.mean[-1], self.variance[-1])
+        cameras, order = torch.cat([self.cameras, cameras]).sort()
+        mean, variance = (torch.cat([torch.cat([old[:-1], more])[order], old[-1:]]) for old, more in zip(self[1:], rows))
         return CameraStatistics(cameras, mean, variance)
 
     def apply(self, embeddings, camids, dtype=torch.float32):
@@ -57,9 +59,9 @@ class CameraStatistics(NamedTuple):
         if len(self.cameras):
             place = torch.searchsorted(self.cameras, camids.contiguous()).clamp(max=len(self.cameras) - 1)
             row = place.where(self.cameras[place] == camids, row)
-        out = torch.empty(embeddings.shape, dtype=dtype)
+        out, scale = torch.empty(embeddings.shape, dtype=dtype), self.variance.rsqrt()
         for part, rows, cameras in zip(out.split(CHUNK), embeddings.split(CHUNK), row.split(CHUNK)):
-            part[:] = F.normalize((rows.float() - self.mean[cameras]) / self.variance[cameras].sqrt())
+            part[:] = F.normalize((rows.float() - self.mean[cameras]).mul_(scale[cameras]))
         return out
 
     @classmethod
@@ -75,12 +77,21 @@ class CameraStatistics(NamedTuple):
             return None
 
 
-def _shrunk(embeddings, mean, variance):
-    """Mean and variance of the rows of float [N, D], shrunk towards the given ones, float32 [D] each."""
-    total = square = torch.zeros(embeddings.shape[1], dtype=torch.float64)
-    for part in embeddings.split(CHUNK):
-        total, square = total + part.double().sum(0), square + part.double().square().sum(0)
-    count = max(1, len(embeddings))
-    share, own = len(embeddings) / (len(embeddings) + PRIOR), (total / count).float()
-    spread = (square / count - (total / count) ** 2).clamp(min=0).float()
-    return torch.lerp(mean, own, share), torch.lerp(variance, spread, share)
+def _sums(embeddings, place, groups):
+    """Number, sum and sum of squares of the rows of each group: float64 [G, 1], [G, D], [G, D].
+
+    embeddings: float [N, D]; place: int64 [N], the group of each row.
+    """
+    count, total = torch.bincount(place, minlength=groups).double()[:, None], torch.zeros(2, groups, embeddings.shape[1]).double()
+    for rows, part in zip(embeddings.split(CHUNK), place.split(CHUNK)):
+        rows, member = rows.float(), F.one_hot(part, groups).T.float()
+        total += torch.stack([member @ rows, member @ rows.square()])
+    return count, *total
+
+
+def _shrunk(sums, mean, variance):
+    """Mean and variance, float32 [G, D], of groups with these `_sums`, shrunk towards the given ones, float32 [D]."""
+    count, total, square = sums
+    own, share = total / count, count / (count + PRIOR)
+    spread = (square / count - own**2).clamp(min=0)
+    return [(share * found + (1 - share) * prior).float() for found, prior in ((own, mean), (spread, variance))]
