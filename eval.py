@@ -1,6 +1,7 @@
 """Evaluate a run: embed query and gallery, rank, and print Rank-k, mAP, mINP and TAR@FAR (`reid/retrieval/metrics.py`).
 
 `python eval.py --save_index` keeps the embeddings in index/<run>.pt; `python eval.py --load_index` embeds nothing.
+The scores and the report are also kept in MLflow and TensorBoard with the run, if it was trained in this folder.
 Several runs or datasets end in a table: eval.py --data_root data/market-1501-grouped data/viper --protocol market viper
 Several GPUs: torchrun --nproc_per_node N eval.py --save_index
 """
@@ -39,8 +40,8 @@ def get_args_parser():
     add = parser.add_argument_group("protocol and scoring").add_argument
     add("--protocol", nargs="+", choices=PROTOCOLS, default=["market"], help="of all datasets, or one for each. nocam: only the "
         "query's own file is ignored; viper, prid: means over 10 random splits of 316 and of 100 people")
-    add("--camera_norm", action=argparse.BooleanOptionalAction, default=True, help="take each camera's mean and deviation out of "
-        "the embeddings; all further scores, thresholds and the report build on that")
+    add("--camera_norm", action=argparse.BooleanOptionalAction, help="take each camera's mean and deviation out of the "
+        "embeddings; all further scores, thresholds and the report build on that (default: on)")
     add("--multi_query", action="store_true", help="average all images of a query's identity from its camera")
     add("--single_shot", type=int, metavar="N", help="also N times with one random gallery image of each person and camera "
         "(default: off)")
@@ -57,6 +58,8 @@ def get_args_parser():
 
 
 def main(args):
+    from reid.training.tracking import log_evaluation
+
     check_arguments(args)
     if args.compare:
         return print(summary.compare_table(*(saved_run(name, args) for name in args.compare)))
@@ -69,6 +72,7 @@ def main(args):
         index = load_index(one, one.gallery_uri, wanted) if args.load_index else build_index(one, checkpoint, rank, world_size)
         if rank == 0:
             documents.append(evaluate(one, checkpoint, record, index))
+            log_evaluation(exp_name, summary.scalars(documents[-1]), args.report)
             status = max(status, left_out_status(index.queries.bad + index.bad))
     distributed.stop()
     if rank:  # the other ranks have embedded their part
@@ -100,6 +104,9 @@ def check_arguments(args):
                         "--protocol market")
     if args.load_index and args.save_index:
         raise ReidError("--load_index and --save_index: give one of them; --save_index alone embeds only what has changed")
+    extra = ("json", "load_index", "save_index", "gallery_uri", "multi_query", "rerank", "spacetime", "network")
+    if args.compare and (unused := [f"--{name}" for name in extra if getattr(args, name)]):
+        raise ReidError(f"--compare prints two runs from their saved indexes; leave out {', '.join(unused)}")
     if args.multi_query and args.spacetime:
         raise ReidError("--spacetime needs the time of each query, which --multi_query averages over: give one of them")
     if args.multi_query and "nocam" in args.protocol:
@@ -120,6 +127,9 @@ def evaluate(args, checkpoint, record, index):
           f"{'mirrored images averaged' if index.mirror else 'no mirrored images'}", flush=True)
     if cross_domain:
         print(f"cross-domain: {args.exp_name} was not trained on the people and cameras of this dataset")
+    if args.camera_norm and index.statistics is None:
+        print("--camera_norm: has no effect, because the gallery's names give no camera")
+    args.camera_norm = args.camera_norm is not False
     scored = index.camera_normalised() if args.camera_norm else index
     evidence = None
     if args.spacetime:
@@ -224,7 +234,7 @@ def saved_run(name, args):
     index = GalleryIndex.load(uri, wanted, lambda index: again)
     if index.queries is None:
         raise ReidError(f"{uri}: has a gallery but no queries; make them: {again}")
-    index = index.camera_normalised() if args.camera_norm else index
+    index = index if args.camera_norm is False else index.camera_normalised()
     return name, index, metrics.evaluate(*gather_data(index).values(), protocol=args.protocol[0])
 
 

@@ -40,7 +40,7 @@ def get_args_parser():
     add("--allowed_hosts", nargs="+", default=[], metavar="NAME", help="names of this machine that browsers may open the search "
         "page by, beside its IP addresses and localhost")
     add("--export", choices=["onnx"], help="write models/<run>/best.onnx instead, checked against PyTorch (default: off)")
-    add("--onnx_input", choices=["uint8", "float"], default="uint8", help="of the export: bytes, or for trackers float RGB, "
+    add("--onnx_input", choices=["uint8", "float"], help="of the export: bytes (default), or for trackers float RGB, "
         "normalised, to models/<run>/best.float.onnx")
     add = parser.add_argument_group("gallery").add_argument
     add("--data_root", help=f"grouped dataset whose gallery/ is searched (default: that of the index, else {DATA_ROOT})")
@@ -57,8 +57,8 @@ def get_args_parser():
     add("--frames", type=int, nargs=2, metavar=("FIRST", "LAST"), help="search these frame numbers only (default: all)")
     add = parser.add_argument_group("scoring").add_argument
     add("--topk", type=int, default=5, help="hits for each query")
-    add("--camera_norm", action=argparse.BooleanOptionalAction, default=True, help="take each camera's mean and deviation in "
-        "the gallery out of the embeddings, where names give cameras; not in Milvus")
+    add("--camera_norm", action=argparse.BooleanOptionalAction, help="take each camera's mean and deviation in the gallery out "
+        "of the embeddings (default: on where names give cameras; never in Milvus)")
     add("--rerank", action="store_true", help=f"re-rank the best {CANDIDATES} (k-reciprocal encoding)")
     add("--spacetime", action="store_true", help="also weigh camera and time, as learned by eval.py --spacetime")
     add = parser.add_argument_group("output").add_argument
@@ -96,8 +96,10 @@ def main(args):
         raise ReidError("none of the queries could be read; give images such as JPEG or PNG")
     if index is None:
         index = build_gallery(args, extractor, rank, world_size)
-    if args.camera_norm and isinstance(index, GalleryIndex):
+    if args.camera_norm is not False and isinstance(index, GalleryIndex):
         index = index.camera_normalised()
+    if args.camera_norm and rank == 0 and not index.normalised:
+        print(f"--camera_norm: has no effect {'in Milvus' if is_milvus(args.gallery_uri) else 'on a gallery without cameras'}")
     ranks = {"rank": rank, "world_size": world_size} if isinstance(index, GalleryIndex) and not args.serve else {}
     if rank and not ranks:
         return distributed.stop()
@@ -134,6 +136,9 @@ def check_arguments(args):
     check_network(args)
     if args.network and args.export:
         raise ReidError("--export: writes the network of a run; leave out --network")
+    for option, other in (("positions", "output"), ("onnx_input", "export")):
+        if getattr(args, option) and not getattr(args, other):
+            raise ReidError(f"--{option}: is of --{other}; give both")
     if args.positions and min(args.positions) > args.topk:
         raise ReidError(f"--positions {min(args.positions)}: beyond --topk {args.topk}, so nothing would be drawn")
     if args.frames and args.frames[0] > args.frames[1]:
@@ -153,9 +158,9 @@ def export(args, checkpoint):
     """Write best.onnx beside the checkpoint, after comparing its output with PyTorch's on the query images, or drawn ones."""
     from reid.extras.onnx import export_onnx
 
-    output = checkpoint.with_suffix(".onnx" if args.onnx_input == "uint8" else ".float.onnx")
+    output = checkpoint.with_suffix(".float.onnx" if args.onnx_input == "float" else ".onnx")
     images = find_queries(args)[:64] if args.query_paths else [content for *_, content in islice(synthetic.dataset(4, 0), 8)]
-    lowest = export_onnx(checkpoint, output, images, args.mirror is not False, args.onnx_input, args.overwrite)
+    lowest = export_onnx(checkpoint, output, images, args.mirror is not False, args.onnx_input or "uint8", args.overwrite)
     print(f"{output}: written; lowest cosine to PyTorch {lowest:.6f}")
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -32,13 +33,27 @@ def network_fingerprint(path, pixels):
     path, digest = Path(path), hashlib.sha256(f"{PREPROCESSING} {pixels}".encode())
     if path.suffix not in (".xml", ".onnx"):
         raise ReidError(f"--network {path}: give an OpenVINO network (.xml, with its .bin beside it) or an ONNX network (.onnx)")
-    weights = path.with_suffix(".bin") if path.suffix == ".xml" else path.with_name(f"{path.name}.data")  # ONNX's is optional
-    for file in (path, weights):
-        if file.is_file():
-            digest.update(file.read_bytes())
-        elif file is path or path.suffix == ".xml":
-            raise ReidError(f"--network {path}: no such file{'' if file is path else f' as {file}, which holds its weights'}")
+    if not path.is_file():
+        raise ReidError(f"--network {path}: no such file")
+    content = path.read_bytes()
+    digest.update(content)
+    for weights in [path.with_suffix(".bin")] if path.suffix == ".xml" else _external_data(path, content):
+        if not weights.is_file():
+            raise ReidError(f"--network {path}: no such file as {weights}, which holds its weights")
+        digest.update(weights.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _external_data(path, content):
+    """Return the files that hold weights of an ONNX network.
+
+    They are found in its bytes, since the package onnx may not be installed: TensorProto.external_data is a list of pairs of
+    strings, of which one is "location" and a file name (https://onnx.ai/onnx/repo-docs/ExternalData.html). A string has its
+    length before it.
+    """
+    names = {found[2][: found[1][0]].decode(errors="replace")
+             for found in re.finditer(rb"\x0a\x08location\x12([\x01-\x7f])(?=(.{1,127}))", content, re.DOTALL)}
+    return [path.parent / name for name in sorted(names)]
 
 
 class NetworkExtractor(Extractor):

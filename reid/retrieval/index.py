@@ -199,6 +199,8 @@ class GalleryIndex:
         """
         if embeddings.ndim != 2 or embeddings.shape[1] != self.embeddings.shape[1]:
             raise ReidError(f"queries of shape {tuple(embeddings.shape)} in a gallery of {self.embeddings.shape[1]} dimensions")
+        if topk < 1:
+            raise ReidError(f"topk {topk}: give the number of images to find, from 1")
         no_crop = embeddings.isnan().any(1)  # as `Extractor.embed` marks an empty box
         start, stop = len(self) * rank // world_size, len(self) * (rank + 1) // world_size
         keep = None if camids is None else torch.isin(self.camids[start:stop], torch.tensor(list(camids), dtype=torch.int64))

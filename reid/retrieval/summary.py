@@ -1,5 +1,7 @@
 """The results of evaluations as tables and as plain values, and two evaluations compared."""
 
+import re
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,13 +15,18 @@ from reid.retrieval.protocol import SPLITS
 
 
 def is_cross_domain(record, data_root):
-    """Whether a network was trained on other people than those of `data_root`/train."""
-    trained = record["args"].get("data_root")
-    if trained:
-        return Path(data_root).name not in {Path(root).name for root in ([trained] if isinstance(trained, str) else trained)}
-    folder = Path(data_root) / "train"  # of converted weights only the ids of their classes are recorded
-    people = {folder_pid(path.name) for path in folder.iterdir()} if folder.is_dir() else set()
-    return not people or people != set(record["config"].get("classes", ()))
+    """Whether a network was trained on other people than those of `data_root`/train.
+
+    The identities that the checkpoint holds decide; without that folder, the name of the data set that it was trained on.
+    """
+    folder, trained = Path(data_root) / "train", defaultdict(set)  # identities of each root
+    for identity in record["config"].get("classes", ()):
+        root, _, pid = str(identity).rpartition("/")
+        trained[root].add(pid)
+    if folder.is_dir():
+        return {str(folder_pid(path.name)) for path in folder.iterdir() if path.is_dir()} not in trained.values()
+    roots = record["args"].get("data_root") or []
+    return Path(data_root).name not in {Path(root).name for root in ([roots] if isinstance(roots, str) else roots)}
 
 
 def print_results(results, intervals):
@@ -88,6 +95,16 @@ def to_document(args, record, results, intervals, roc, index, more):
                     for name, result in results.items()},
         "roc": roc and {"tpr": plain(roc.tpr), "threshold": plain(roc.threshold)},
     } | plain(more)
+
+
+def scalars(document):
+    """Return {name: float} of an evaluation, from `to_document`, for MLflow and TensorBoard, such as eval/viper/plain/mAP."""
+    where = "/".join(["eval", Path(document["arguments"]["data_root"]).name, *{document["arguments"]["protocol"]} - {"market"}])
+    found = {}
+    for way, result in document["results"].items():
+        values = {"mAP": result["mAP"], "mINP": result["mINP"], **{f"Rank-{k}": result["rank"][k] for k in ("1", "5", "10")}}
+        found |= {re.sub(r"[^\w./ -]", "", f"{where}/{way}/{name}"): value for name, value in values.items()}
+    return found
 
 
 def compare_table(a, b):

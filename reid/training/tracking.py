@@ -169,6 +169,41 @@ class Tracker:
         return self.client.create_run(number, run_name=run_name, tags=resolve_tags())
 
 
+def log_evaluation(run_name, metrics, report=None):
+    """Add the scores of an evaluation, {name: float}, and its report (a path or None) to a run in MLflow and TensorBoard.
+
+    A run without `runs/<run_name>` was not trained in this folder, and nothing is logged. A server gets the path of the report
+    only, because images are in it. What goes wrong is a warning.
+    """
+    folder = Path("runs") / run_name
+    if not folder.is_dir():
+        return
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(str(folder)) as board:
+            for name, value in metrics.items():
+                board.add_scalar(name, value)
+        if uri == "sqlite:///mlflow.db" and not Path("mlflow.db").exists():
+            raise FileNotFoundError("mlflow.db is not here any more")
+        client, uri = open_store()
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        runs = client.search_runs(experiments, f"attributes.run_name = '{run_name}'", max_results=1)
+        if not runs:
+            raise LookupError("it has no such run")
+        from mlflow.entities import Metric
+
+        run_id, now = runs[0].info.run_id, int(time.time() * 1000)
+        client.log_batch(run_id, [Metric(name, value, now, 0) for name, value in metrics.items()])
+        if report:
+            client.set_tag(run_id, "report", report)
+        if report and not uri.startswith("http"):
+            client.log_artifact(run_id, report)
+    except Exception as error:  # those of SQLAlchemy, requests and database drivers, too
+        print(f"warning: the scores of {run_name} are not logged in MLflow ({_reason(error, uri)})", file=sys.stderr)
+
+
 def _mlflow():
     """Import MLflow without telemetry and chatter, and such that it notices a lost server in seconds, not in minutes."""
     for name in ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"):

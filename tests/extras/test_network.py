@@ -116,6 +116,19 @@ def test_fingerprint_is_of_the_files_and_the_input(network, tmp_path):
     assert network_fingerprint(path, "rgb255") != first
 
 
+def test_weights_in_a_file_of_any_name_are_in_the_fingerprint(network, files, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    path, weights = tmp_path / "n.onnx", tmp_path / "some weights.dat"
+    onnx.save(onnx.load(network[0]), path, save_as_external_data=True, location=weights.name, size_threshold=0)
+    first, wanted = network_fingerprint(path, "imagenet"), expected(network[1], files, "imagenet")
+    torch.testing.assert_close(NetworkExtractor(path, "imagenet").embed(files), wanted, atol=1e-5, rtol=0)
+    weights.write_bytes(b"\1" + weights.read_bytes()[1:])
+    assert network_fingerprint(path, "imagenet") != first
+    weights.unlink()
+    with pytest.raises(ReidError, match=r"no such file as .*some weights\.dat, which holds its weights"):
+        network_fingerprint(path, "imagenet")
+
+
 @pytest.mark.parametrize("fault, message", [
     ("missing", r"no such file$"), ("bin", r"no such file as .*n\.bin, which holds its weights$"),
     ("pth", r"give an OpenVINO network \(\.xml"), ("text", r"OpenVINO cannot read it \(.+\); give"),

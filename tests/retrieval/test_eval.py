@@ -17,21 +17,19 @@ from reid.retrieval.protocol import random_splits
 from reid.retrieval.summary import compare_table, is_cross_domain, print_matrix, to_document
 
 
-@pytest.mark.parametrize(
-    "trained, people, cross",
-    [
-        ("data/here", [], False),
-        (["data/there", "elsewhere/here"], [], False),
-        (["data/there"], [2, 7], True),
-        (None, [2, 7], False),  # converted weights: only their classes are known
-        (None, [2], True),
-        (None, [], True),
-    ],
-)
-def test_cross_domain_depends_on_the_training_data(tmp_path, trained, people, cross):
-    for pid in people:
+@pytest.mark.parametrize("classes, trained, people, cross", [
+    ([2, 7], "data/there", [2, 7], False),  # the same people, whatever the folder is called
+    ([2, 7], ["data/here"], [2], True),  # other people in a folder of that name
+    (["there/2", "there/7", "more/3"], ["x/there", "x/more"], [2, 7], False),  # several roots: the ids of each are its own
+    (["there/2", "more/7"], ["x/there", "x/more"], [2, 7], True),
+    ([2, 7], "data/here", None, False), ([2, 7], ["data/there", "elsewhere/here"], None, False),  # no train/: the name decides
+    ([2, 7], ["data/there"], None, True), ([2, 7], None, None, True),
+])
+def test_cross_domain_depends_on_the_identities(tmp_path, classes, trained, people, cross):
+    (tmp_path / "here").mkdir()
+    for pid in people or ():
         (tmp_path / "here" / "train" / f"{pid:04d}").mkdir(parents=True)
-    record = {"args": {"data_root": trained} if trained else {}, "config": {"classes": [2, 7]}}
+    record = {"args": {"data_root": trained} if trained else {}, "config": {"classes": classes}}
     assert is_cross_domain(record, tmp_path / "here") == cross
 
 
@@ -183,6 +181,8 @@ def test_table_of_runs_and_datasets(capsys):
     (["--exp_name", "a", "b", "--report", "r.html"], "evaluate them one by one"),
     (["--protocol", "viper", "--report", "r.html"], "draw ten"),
     (["--protocol", "prid", "--single_shot", "3"], "draw ten"),
+    (["--compare", "a", "b", "--json", "c.json", "--rerank"], "leave out --json, --rerank"),
+    (["--load_index", "--save_index"], "give one of them"),
 ])
 def test_options_that_cannot_act_together(options, message):
     import eval as script

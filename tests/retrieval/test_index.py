@@ -135,6 +135,8 @@ def test_filters():
     assert (index.nearest(queries, 3, camids=[99])[1] == -1).all()
     with pytest.raises(ReidError, match="dimensions"):
         index.nearest(torch.zeros(2, 3), 1)
+    with pytest.raises(ReidError, match="topk 0: give the number of images to find, from 1"):
+        index.search(queries, topk=0)
 
 
 def test_shards_merge_to_the_whole():

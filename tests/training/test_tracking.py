@@ -14,7 +14,7 @@ from PIL import Image
 
 from reid import ReidError
 from reid.training import tracking
-from reid.training.tracking import Tracker, new_run_name, open_store
+from reid.training.tracking import Tracker, log_evaluation, new_run_name, open_store
 
 
 @pytest.fixture(scope="module")
@@ -244,3 +244,35 @@ def test_a_rival_that_makes_the_database_first_wins_and_any_folder_name_will_do(
 def test_importing_it_loads_neither_library(root):
     code = "import sys, reid.training.tracking; sys.exit(any(name in sys.modules for name in ('mlflow', 'tensorboard')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
+
+
+def test_an_evaluation_joins_the_run(folder, capsys):
+    for name in ("other-run-1", "judged-run-1"):
+        with Tracker(name, {}) as tracker:
+            tracker.log({"loss": 1.0}, 3)
+    (folder / "report.html").write_text("<!doctype html>")
+    log_evaluation("judged-run-1", {"eval/here/plain/mAP": 0.25, "eval/here/rerank/Rank-1": 0.5}, "report.html")
+    found = data(tracker)
+    assert found.metrics == {"loss": 1.0, "eval/here/plain/mAP": 0.25, "eval/here/rerank/Rank-1": 0.5}
+    assert found.tags["report"] == "report.html"
+    assert [file.path for file in tracker.client.list_artifacts(tracker.run_id)] == ["report.html"]
+    assert tracker.client.get_run(tracker.run_id).info.status == "FINISHED"
+    assert scalars("judged-run-1", "eval/here/plain/mAP") == [(0, 0.25)] and scalars("judged-run-1", "loss") == [(3, 1.0)]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("tracked, warning", [
+    (False, ""), (True, "warning: the scores of a-run are not logged in MLflow (mlflow.db is not here any more)\n")])
+def test_an_evaluation_of_a_run_without_a_store_makes_none(tmp_path, monkeypatch, capsys, tracked, warning):
+    monkeypatch.chdir(tmp_path)
+    if tracked:
+        (tmp_path / "runs" / "a-run").mkdir(parents=True)
+    log_evaluation("a-run", {"eval/here/plain/mAP": 0.25})
+    assert capsys.readouterr().err == warning and not (tmp_path / "mlflow.db").exists()
+    assert (tmp_path / "runs").exists() == tracked
+
+
+def test_an_evaluation_of_a_run_that_the_store_has_lost(folder, capsys):
+    (folder / "runs" / "lost-run").mkdir(parents=True)
+    log_evaluation("lost-run", {"eval/here/plain/mAP": 0.25})
+    assert capsys.readouterr().err == "warning: the scores of lost-run are not logged in MLflow (it has no such run)\n"
