@@ -33,7 +33,8 @@ def get_args_parser():
     parser = argparse.ArgumentParser("inference.py", description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument_group("run").add_argument
     add("--exp_name", default="masked-hog-908", help="run whose models/<run>/best.pth embeds")
-    add("--query_paths", nargs="+", help="images, folders or globs (default: the first query of --data_root)")
+    add("--query_paths", nargs="+", help="images, folders or globs (default: the first query of --data_root; with "
+        "--save_index none)")
     add("--serve", action="store_true", help="open a search page instead of printing ranked lists")
     add("--host", default="127.0.0.1", help="address of the search page; the default is reachable from this machine only")
     add("--port", type=int, default=8000, help="port of the search page")
@@ -92,8 +93,8 @@ def main(args):
                   args.overwrite)
     embeddings, kept, bad = extractor.embed_records(query_files, strict=args.strict, progress=False)
     if bad and not len(kept):  # before the gallery is embedded
-        left_out_status(bad)
-        raise ReidError("none of the queries could be read; give images such as JPEG or PNG")
+        file, reason = bad[0]
+        raise ReidError(f"none of the queries could be read ({file}: {reason}); give images such as JPEG or PNG")
     if index is None:
         index = build_gallery(args, extractor, rank, world_size)
     if args.camera_norm is not False and isinstance(index, GalleryIndex):
@@ -144,6 +145,8 @@ def check_arguments(args):
     if args.frames and args.frames[0] > args.frames[1]:
         raise ReidError(f"--frames {args.frames[0]} {args.frames[1]}: give the first frame, then the last one")
     uri = args.gallery_uri = args.gallery_uri or default_uri(args.exp_name, args.gallery)
+    if args.gallery and not (args.data_root or args.query_paths or args.save_index or args.serve):
+        raise ReidError("--gallery: give --query_paths, the images to look for, or --save_index, to keep the gallery only")
     if args.gallery and args.spacetime and not args.data_root:
         raise ReidError("--spacetime: learned on a dataset by eval.py; give its --data_root beside --gallery")
     if args.load_index and args.save_index:
@@ -167,7 +170,7 @@ def export(args, checkpoint):
 def find_queries(args):
     """The query files of --query_paths; a path without images raises ReidError."""
     if not args.query_paths:
-        return read_split(args.data_root or DATA_ROOT, "query").files()[:1]
+        return [] if args.save_index else read_split(args.data_root or DATA_ROOT, "query").files()[:1]
     found = []
     for path in args.query_paths:
         if Path(path).is_dir():

@@ -3,12 +3,13 @@
 import hashlib
 import platform
 import re
+import shlex
 from pathlib import Path
 
 import torch
 
 from reid import ReidError
-from reid.files import checksum, load, save
+from reid.files import checksum, is_ours, load, save
 from reid.images import PREPROCESSING
 from reid.model import build_model, check_config
 
@@ -84,6 +85,9 @@ def checkpoint_path(exp_name, name="best.pth", models="models"):
 
 def load_checkpoint(path):
     """The dict of a checkpoint on the CPU: config, state_dict, metrics, args, versions (and training for last.pth)."""
+    if Path(path).is_file() and not is_ours(path, FORMAT):
+        raise ReidError(f"{path}: not a checkpoint of this project; to start from weights of another origin, train from them: "
+                        f"python train.py --weights {shlex.quote(str(path))}")
     record = load(path, FORMAT, VERSION)
     parts = {"config": dict, "state_dict": dict, "metrics": dict, "args": dict}
     for name, kind in parts.items():

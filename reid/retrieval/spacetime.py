@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reid import ReidError, files
+from reid.cli import command
 from reid.data.datasets import list_images
 from reid.retrieval.metrics import evaluate
 
@@ -89,7 +90,8 @@ class SpaceTime:
     def load(cls, path, fingerprint: str, data_root) -> "SpaceTime":
         """Read what `save` wrote; raises ReidError where there is none, or one of other weights or another dataset."""
         if not Path(path).exists():
-            raise ReidError(f"{path}: not there; learn it with: python eval.py --spacetime --exp_name {Path(path).parent.name}")
+            advice = command("eval.py", spacetime=True, exp_name=Path(path).parent.name, data_root=data_root)
+            raise ReidError(f"{path}: not there; learn it with: {advice}")
         record = files.load(path, FORMAT, VERSION)
         if record.get("fingerprint") != fingerprint:
             raise ReidError(f"{path}: learned with other weights or another --camera_norm; remove it to learn it again")
