@@ -17,7 +17,7 @@ from reid.checkpoint import checkpoint_path
 from reid.cli import HelpFormatter, check_network, check_ranges, left_out_status, printable, run
 from reid.data import synthetic
 from reid.data.datasets import list_images, read_folder, read_split
-from reid.data.names import read_file
+from reid.data.names import UNKNOWN, read_file
 from reid.files import PICTURE, RESULTS, check_outputs, write_json
 from reid.retrieval.extract import add_arguments
 from reid.retrieval.index import GalleryIndex
@@ -113,6 +113,8 @@ def main(args):
 
     evidence = SpaceTime.load(checkpoint.with_name("spacetime.pt"), index.space, args.data_root) if args.spacetime else None
     queries = [query_of(query_files[i], args.data_root) for i in kept.tolist()]
+    if evidence and queries and all(UNKNOWN in (query.camid, query.frame) for query in queries):
+        raise ReidError("--spacetime: no query's name gives camera and time, as 0007_c2s1_000451_03.jpg does; leave it out")
     embeddings = index.normalise(embeddings, torch.tensor([query.camid for query in queries]))
     topk = max(args.topk, CANDIDATES) if args.rerank or args.spacetime else args.topk
     topk = max(1, min(topk, len(index)))
@@ -237,7 +239,8 @@ def write_results(args, index, lists):
         print(f"\nquery {printable(ranked.query.file)}")
         for hit in ranked:
             verdict = {None: "", True: "  match", False: "  no match"}[hit.match]
-            print(f"{hit.position:>4}  {hit.score:.4f}  {printable(hit.path or hit.name)}{verdict}")
+            who = f"{hit.name}  " if hit.name not in hit.path else ""  # most paths hold the name
+            print(f"{hit.position:>4}  {hit.score:.4f}  {printable((who + hit.path).rstrip())}{verdict}")
     if args.output:
         from reid.extras.pictures import draw_ranking
 

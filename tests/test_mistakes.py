@@ -15,6 +15,7 @@ from reid.checkpoint import fingerprint, load_checkpoint, save_checkpoint
 from reid.cli import run
 from reid.data.datasets import read_split
 from reid.model import build_model, default_config
+from reid.retrieval import spacetime
 from reid.retrieval.index import GalleryIndex
 
 # script, arguments, what its one line says: what is wrong, and the cure
@@ -66,13 +67,15 @@ MISTAKES = [
     ("eval", f"{SET} --multi_query --spacetime", r"--spacetime needs the time of each query, .*: give one of them"),
     ("eval", "--data_root set grown --save_index", r"several --data_root have no one index .*: evaluate them one by one"),
     ("eval", "--compare tiny tiny", r"--compare tiny tiny: give two different runs"),
-    ("eval", "--compare tiny other", r"--exp_name other: no models/other/best.pth; runs here: foreign, pickled, tiny"),
+    ("eval", "--compare tiny other", r"--exp_name other: no models/other/best.pth; runs here: foreign, pickled, timed"),
     ("eval", "--compare tiny grown --json c.json", r"--compare prints two runs from their saved indexes; leave out --json$"),
     ("inference", f"{LOAD} --topk 0", r"--topk 0: must lie between 1 and"),
     ("inference", f"{LOAD} --cameras 99", r"no gallery image fits --cameras and --frames; the gallery's names may hold neither"),
     ("inference", f"{LOAD} --frames 9 1", r"--frames 9 1: give the first frame, then the last one"),
     ("inference", f"{LOAD} --spacetime",
      r"models/tiny/spacetime.pt: not there; learn it with: python eval.py --spacetime --exp_name tiny --data_root set$"),
+    ("inference", "--exp_name timed --data_root set --load_index --gallery_uri index/tiny.pt --spacetime",
+     r"--spacetime: no query's name gives camera and time, as 0007_c2s1_000451_03.jpg does; leave it out$"),
     ("inference", f"--exp_name tiny --gallery set/gallery --spacetime {QUERY}", r"give its --data_root beside --gallery"),
     # where to?
     ("eval", f"{SET} --json out.txt", r"--json out.txt: give a file that ends in .json"),
@@ -95,6 +98,10 @@ def lab(tmp_path_factory):
                               ("pickled", torch.nn.Linear(2, 2))):
             (folder / "models" / name).mkdir()
             torch.save(content, f"models/{name}/best.pth")
+        save_checkpoint("models/timed/best.pth", model, {}, {})
+        ones = torch.ones(2, dtype=torch.int64)
+        spacetime.fit(ones, torch.tensor([1, 2]), ones, torch.tensor([0, 250])).save(
+            "models/timed/spacetime.pt", fingerprint(load_checkpoint("models/tiny/best.pth")) + "+camera_norm", "set")
         (folder / "note.txt").write_text("no image")
         made_by = fingerprint(load_checkpoint("models/tiny/best.pth"))
         for root, uri in (("set", "index/tiny.pt"), ("grown", "index/grown.pt")):

@@ -217,7 +217,7 @@ def test_an_index_of_another_folder_is_refused(people, workplace, tmp_path):
         assert "index/small.pt: made of" in fails(workplace, name, "--exp_name", "small", *options, "--load_index")
         line = fails(workplace, name, "--exp_name", "small", *options, "--save_index")
         assert "name another, such as --gallery_uri" in line
-    line = fails(workplace, "inference.py", "--exp_name", "small", *own, "--load_index")
+    line = fails(workplace, "inference.py", "--exp_name", "small", *own, "--load_index", "--query_paths", people / "query")
     assert "index/small--gallery.pt: no such index" in line
     assert "give one of them" in fails(workplace, "inference.py", "--exp_name", "small", "--data_root", people,
                                        "--load_index", "--save_index")

@@ -19,8 +19,8 @@ from reid.retrieval.stored import FORMAT, VERSION, check_replaceable, find_uncha
 
 STATS = ("sizes", "mtimes", "contents")  # of the image files, see `file_stats`
 COLUMNS = ("pids", "camids", "seqs", "frames", *STATS)  # int64 [N] each
-PLAIN = {"data_root": str, "split": str, "bad": list, "fingerprint": str, "preprocessing": str, "mirror": bool, "names": dict,
-         **dict.fromkeys(("threshold", "camera_threshold", "false_accept_rate"), (int, float, type(None)))}
+PLAIN = {"data_root": str, "split": (str, type(None)), "bad": list, "fingerprint": str, "preprocessing": str, "mirror": bool,
+         "names": dict, **dict.fromkeys(("threshold", "camera_threshold", "false_accept_rate"), (int, float, type(None)))}
 
 
 class GalleryIndex:
@@ -30,8 +30,8 @@ class GalleryIndex:
     threshold: cosine above which two images are a match, at `false_accept_rate` (None: not measured); camera_threshold: the
     same for `camera_normalised`. names: {pid: name} of identities added by name. queries: a second GalleryIndex with the queries
     of an evaluation, or None. bad: [(file, reason, size, time)] of images that `build` left out. split: folder of `data_root`
-    that was listed, "" for `data_root` itself. kept: rows that `build` took over. device: where it is searched, that of the
-    Extractor.
+    that was listed, "" for `data_root` itself, None once rows are added, erased or renamed, since it is no listing then.
+    kept: rows that `build` took over. device: where it is searched, that of the Extractor.
     """
 
     def __init__(self, embeddings, records, fingerprint, mirror, stats=None):
@@ -75,7 +75,7 @@ class GalleryIndex:
         none = torch.empty(0, dtype=torch.int64)
         index = cls(torch.empty(0, extractor.dim, dtype=torch.float16), Records(Path(), [], none, none, none, none),
                     extractor.fingerprint, extractor.mirror)
-        index.data_root, index.threshold, index.device = "", threshold, getattr(extractor, "device", "cpu")
+        index.data_root, index.split, index.threshold, index.device = "", None, threshold, getattr(extractor, "device", "cpu")
         return index
 
     def add(self, embeddings, names=None, pids=None, camids=None, paths=None):
@@ -106,7 +106,7 @@ class GalleryIndex:
         self.paths, self.embeddings = Paths.of([*self.paths, *new.paths]), torch.cat([self.embeddings, new.embeddings])
         for name in COLUMNS:
             setattr(self, name, torch.cat([getattr(self, name), getattr(new, name)]))
-        self._search, self._statistics, self._copy = {}, None, None
+        self._search, self._statistics, self._copy, self.split = {}, None, None, None
         return len(new)
 
     def __len__(self):
@@ -225,7 +225,7 @@ class GalleryIndex:
         overwrite: replace these, too.
         """
         self._require_plain("save")
-        check_replaceable(path, self.data_root, self.queries is not None, overwrite)
+        check_replaceable(path, self.data_root, self.queries is not None, overwrite, self.split is not None)
         save(path, self._part(), FORMAT, VERSION, overwrite)
 
     def _part(self):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from reid.data.names import UNKNOWN, UNKNOWN_PID
+from reid.data.names import UNKNOWN, UNKNOWN_PID, identity_name
 from reid.retrieval.rerank import rerank
 
 
@@ -77,9 +77,11 @@ class RankedList:
         return replace(self, rows=self.rows[order], scores=scores[order], threshold=threshold)
 
     def to_dict(self):
-        """Plain values for JSON: the query's file, pid and camid, and the hits."""
-        return {"query": None if self.query.file is None else str(self.query.file), "pid": self.query.pid,
-                "camid": self.query.camid, "hits": [hit._asdict() for hit in self]}
+        """Plain values for JSON: file, identity, name and camera of the query, and the hits. Identities are texts, or None."""
+        query, ids = self.query, {UNKNOWN_PID: None}
+        file = None if query.file is None else str(query.file)
+        return {"query": file, "pid": ids.get(query.pid, str(query.pid)), "name": identity_name(query.pid, file or ""),
+                "camid": query.camid, "hits": [hit._asdict() | {"pid": ids.get(hit.pid, str(hit.pid))} for hit in self]}
 
 
 def ranked_lists(gallery, scores, rows, queries=None):

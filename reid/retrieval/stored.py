@@ -24,11 +24,12 @@ def same_folder(one, other):
     return str(one) == str(other) or Path(one).resolve() == Path(other).resolve()
 
 
-def check_replaceable(path, data_root, queries, overwrite=False):
+def check_replaceable(path, data_root, queries, overwrite=False, listed=True):
     """Raise ReidError where `path` holds anything but an index (of any version) of the images below `data_root`.
 
     queries: whether the new index has queries. One with queries, of eval.py, is not replaced by one without. overwrite: any
-    index may be replaced, and what else `check_output` permits.
+    index may be replaced, and what else `check_output` permits. listed: whether the new index is the listing of a folder; it
+    does not replace one that is not.
     """
     check_output(path, FORMAT, overwrite)
     if overwrite or not os.path.exists(path):
@@ -41,6 +42,9 @@ def check_replaceable(path, data_root, queries, overwrite=False):
     if not same_folder(found.get("data_root"), data_root):
         raise ReidError(f"{path}: the index of {found.get('data_root')} would be replaced by one of {data_root}; add "
                         f"--overwrite, {other}")
+    if listed and found.get("split", "") is None:
+        raise ReidError(f"{path}: an index that was changed by hand, whose people would be lost; search it with --load_index, "
+                        f"replace it with --overwrite, {other}")
     if isinstance(found.get("queries"), dict) and not queries:
         raise ReidError(f"{path}: eval.py's index, whose queries would be lost; search it with --load_index, bring it up to date "
                         f"with eval.py --save_index, {other}")
@@ -52,9 +56,7 @@ def check_current(gallery, uri, data_root, args):
     gallery: GalleryIndex with or without queries, or MilvusGallery, of which only the folder is compared; args: the options of
     eval.py or inference.py, for the advice.
     """
-    if not gallery.data_root:  # made of embeddings
-        return
-    if not same_folder(gallery.data_root, data_root):
+    if gallery.data_root and not same_folder(gallery.data_root, data_root):
         option = "gallery" if getattr(args, "gallery", None) else "data_root"
         raise ReidError(f"{uri}: made of {gallery.data_root}, not of {data_root}; give --{option} {gallery.data_root}, or make "
                         f"another: {save_command(args, gallery, _another(uri))}")
@@ -66,16 +68,20 @@ def check_current(gallery, uri, data_root, args):
     if any(found.values()):
         counts = ", ".join(f"{len(paths):,} {kind}" for kind, paths in found.items() if paths)
         raise ReidError(f"{uri}: its images are not those of {data_root} any more ({counts}, such as "
-                        f"{next(paths[0] for paths in found.values() if paths)}); bring it up to date: "
-                        f"{save_command(args, gallery)}")
+                        f"{next(paths[0] for paths in found.values() if paths)}); "
+                        + ("add them again" if gallery.split is None else f"bring it up to date: {save_command(args, gallery)}"))
 
 
 def differences(index):
     """Compare the files of an index with its folder: {"changed", "new", "missing": paths}.
 
     All are empty if the folder is gone, since an index works without its images. Files that could not be read count as new once
-    they have changed.
+    they have changed. Of an index without a listing (`split` is None) only the files that are there are compared.
     """
+    if index.split is None:
+        there = [path for path in index.paths if path and os.path.exists(os.path.join(index.data_root, path))]
+        rows = find_unchanged(index, there)[0].tolist()
+        return {"changed": [path for path, row in zip(there, rows) if row < 0], "new": [], "missing": []}
     if not Path(index.data_root, index.split).is_dir():
         return dict.fromkeys(("changed", "new", "missing"), ())
     prefix = f"{index.split}/" if index.split else ""
@@ -98,7 +104,8 @@ def find_unchanged(index, paths):
     for path in paths:
         row, file = row_of.get(path, -1), os.path.join(index.data_root, path)
         size, mtime = _stat(file) if row >= 0 else (-1, -1)
-        if row >= 0 and (size != sizes[row] or (mtime != mtimes[row] and file_stats([file])[2] != index.contents[row])):
+        known = row >= 0 <= sizes[row]  # rows that were added may be of no file
+        if known and (size != sizes[row] or (mtime != mtimes[row] and file_stats([file])[2] != index.contents[row])):
             row = -1
         found.append((row, mtime))
     return torch.tensor(found, dtype=torch.int64).reshape(-1, 2).T

@@ -1,6 +1,7 @@
 """What eval.py adds to reid.retrieval.metrics: cross-domain, the query's own file, JSON, and the comparison of two runs."""
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from reid import ReidError
-from reid.data.datasets import Records
+from reid.data.datasets import Records, read_split
 from reid.retrieval import metrics
 from reid.retrieval.evaluation import gather_data, score, set_thresholds, split_index
 from reid.retrieval.index import GalleryIndex
@@ -125,6 +126,51 @@ def test_a_copy_of_the_query_is_not_a_result(tmp_path):
         data = gather_data(index, multi_query)
         result = metrics.evaluate(*data.values(), protocol="nocam")
         assert sorted(result.matches.tolist()) == [1, 2] and result.mAP == 1.0
+
+
+def test_a_query_folder_that_is_a_copy_of_the_gallery(tmp_path):
+    """Six images of three people, given as angles, without cameras. Each query's own file, a copy or a link, never counts.
+
+    The matches are at ranks 2, 5, 4, 4, 2, 1 of the five other images: Rank-1 is 1/6, mAP (1/2 + 1/5 + 1/4 + 1/4 + 1/2 + 1)/6.
+    """
+    angles = torch.tensor([30, 120, 175, 110, 170, 155]).deg2rad()
+    rows, paths = torch.stack([angles.cos(), angles.sin()], 1), [f"{1 + i // 2}/{'ab'[i % 2]}.jpg" for i in range(6)]
+    for i, path in enumerate(paths):
+        for split in ("gallery", "query"):
+            (tmp_path / split / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "gallery" / path).write_bytes(b"%d" % i)
+        if i % 2:
+            (tmp_path / "query" / path).symlink_to(tmp_path / "gallery" / path)
+        else:
+            (tmp_path / "query" / path).write_bytes(b"%d" % i)
+    index, index.queries = (GalleryIndex(rows, read_split(tmp_path, split), "f" * 16, True) for split in ("gallery", "query"))
+    data = gather_data(index)
+    for protocol in ("market", "nocam"):
+        result = metrics.evaluate(*data.values(), protocol=protocol)
+        assert (result.rank[1], result.mAP) == pytest.approx((1 / 6, 0.45)) and result.first_rank.tolist() == [2, 5, 4, 4, 2, 1]
+    with_own = metrics.evaluate(*(data | {"q_ids": None, "g_ids": None}).values())
+    assert (with_own.rank[1], with_own.mAP) == pytest.approx((1, 0.7889), abs=1e-4)
+    roc = metrics.roc(*data.values(), rates=(0.5,))
+    assert (roc.same_histogram.sum(), roc.different_histogram.sum(), roc.different_pairs) == (6, 24, 24)
+    cosines, hits = rows @ rows.T, []
+    for drawn in itertools.product((0, 1), (2, 3), (4, 5)):  # each single-shot gallery is as likely as the others
+        for match in drawn:
+            query = match ^ 1
+            hits.append(all(cosines[query, match] >= cosines[query, other] for other in drawn))
+    assert metrics.single_shot(*data.values(), repeats=400)["rank1"][0] == pytest.approx(sum(hits) / 24, abs=0.05)
+    assert metrics.camera_table(*data.values()).rank1.tolist() == [[pytest.approx(1 / 6)]]
+    table = compare_table(("one", index, result), ("two", index, result)).splitlines()
+    assert table[1].split()[:3] == ["mAP", "45.00", "45.00"] and table[3].split()[:3] == ["Rank-1", "16.67", "16.67"]
+
+
+def test_one_identity_has_no_roc_and_no_threshold(capsys):
+    rows = [(f"g/{i}.jpg", 7, 2, (1.0, i)) for i in range(3)]
+    _, index, result = evaluated("run", rows, [("q.jpg", 7, 1, (1.0, 0.5))])
+    args = argparse.Namespace(multi_query=False, protocol="market", camera_norm=True, far=1e-3, exp_name="run", data_root="d")
+    roc = set_thresholds(args, index)
+    assert roc is None and index.threshold is index.camera_threshold is None and "no" in capsys.readouterr().out
+    document = to_document(args, {"args": {}}, {"plain": result}, {}, roc, index, {})
+    assert document["roc"] is None and document["results"]["plain"]["mAP"] == 1.0
 
 
 def test_published_splits():

@@ -282,6 +282,23 @@ def test_an_index_is_brought_up_to_date(tmp_path):
     assert differences(again) == {"changed": [], "new": ["1/6.jpg"], "missing": []}
 
 
+def test_an_index_that_was_changed_by_hand_is_no_listing_of_a_folder(tmp_path):
+    """New and missing files do not count, files with other content do, and no listing takes its place."""
+    index = GalleryIndex.build(Flat(), photos(tmp_path / "photos"), progress=False)
+    index.add(index.embeddings[:1].float(), names=["anna"])
+    index.save(tmp_path / "a.pt")
+    (tmp_path / "photos" / "1" / "0.jpg").unlink()
+    (tmp_path / "photos" / "1" / "4.jpg").write_bytes(bytes([4]))
+    again = GalleryIndex.load(tmp_path / "a.pt")
+    check_current(again, "a.pt", tmp_path / "photos", options())
+    with pytest.raises(ReidError, match="changed by hand, whose people would be lost; search it with --load_index"):
+        GalleryIndex.build(Flat(), read_folder(tmp_path / "photos"), progress=False).save(tmp_path / "a.pt")
+    again.save(tmp_path / "a.pt")
+    (tmp_path / "photos" / "1" / "2.jpg").write_bytes(bytes([9]))
+    with pytest.raises(ReidError, match=r"\(1 changed, such as 1/2.jpg\); add them again"):
+        check_current(again, "a.pt", tmp_path / "photos", options())
+
+
 @pytest.mark.parametrize("setting, root", [({"fingerprint": "0" * 16}, "photos"), ({"mirror": False}, "photos"), ({}, "others")])
 def test_an_index_of_other_settings_is_made_anew(tmp_path, capsys, setting, root):
     GalleryIndex.build(Flat(), photos(tmp_path / "photos"), progress=False).save(tmp_path / "a.pt")

@@ -2,8 +2,10 @@
 
 import json
 
+import pytest
 import torch
 
+from reid.data.names import folder_pid
 from reid.retrieval.ranked import Query, RankedList, ranked_lists, rerank_lists, weigh_lists
 from reid.retrieval.rerank import rerank
 from reid.retrieval.spacetime import fit
@@ -15,12 +17,18 @@ class Gallery:
 
 
 def test_hits_matches_and_json():
-    ranked = RankedList(Query("q.jpg", 3, 2), torch.tensor([4, 7]), torch.tensor([0.9, 0.5]), Gallery(), 0.5)
+    anna = folder_pid("anna")  # beyond 2^53, which JavaScript rounds
+    ranked = RankedList(Query("anna/q.jpg", anna, 2), torch.tensor([4, 7]), torch.tensor([0.9, 0.5]), Gallery(), 0.5)
     assert len(ranked) == 2 and ranked.names == ["name 4", "name 7"] and ranked.matches.tolist() == [True, False]
     first, second = ranked
     assert first[:6] == (1, 4, "g/4.jpg", "name 4", 4, 1) and first.match and second == ranked[-1] and not second.match
     plain = json.loads(json.dumps(ranked.to_dict()))
-    assert plain["query"] == "q.jpg" and [hit["position"] for hit in plain["hits"]] == [1, 2]
+    assert (plain["query"], plain["pid"], plain["name"], plain["camid"]) == ("anna/q.jpg", str(anna), "anna", 2)
+    hits = [(1, 4, "g/4.jpg", "name 4", "4", 1, 0.9, True), (2, 7, "g/7.jpg", "name 7", "7", 1, 0.5, False)]
+    assert [tuple(hit.values()) for hit in plain["hits"]] == [pytest.approx(hit) for hit in hits]
+    assert list(plain["hits"][0]) == ["position", "row", "path", "name", "pid", "camid", "score", "match"]
+    assert RankedList(Query(), ranked.rows[:0], ranked.scores[:0], Gallery()).to_dict() == {
+        "query": None, "pid": None, "name": "", "camid": -1, "hits": []}  # unlabelled
 
 
 def test_new_scores_reorder_and_drop_the_threshold():
