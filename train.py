@@ -1,10 +1,10 @@
 """Train a re-identification model: this page is the recipe, from its settings to the step that changes the weights.
 
-Writes models/<run>/{best,last}.pth, runs/<run> (TensorBoard) and an MLflow run; <run> is MLflow's generated name.
+Writes models/<run>/{best,last}.pth, runs/<run> (TensorBoard) and an MLflow run; <run> is MLflow's generated name. best.pth is
+chosen by retrieval of identities that are held out of the training (see --held_out), never by a test set.
 Several GPUs: torchrun --nproc_per_node N train.py
 """
 
-import argparse
 import math
 import time
 from contextlib import closing
@@ -17,10 +17,11 @@ from reid import ReidError, cli, distributed
 from reid.checkpoint import load_weights
 from reid.data.datasets import load_training_set, read_folder
 from reid.model import EMBEDDING_SIZES, build_model, default_config, pick_device
+from reid.retrieval.metrics import evaluate
 from reid.training import augment
 from reid.training.cache import ImageCache
 from reid.training.losses import cosine_loss, identity_loss, relational_loss, soft_label_loss, triplet_loss
-from reid.training.run import Run, StopSignal
+from reid.training.run import Parser, Run, StopSignal
 from reid.training.sampler import pk_batches, unlabelled_batches
 from reid.training.teacher import load_teacher
 from reid.training.trainer import Trainer
@@ -29,16 +30,20 @@ NORM_BATCHES = 64  # batches that give averaged weights their batch-norm statist
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser("train.py", description=__doc__, formatter_class=cli.HelpFormatter)
+    parser = Parser("train.py", description=__doc__, formatter_class=cli.HelpFormatter)
     add = parser.add_argument_group("run").add_argument
     add("--exp_name", help="name of the run (default: a new one from MLflow, such as masked-hog-908)")
     add("--exp_tag", default="", help="a note kept with the MLflow run")
     add("--resume", action="store_true", help="go on with --exp_name from models/<run>/last.pth, with that run's settings")
     add("--seed", type=int, default=0, help="of the first weights, the batches and the augmentation")
-    add("--eval_freq", type=int, default=5, help="epochs between evaluations on val/")
+    add("--eval_freq", type=int, default=5, help="epochs between validations")
     add = parser.add_argument_group("data").add_argument
     add("--data_root", nargs="+", default=["data/market-1501-grouped"], help="grouped dataset; several are trained on jointly")
-    add("--train_all", action="store_true", help="val/ joins train/, and the last epoch is the best")
+    add("--held_out", type=float, default=0.1, help="share of the identities, 100 at most, that are not trained on: val/mAP and "
+        "val/rank1 look for each of their images among the others, and val/mAP chooses best.pth. So few identities are easier to "
+        "find than a test set's: compare only runs with the same ones. With fewer than two, val/accuracy of val/ chooses")
+    add("--train_all", action="store_true", help="train on all identities and on val/, without validation; the last epoch is "
+        "the best")
     add("--batch_size", type=int, default=64, help="over all GPUs")
     add("--unlabelled", metavar="DIR", help="crops without identities, which join each batch and only follow --teacher")
     add("--unlabelled_batch", type=int, default=64, help="crops of --unlabelled in a batch, over all GPUs")
@@ -153,18 +158,32 @@ def train_step(trainer, images, numbers, labels, rows):
 
 
 @torch.inference_mode()
-def validate(trainer, cache, labels):
-    """Accuracy and cross-entropy of the classifier on images it was not trained on, exact for any number of ranks."""
-    model = trainer.best_model.eval()
-    sums = torch.zeros(2, device=trainer.device, dtype=torch.float64)
-    rows = distributed.shard(len(cache))
+def validate(trainer, cache, val_set):
+    """Measure the weights on images that they were not trained on, the last ones of `cache`; exact for any number of ranks.
+
+    val/mAP, val/rank1: each image of the identities that are held out is a query, and the others are its gallery (protocol
+    "market" of `evaluate`). val/accuracy, val/loss: the classifier on the other images, whose identities it was trained on.
+    """
+    model, count = trainer.best_model.eval(), len(val_set.files)
+    embeddings = torch.zeros(count, model.config["embedding_size"], device=trainer.device)
+    rows = distributed.shard(count)
     for part in rows.split(128) if len(rows) else ():
         with trainer.autocast():
-            logits = model.classifier(model.neck(model.features(cache[part]))).float()
-        truth = labels[part].to(trainer.device)
-        sums += torch.stack([(logits.argmax(1) == truth).sum(), F.cross_entropy(logits, truth, reduction="sum")])
-    accuracy, loss = (distributed.total(sums) / len(cache)).tolist()
-    return {"val/accuracy": accuracy, "val/loss": loss}
+            embeddings[part] = model.neck(model.features(cache[len(cache) - count + part])).float()
+    if not distributed.total(embeddings).isfinite().all():
+        raise ReidError("validation: NaN or infinite embeddings; lower --lr (best.pth and last.pth are as before)")
+    labels, camids = val_set.labels.to(trainer.device), val_set.camids.to(trainer.device)
+    trained, metrics = labels < len(model.config["classes"]), {}
+    if not trained.all():
+        found, labelled = F.normalize(embeddings[~trained]), (labels[~trained] + 1, camids[~trained])  # 0 would be a distractor
+        files = torch.arange(len(found))
+        result = evaluate(found, found, *labelled, *labelled, files, files)
+        metrics = {"val/mAP": result.mAP, "val/rank1": result.rank[1]}
+    if trained.any():
+        logits, truth = model.classifier(embeddings[trained]), labels[trained]
+        metrics["val/accuracy"] = (logits.argmax(1) == truth).float().mean().item()
+        metrics["val/loss"] = F.cross_entropy(logits, truth).item()
+    return metrics
 
 
 def train_epoch(trainer, batches, epoch, first, stop):
@@ -180,6 +199,18 @@ def train_epoch(trainer, batches, epoch, first, stop):
     return done
 
 
+def describe(train_set, val_set, classes, batches):
+    """Return text on the images of a run. batches: rows int64 [steps, identities of a batch, images of each]."""
+    pairs = ((batches[..., None] != batches[..., None, :]).sum() / 2 / len(batches)).item()
+    text = (f"{len(train_set.files):,} images of {classes:,} identities, {len(batches):,} steps an epoch, {pairs:.4g} pairs of "
+            "images of one identity in a batch")
+    if not val_set:
+        return f"{text}, no validation"
+    held = val_set.labels[val_set.labels >= classes]
+    return (f"{text}, validation on {len(held):,} images of {len(held.unique())} held-out identities and "
+            f"{len(val_set.labels) - len(held):,} images of the others")
+
+
 def main(args):
     rank, world_size = distributed.start(args.device)
     run = Run(args, get_args_parser(), OPERATIONAL)  # the name, the folder and its lock, and what --resume finds there
@@ -190,27 +221,29 @@ def main(args):
     device = distributed.device or pick_device(args.device)
     torch.manual_seed(args.seed)
 
-    train_set, val_set, classes = load_training_set(args.data_root, args.train_all)
+    train_set, val_set, classes = load_training_set(args.data_root, args.train_all, args.held_out)
     crops = read_folder(args.unlabelled).files() if args.unlabelled else []
     # What does not fit, such as a set that cannot fill a batch, fails here, before the images are decoded.
-    steps = len(plan_epoch(args, train_set.labels, len(crops), 0)[0])
+    batches = pk_batches(train_set.labels, args.batch_size, args.num_instances, args.seed, 0)
+    steps = len(batches)
     model = build_model(default_config(classes, args.backbone, args.height, args.width))
     teacher = load_teacher(args, model, train_set.files, crops)
-    size = (args.height, args.width)
-    cache = ImageCache(train_set.files + crops, size, device, args.cache, args.num_data_loaders)
-    val_cache = ImageCache(val_set.files, size, device, args.cache, args.num_data_loaders) if val_set else None
-
     if not run.state:
         load_weights(model, args.weights, args.weights_partial, verbose=print if rank == 0 else lambda line: None)
+    run.check_tracking()
+    files = train_set.files + crops
+    cache = ImageCache(files + (val_set.files if val_set else []), (args.height, args.width), device, args.cache,
+                       args.num_data_loaders)
+
     parameters = [parameter for module in (model, teacher) if module for parameter in module.to(device).parameters()]
     optimizer = torch.optim.SGD([parameter for parameter in parameters if parameter.requires_grad], args.lr, momentum=0.9,
                                 nesterov=True, weight_decay=args.weight_decay, fused=True)
     trainer = Trainer(model, optimizer, train_step, args, steps, device, teacher)
     if rank == 0:
-        print(f"{run.name}: {len(train_set.files):,} images of {len(classes)} identities, "
-              f"{f'{len(crops):,} crops without, ' if crops else ''}{steps} steps an epoch, "
-              f"images on {cache.where}; {trainer.describe()}", flush=True)
-    start, first = run.restore(trainer, cache.files)  # the epoch, and the step within it, to go on at
+        print(f"{run.name}: {describe(train_set, val_set, len(classes), batches.view(steps, -1, args.num_instances))}"
+              f"{f', {len(crops):,} crops without identities' if crops else ''}; images on {cache.where}; {trainer.describe()}",
+              flush=True)
+    start, first = run.restore(trainer, files)  # the epoch, and the step within it, to go on at
 
     stop = StopSignal(second_kills=world_size == 1)  # of several processes, torchrun ends all
     with run.tracking() as tracker, closing(trainer):
@@ -228,12 +261,12 @@ def main(args):
             metrics["train/images_per_s"] = (done - first) * rows.shape[1] * world_size / (time.perf_counter() - started)
 
             first, last = 0, epoch + 1 == args.num_epochs
-            if last or (val_cache and (epoch + 1) % args.eval_freq == 0):
+            if last or (val_set and (epoch + 1) % args.eval_freq == 0):
                 if args.ema:
                     batches = zip(cache.batches(rows[:NORM_BATCHES]), numbers)
                     trainer.refresh_norms(augmented(images, drawn, args) for images, drawn in batches)
-                if val_cache:
-                    metrics |= validate(trainer, val_cache, val_set.labels)
+                if val_set:
+                    metrics |= validate(trainer, cache, val_set)
             if tracker and epoch == 0:
                 run.later(tracker.images, "train/augmented", augmented(cache[rows[0, :32]], numbers[0, :32], args), 0)
             run.epoch_done(trainer, epoch + 1, metrics, tracker, best=last if args.train_all else None)

@@ -173,6 +173,9 @@ def load_foreign(path, name, advice):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen types
+        if re.search("Unsupported (global|class|operand)|TorchScript|safe_globals", str(error)):
+            raise ReidError(f"{name}: holds a whole model or other Python objects, which are not loaded since they could run any "
+                            "code; where its code is, save its tensors alone: torch.save(model.state_dict(), FILE)") from error
         raise ReidError(f"{name}: not a file of tensors that torch.load reads with weights_only=True") from error
 
 

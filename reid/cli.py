@@ -97,8 +97,8 @@ def run(parser, main):
         sys.stdout.flush()
     except ReidError as error:
         status = fail(parser.prog, error)
-    except KeyboardInterrupt:
-        status = fail(parser.prog, "interrupted", 130)
+    except KeyboardInterrupt as stop:
+        status = fail(parser.prog, str(stop) or "interrupted", 130)
     except BrokenPipeError:  # the reader, such as `| head`, has gone
         sys.stdout = None
         status = 141

@@ -10,13 +10,14 @@ import torch
 
 from reid import ReidError
 from reid.cli import printable
-from reid.data.names import DISTRACTOR, UNKNOWN, UNKNOWN_PID, Name, describe, read_folders, read_path
+from reid.data.names import DISTRACTOR, UNKNOWN, UNKNOWN_PID, Name, describe, order, read_folders, read_path
 from reid.images import is_image
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".avif"}
 SYSTEM_FILES = {"thumbs.db", "desktop.ini", "__macosx"}
 HIDDEN, ELSEWHERE = "hidden, or of the operating system", "in other folders"  # the only reasons that --strict accepts
 BESIDE = "beside the identity folders"
+MOST_HELD_OUT = 100  # identities: enough to compare epochs, and cheap to embed
 NO_CAMERA = ("NO CAMERA was read: images from the query's own camera count in the evaluation, which makes it too good; name "
              "cameras as in anna_c2_7.jpg or anna/cam2/7.jpg, or prepare the images with data_prep.py --from DIR --camera REGEX")
 
@@ -177,36 +178,63 @@ def _not_an_image(entry, regular):
 
 
 class LabelledImages(NamedTuple):
-    """Images of a training set."""
+    """Images of a training set or of its validation: N files, labels int64 [N] and cameras int64 [N].
+
+    A label is the position of the identity in the sorted list of classes; those of identities that are held out follow.
+    """
 
     files: list[Path]
-    labels: torch.Tensor  # int64 [N], positions in the sorted list of classes
+    labels: torch.Tensor
+    camids: torch.Tensor
 
 
-def load_training_set(roots, train_all):
+def load_training_set(roots, train_all=False, held_out=0.1):
     """Return (train, val or None, classes) of one or several grouped datasets: LabelledImages and the sorted classes.
 
+    train_all: train on all images of train/ and val/, without a validation. Otherwise validate on the images of val/ and on
+    all those of a share `held_out` of the identities (`_hold_out`), which are no classes.
     classes: the ids or, for several roots, whose ids are kept apart, "<name of the root>/<id>". Junk and distractors are
-    left out. train_all: train on the images of val/ as well. Raises ReidError for roots of the same name, and for
-    identities in val/ that train/ does not have.
+    left out. Raises ReidError for roots of the same name, for identities in val/ that train/ does not have, and where there
+    is nothing to validate on.
     """
     if len({Path(root).name for root in roots}) < len(roots):
         raise ReidError(f"--data_root {' '.join(roots)}: two roots with the same name; their ids could not be kept apart")
-    missing = [Path(root) / "val" for root in roots if not (Path(root) / "val").is_dir()]
-    images = {"train": [], "val": []}  # split -> [(file, class)]
-    for split in ("train",) if missing else ("train", "val"):
+    images = {"train": [], "val": []}  # split -> [(file, identity, camera)]
+    for split in images:
         for root in roots:
+            if split == "val" and not list_images(Path(root) / split):
+                continue
             records = read_split(root, split)
             records = records.select(records.pids > DISTRACTOR)
             names = [pid if len(roots) == 1 else f"{Path(root).name}/{pid}" for pid in records.pids.tolist()]
-            images["train" if train_all else split] += zip(records.files(), names)
-    if missing and not train_all:
-        raise ReidError(f"{missing[0]}: no such folder; make it with data_prep.py, or train without it with --train_all")
-    classes = sorted({name for _, name in images["train"]})
-    label = {name: i for i, name in enumerate(classes)}
-    if strangers := sorted({name for _, name in images["val"]} - set(classes), key=str):
+            images[split] += zip(records.files(), names, records.camids.tolist())
+    if train_all:
+        images = {"train": images["train"] + images["val"], "val": []}
+    people = {name for _, name, _ in images["train"]}
+    if strangers := sorted({name for _, name, _ in images["val"]} - people, key=str):
         raise ReidError(f"val/ has identities that train/ has not: {strangers[:3]}; make both with data_prep.py")
+    held = set() if train_all else _hold_out(images["train"], held_out)
+    if not (train_all or held or images["val"]):
+        raise ReidError(f"{Path(roots[0]) / 'val'}: no images to validate on; train without validation with --train_all")
+    label = {name: i for i, name in enumerate([*sorted(people - held), *sorted(held)])}
 
     def labelled(part):
-        return LabelledImages([file for file, _ in part], torch.tensor([label[name] for _, name in part], dtype=torch.int64))
-    return labelled(images["train"]), labelled(images["val"]) if images["val"] else None, classes
+        columns = torch.tensor([(label[name], camid) for _, name, camid in part], dtype=torch.int64).reshape(-1, 2).T
+        return LabelledImages([file for file, *_ in part], *columns)
+    train = labelled([row for row in images["train"] if row[1] not in held])
+    val = images["val"] + [row for row in images["train"] if row[1] in held]
+    return train, labelled(val) if val else None, sorted(people - held)
+
+
+def _hold_out(images, share):
+    """Choose the identities to validate on by retrieval: a share, MOST_HELD_OUT at most, in the order of a hash of their names.
+
+    images: [(file, identity, camera)]. Chosen are identities that two cameras have seen or, without cameras in the names,
+    that have two images. None, if that gives fewer than two identities.
+    """
+    cameras = defaultdict(list)
+    for _, name, camid in images:
+        cameras[name].append(camid)
+    able = [name for name, seen in cameras.items() if len(set(seen)) > 1 or (UNKNOWN in seen and len(seen) > 1)]
+    chosen = sorted(able, key=order)[: min(MOST_HELD_OUT, round(share * len(cameras)))]
+    return set(chosen) if len(chosen) > 1 else set()

@@ -106,6 +106,11 @@ def folder_pid(folder):
     return (int.from_bytes(digest, "big") >> 2) | (1 << 61)
 
 
+def order(name):
+    """A sort key that is the same everywhere and, unlike the name itself, favours no camera."""
+    return hashlib.sha256(os.fsencode(str(name))).digest()
+
+
 def reserved(name):
     """Whether a Name is that of Market-1501's junk (-1) or, in its own style with a sequence (0000_c1s1), a distractor."""
     return name.pid == JUNK or (name.pid == DISTRACTOR and name.seq != UNKNOWN)

@@ -20,11 +20,11 @@ from reid.data.names import (
     folder_camera,
     folder_pid,
     is_clip,
+    order,
     parse_name,
     read_folders,
     read_path,
 )
-from reid.data.prepare import order
 
 FRAMES_PER_SECOND = 25  # of Market-1501's cameras, and so in every name
 SPLIT_FOLDERS = {"train", "val", "valid", "test", "query", "gallery"}

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from reid import ReidError
 from reid.data.datasets import list_files, list_images, make_records
-from reid.data.names import DISTRACTOR, JUNK, UNKNOWN
+from reid.data.names import DISTRACTOR, JUNK, UNKNOWN, order
 from reid.files import copy, fsync_folder, locked
 
 SPLITS = ("train", "val", "query", "gallery")
@@ -157,7 +157,7 @@ def _place(content, target, link):
 
 
 def _hold_out(root):
-    """Move one image of each training identity that has three or more to val/: the first one by `_order`.
+    """Move one image of each training identity that has three or more to val/: the first one by `order`.
 
     Of two, both stay: the triplet loss needs pairs.
     """
@@ -168,11 +168,6 @@ def _hold_out(root):
             held = root / "val" / folder.name / chosen
             held.parent.mkdir(parents=True)
             (folder / chosen).rename(held)
-
-
-def order(name):
-    """A sort key that is the same everywhere and, unlike the name itself, favours no camera."""
-    return hashlib.sha256(os.fsencode(name)).digest()
 
 
 def table(root):

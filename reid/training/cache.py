@@ -9,6 +9,7 @@ from tqdm import tqdm
 from reid import ReidError
 from reid.images import decode, resize
 
+SHOWN = 10  # bad images that are named in one message
 CHUNK = 1024  # images that are decoded before they move to the device, so that the host need not hold all of them
 
 
@@ -17,8 +18,8 @@ class ImageCache:
 
     where: "device" (decoded once, kept there), "host" (decoded once, kept in memory), "none" (decoded anew each time) or
     "auto": device if the set takes at most 40 % of a GPU's free memory, else host if at most half of the free memory,
-    else none. `.where` is the choice. workers: threads that decode. Raises ReidError with the path of an image that cannot be
-    decoded.
+    else none. `.where` is the choice. workers: threads that decode. Raises ReidError with the paths of images that cannot be
+    decoded: all of the set, or with "none" those of a batch.
     """
 
     def __init__(self, files, size, device, where="auto", workers=4):
@@ -34,10 +35,12 @@ class ImageCache:
         except torch.OutOfMemoryError as error:
             raise ReidError(f"--cache device: {len(files):,} images take {bytes_needed / 2**30:.1f} GiB, more than the GPU has "
                             "free; use --cache host or auto") from error
+        bad = []
         with tqdm(total=len(files), desc="decode", unit="img", disable=None) as progress:
             for rows in torch.arange(len(files)).split(CHUNK):
-                self.pixels[rows[0] : rows[-1] + 1] = self._decode(rows)
+                self.pixels[rows[0] : rows[-1] + 1] = self._decode(rows, bad)
                 progress.update(len(rows))
+        _refuse(bad)
 
     def __len__(self):
         return len(self.files)
@@ -63,8 +66,32 @@ class ImageCache:
                 yield ready
             yield coming.result()
 
-    def _decode(self, rows):
-        return torch.cat(list(self.pool.map(lambda row: resize([decode(self.files[row])], self.size), rows.tolist())))
+    def _decode(self, rows, bad=None):
+        """Return images uint8 [B, 3, H, W]. Errors of images, which are black then, are added to `bad` or, without it, raised."""
+        errors = []
+
+        def read(row):
+            try:
+                return resize([decode(self.files[row])], self.size)
+            except ReidError as error:
+                errors.append((row, str(error)))
+                return torch.zeros(1, 3, *self.size, dtype=torch.uint8)
+        images = torch.cat(list(self.pool.map(read, rows.tolist())))
+        if bad is None:
+            _refuse(errors)
+        else:
+            bad += errors
+        return images
+
+
+def _refuse(bad):
+    """Raise ReidError for images that could not be read: [(row, message with the path)]."""
+    messages = [message for _, message in sorted(bad)]
+    if len(bad) > 1:
+        more = f"; and {len(bad) - SHOWN:,} more" if len(bad) > SHOWN else ""
+        raise ReidError(f"{len(bad):,} images, which have to be replaced or removed: {'; '.join(messages[:SHOWN])}{more}")
+    if bad:
+        raise ReidError(messages[0])
 
 
 def _place(bytes_needed, device):

@@ -13,15 +13,27 @@ from reid.checkpoint import FORMAT, VERSION, check_name, checkpoint_payload, loa
 from reid.cli import check_ranges, first_line
 from reid.files import checksum, locked, save
 
+SCORES = {"val/mAP": 1, "val/accuracy": 1, "val/loss": -1}  # what chooses best.pth, those further back where others are equal
 MANY = 1 << 20
 LIMITS = dict.fromkeys(["flip", "erase", "jitter", "gray", "blur", "tint", "smoothing", "ema", "weight_decay"], (0, 1)) | {
-    "batch_size": (2, MANY), "num_instances": (2, MANY), "height": (32, 2048), "width": (32, 2048), "num_data_loaders": (0, 1024),
-    "num_epochs": (1, MANY), "eval_freq": (1, MANY), "warmup_epochs": (0, MANY), "lr": (0, 1e38), "pair_weight": (0, MANY),
-    "margin": (-MANY, MANY), "distill": (0, MANY), "cosine": (0, MANY), "clip": (0, 1e38), "unlabelled_batch": (1, MANY),
-    "seed": (0, 1 << 40)}
+    "held_out": (0, 0.5), "batch_size": (2, MANY), "num_instances": (2, MANY), "height": (32, 2048), "width": (32, 2048),
+    "num_data_loaders": (0, 1024), "num_epochs": (1, MANY), "eval_freq": (1, MANY), "warmup_epochs": (0, MANY), "lr": (0, 1e38),
+    "pair_weight": (0, MANY), "margin": (-MANY, MANY), "distill": (0, MANY), "cosine": (0, MANY), "clip": (0, 1e38),
+    "unlabelled_batch": (1, MANY), "seed": (0, 1 << 40)}
 # settings of earlier versions, and the only value that a run may have had to be resumed
 REMOVED = {"pair_loss": "triplet", "mixstyle": 0, "ibn": False, "grid": 0, "jpeg": 0, "dropout": 0, "drop_path": 0, "swa": 0,
            "pool": "avg", "last_stride": 1}
+
+
+class Parser(argparse.ArgumentParser):
+    """Parse into a Namespace whose `typed` lists the arguments that were given, also where they equal the default."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        found, rest = super().parse_known_args(args, namespace)
+        given = argparse.Namespace(**dict.fromkeys(vars(found), unset := object()))  # only typed ones are replaced
+        super().parse_known_args(args, given)
+        found.typed = sorted(key for key, value in vars(given).items() if value is not unset)
+        return found, rest
 
 
 class Run:
@@ -32,6 +44,7 @@ class Run:
     """
 
     def __init__(self, args, parser, operational):
+        typed = set(vars(args).pop("typed", ()))
         check_ranges(args, LIMITS)
         if args.resume and not args.exp_name:
             raise ReidError("--resume needs the --exp_name of the run to go on with")
@@ -43,7 +56,7 @@ class Run:
         self.name = args.exp_name = check_name(distributed.share(args.exp_name))
         self.folder = Path("models") / self.name
         self.state = distributed.share(self._lock(args.resume) if distributed.rank == 0 else None)
-        self.args = self._settings(args, parser, operational) if self.state else args
+        self.args = self._settings(args, typed, parser, operational) if self.state else args
         self.tracker_id = self.state["training"].get("tracker_id") if self.state else None
 
     def _lock(self, resume):
@@ -51,7 +64,7 @@ class Run:
         lock = self.folder.parent / f".{self.name}.lock"  # beside the folder, which may be removed while it is in use
         held = ExitStack()
         held.enter_context(locked(lock, f"another process is training {self.name}; wait for it, or choose another --exp_name"))
-        held.callback(_leave, lock.absolute(), self.folder.absolute())
+        held.callback(_leave, lock.absolute(), self.folder.absolute(), Path("runs", self.name).absolute())
         held.callback(self.writer.shutdown)  # first, so that the last file is written
         weakref.finalize(self, held.close)  # however the run ends, except by kill -9
         if resume and not (self.folder / "last.pth").is_file():
@@ -63,7 +76,7 @@ class Run:
             raise ReidError(f"--exp_name {self.name}: {self.folder} exists; add --resume to go on, or choose another name")
         return None
 
-    def _settings(self, args, parser, operational):
+    def _settings(self, args, typed, parser, operational):
         saved, training, last = self.state["args"], self.state.get("training"), self.folder / "last.pth"
         if not isinstance(training, dict) or not all(isinstance(training.get(key), int) for key in ("epoch", "step")) \
                 or not isinstance(training.get("best"), (list, type(None))):
@@ -76,14 +89,14 @@ class Run:
         for key, only in REMOVED.items():
             if key in saved and saved[key] != only:
                 raise ReidError(f"{last}: trained with --{key} {saved[key]}, which this version does not have; start a new run")
-        saved = {key: value for key, value in saved.items() if key not in REMOVED}
+        saved = {"held_out": 0.0} | {key: value for key, value in saved.items() if key not in REMOVED}  # 0: earlier versions
         check_ranges(argparse.Namespace(**saved), LIMITS)
-        kept = {key: value for key, value in vars(args).items() if key in operational or key not in saved}
-        if args.data_root == parser.get_default("data_root"):  # not given: the run's own dataset
-            kept.pop("data_root")
-        for key, value in vars(args).items():
-            if key in saved and key not in operational and value not in (parser.get_default(key), saved[key]):
-                raise ReidError(f"--resume goes on with --{key} {saved[key]}, not {value}; leave it out, or start a new run")
+        kept = {key: value for key, value in vars(args).items()
+                if key not in saved or (key in operational and (key in typed or key != "data_root"))}
+        for key in sorted(typed & saved.keys() - operational):
+            if getattr(args, key) != saved[key]:
+                raise ReidError(f"--resume goes on with --{key} {saved[key]}, not {getattr(args, key)}; leave it out, or start a "
+                                "new run")
         return argparse.Namespace(**saved | kept)
 
     def restore(self, trainer, files):
@@ -114,15 +127,20 @@ class Run:
         self.state = None  # its weights are no longer needed
         return training["epoch"], training["step"]
 
+    def check_tracking(self):
+        """Open the store of MLflow and the folder of TensorBoard; raises ReidError if that fails."""
+        if distributed.rank == 0:
+            from reid.training.tracking import Tracker
+
+            self.tracker = Tracker(self.name, vars(self.args), self.tracker_id, {"exp_tag": self.args.exp_tag})
+
     @contextmanager
     def tracking(self):
         """Yield the tracker of this run on rank 0, None on the others; it records how the block has ended."""
         if distributed.rank:
             yield None
             return
-        from reid.training.tracking import Tracker
-
-        with Tracker(self.name, vars(self.args), run_id=self.tracker_id, tags={"exp_tag": self.args.exp_tag}) as tracker:
+        with self.tracker as tracker:
             self.tracker_id = tracker.run_id
             try:
                 yield tracker
@@ -130,12 +148,12 @@ class Run:
                 self.wait()
 
     def epoch_done(self, trainer, epoch, metrics, tracker, best=None):
-        """Save and log in the background. best: whether these weights are the best; None compares them on val/."""
+        """Save and log in the background. best: whether these weights are the best; None compares their SCORES."""
         if distributed.rank:
             return
-        if best is None and "val/accuracy" in metrics:
-            score = (metrics["val/accuracy"], -metrics["val/loss"])
-            best = self.best is None or score > tuple(self.best)
+        score = [sign * metrics[name] for name, sign in SCORES.items() if name in metrics]
+        if best is None and score:
+            best = self.best is None or score > self.best
             self.best = list(score) if best else self.best
         last = self._last(trainer, epoch, 0, metrics, bool(best))
         best = self._payload(trainer.best_model, metrics | {"epoch": epoch}) if best else None
@@ -151,13 +169,14 @@ class Run:
         self.later(save_and_log)
 
     def stopped(self, trainer, epoch, step):
-        """Save after `epoch` epochs and `step` steps of the next, and raise KeyboardInterrupt."""
+        """Save after `epoch` epochs and `step` steps of the next, and raise KeyboardInterrupt with the command to go on."""
         trainer.synchronise()
         if distributed.rank == 0:
             self.wait()
             self._save(self._last(trainer, epoch, step))
         distributed.any_(True)  # when a process ends, torchrun kills the others: not before last.pth is written
-        raise KeyboardInterrupt
+        start = f"torchrun --nproc_per_node {distributed.world_size}" if distributed.world_size > 1 else "python"
+        raise KeyboardInterrupt(f"saved; go on with: {start} train.py --resume --exp_name {self.name}")
 
     def _last(self, trainer, epoch, step, metrics=None, is_best=False):
         return self._payload(trainer.model, metrics or {}, trainer.state() | {
@@ -212,8 +231,8 @@ class StopSignal:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
-def _leave(lock, folder):
-    """Remove the lock of a run that is over, and the folder if nothing was saved in it."""
-    for remove in (lock.unlink, folder.rmdir):
+def _leave(lock, *folders):
+    """Remove the lock of a run that is over, and its folders if nothing was saved in them."""
+    for remove in (lock.unlink, *(folder.rmdir for folder in folders)):
         with suppress(OSError):
             remove()

@@ -20,6 +20,7 @@ from reid.cli import first_line, root_cause, without_secrets
 from reid.images import resize
 
 EXPERIMENT = "human-reid"
+FINAL = ("val/mAP", "val/rank1", "val/accuracy", "val/loss", "train/loss")  # metrics beside the settings, in TensorBoard
 PROJECTOR_ROWS, SPRITE = 2000, 64  # more rows make the projector's page crawl; side of a thumbnail in pixels
 
 
@@ -63,21 +64,34 @@ class Tracker:
     the params that it has, or start a new one if the store has lost it. TensorBoard hides what the continued run had logged
     from the first step of this one on.
 
-    A context manager: the run ends as FINISHED, as KILLED after Ctrl-C or an exit, as FAILED after any other exception.
-    Raises ReidError if the store cannot be used at the start. Later, a log that cannot be written costs a warning, not the
-    training, and what MLflow misses is still in TensorBoard.
+    A context manager: the run begins with the block and ends as FINISHED, as KILLED after Ctrl-C or an exit, as FAILED after
+    any other exception. Raises ReidError if the store cannot be used, already when it is made. Later, a log that cannot be
+    written costs a warning, not the training, and what MLflow misses is still in TensorBoard.
     """
 
     def __init__(self, run_name, params, run_id=None, tags=None):
         self.client, self._uri = open_store()
+        self._experiment = self._open_experiment()
+        self._name, self.run_id, self._params, self._tags = run_name, run_id, params, tags
         self._folder, self._board, self._warned = Path("runs") / run_name, None, set()
         self._folder.mkdir(parents=True, exist_ok=True)
+
+    def __enter__(self):
         try:
-            run = self._open(run_name, run_id)
+            run = self._open(self._name, self.run_id)
         except Exception as error:
             raise _unusable(self._uri, error) from error
         self.run_id = run.info.run_id
-        self._send(params={name: value for name, value in params.items() if name not in run.data.params}, tags=tags)
+        params = {name: value for name, value in self._params.items() if name not in run.data.params}
+        self._send(params=params, tags=self._tags)
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        status = "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
+        if self._board:
+            self._draw(lambda board: (kind or self._settings(board, slice(2, 3)), board.close()))
+        with self._warning("MLflow"):
+            self.client.set_terminated(self.run_id, status)
 
     def log(self, metrics, step):
         """Log the numbers of one step, {name: float}. A request and a flush, so once an epoch."""
@@ -109,16 +123,6 @@ class Tracker:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         self._send(tags={Path(path).name: path, f"{Path(path).name}.sha256": digest})
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        status = "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
-        if self._board:
-            self._draw(lambda board: board.close())
-        with self._warning("MLflow"):
-            self.client.set_terminated(self.run_id, status)
-
     @contextmanager
     def _warning(self, library):
         """Turn what goes wrong in the block into a warning, once for each library."""
@@ -138,9 +142,18 @@ class Tracker:
                 from torch.utils.tensorboard import SummaryWriter
 
                 board = SummaryWriter(str(self._folder), purge_step=step)
+                self._settings(board, slice(2))
             write(board)
             board.flush()
             self._board = board
+
+    def _settings(self, board, parts):
+        """Write a part of what TensorBoard's page of hyperparameters needs: its columns and the settings, then the success."""
+        from torch.utils.tensorboard.summary import hparams
+
+        settings = {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in self._params.items()}
+        for summary in hparams(settings, dict.fromkeys(FINAL, 0.0))[parts]:  # the page shows the last scalars of these names
+            board.file_writer.add_summary(summary)
 
     def _send(self, metrics=None, step=0, params=None, tags=None):
         """Send all to MLflow in one request."""
@@ -161,12 +174,22 @@ class Tracker:
             with suppress(MlflowException):  # the run has been deleted
                 self.client.update_run(run_id, status="RUNNING")
                 return self.client.get_run(run_id)
+        return self.client.create_run(self._experiment, run_name=run_name, tags=resolve_tags())
+
+    def _open_experiment(self):
+        """Return the number of the experiment, which is created if it does not exist."""
+        from mlflow.exceptions import MlflowException
+
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
         try:
-            number = self.client.create_experiment(name)
-        except MlflowException:  # it exists, perhaps since a moment ago
-            number = self.client.get_experiment_by_name(name).experiment_id
-        return self.client.create_run(number, run_name=run_name, tags=resolve_tags())
+            with suppress(MlflowException):  # it exists, perhaps since a moment ago
+                return self.client.create_experiment(name)
+            found = self.client.get_experiment_by_name(name)
+            if found.lifecycle_stage != "active":
+                raise ValueError(f"the experiment {name} is deleted; restore it or set MLFLOW_EXPERIMENT_NAME to another")
+            return found.experiment_id
+        except Exception as error:
+            raise _unusable(self._uri, error) from error
 
 
 def log_evaluation(run_name, metrics, report=None):

@@ -220,7 +220,7 @@ def test_a_deleted_experiment_is_one_line(folder, monkeypatch):
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "old")
     client, _ = open_store()
     client.delete_experiment(client.create_experiment("old"))
-    with pytest.raises(ReidError, match="active"):
+    with pytest.raises(ReidError, match="experiment old is deleted"):
         Tracker("none", {})
 
 
