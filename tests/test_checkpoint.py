@@ -189,10 +189,14 @@ def test_weights_without_a_tensor_are_refused(model, tmp_path):
         load_weights(fresh(), str(tmp_path / "most.pth"))
 
 
-def test_weights_that_do_not_fit(tmp_path):
+def test_weights_that_do_not_fit(model, tmp_path):
     torch.save({"layer1.weight": torch.zeros(3)}, tmp_path / "other.pth")
+    torch.save(model, tmp_path / "model.pth")
+    torch.save({"model": model, "epoch": 3}, tmp_path / "wrapped.pth")
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "script.pth")
     (tmp_path / "text.pth").write_text("hello")
+    whole = r"holds a whole model or other Python objects.*: torch.save\(model.state_dict\(\), FILE\)"
     for name, message in (("other.pth", "0 of 604 backbone tensors matched"), ("text.pth", "weights_only=True$"),
-                          ("missing.pth", "no such file")):
+                          ("missing.pth", "no such file"), ("model.pth", whole), ("wrapped.pth", whole), ("script.pth", whole)):
         with pytest.raises(ReidError, match=message):
             load_weights(fresh(), str(tmp_path / name))

@@ -182,12 +182,19 @@ def table(root):
         lines.append(f"{split:<8}{len(records):>9,}{len(people):>12,}{len(cameras) or '-':>9}{note}")
     example = next((part for part in (parts["gallery"], parts["train"]) if len(part)), None)
     lines = [example.reading(), *lines] if example else lines
-    alone = _without_match(parts["query"], parts["gallery"])
-    if len(parts["query"]) == alone:
+    queries, alone = len(parts["query"]), _without_match(parts["query"], parts["gallery"])
+    if not queries:
+        lines.append("WARNING: query/ is empty, so eval.py has nothing to evaluate: no test identity has a second image, from "
+                     "another camera where names give cameras")
+    elif queries == alone:
         lines.append("WARNING: no query can be right: no test identity was seen by two cameras, and images of the query's own "
                      "camera are ignored; evaluate with --protocol nocam, which counts them")
     elif alone:
         lines.append(f"{alone:,} queries have no match under another camera and will be skipped")
+    if queries and len(parts["gallery"].pids.unique()) == 1:
+        lines.append("WARNING: gallery/ has one identity, so that no result of eval.py can be wrong")
+    if (people := len(parts["train"].pids.unique())) < 2:
+        lines.append(f"train/ has {people} identities, too few for train.py; this tree is for eval.py alone")
     return "\n".join(lines)
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from reid import ReidError
 from reid.data.datasets import load_training_set, read_folder, read_split
-from reid.data.names import UNKNOWN_PID, Name, folder_pid, parse_name, read_file
+from reid.data.names import UNKNOWN_PID, Name, folder_pid, parse_name, read_file, read_path
 
 
 @pytest.mark.parametrize("name, expected", [
@@ -126,8 +126,8 @@ def test_no_images_is_an_error(tmp_path, what):
 def test_joint_training_keeps_ids_apart(people, tmp_path):
     other = tmp_path / "other"
     other.symlink_to(people)
-    train, val, classes = load_training_set([str(people), str(other)], train_all=False)
-    alone, _, once = load_training_set([str(people)], train_all=False)
+    train, val, classes = load_training_set([str(people), str(other)], held_out=0)
+    alone, _, once = load_training_set([str(people)], held_out=0)
     assert len(classes) == 2 * len(once) and len(train.files) == 2 * len(alone.files)
     assert len(train.labels.unique()) == len(classes) and val.labels.max() < len(classes)
     with pytest.raises(ReidError, match="same name"):
@@ -160,3 +160,29 @@ def test_training_set_without_or_with_another_val(small):
     with pytest.raises(ReidError, match="--train_all"):
         load_training_set([str(small)], train_all=False)
     assert len(load_training_set([str(small)], train_all=True)[0].files) == 3
+
+
+def test_an_empty_val_is_no_error_where_something_else_validates_or_nothing_has_to(small):
+    (small / "val/12/12_c2.jpg").unlink()
+    assert load_training_set([str(small)], train_all=True)[2] == [3, 12]
+    with pytest.raises(ReidError, match="val: no images to validate on; train without validation with --train_all"):
+        load_training_set([str(small)])
+    make(small, *(f"train/{pid}/{pid}_c{camera}.jpg" for pid in (20, 21) for camera in (1, 2)))
+    train, val, classes = load_training_set([str(small)], held_out=0.5)
+    assert len(classes) == 2 and len(train.files) + len(val.files) == 7
+
+
+def test_identities_that_are_held_out(tmp_path):
+    """Half of eleven is six, taken from the nine that can have a match: seen by two cameras, or in two images without camera."""
+    make(tmp_path, *(f"train/{pid}/{pid}_c{camera}_{i}.jpg" for pid in range(1, 9) for camera in (1, 2) for i in (0, 1)),
+         "train/one/a_c1_1.jpg", "train/one/a_c1_2.jpg", "train/alone/a.jpg", "train/phone/a.jpg", "train/phone/b.jpg",
+         *(f"val/{pid}/{pid}_c3_9.jpg" for pid in range(1, 9)))
+    train, val, classes = load_training_set([str(tmp_path)], held_out=0.5)
+    held = {file.parent.name for file, label in zip(val.files, val.labels.tolist()) if label >= len(classes)}
+    assert len(held) == 6 and len(classes) == 5 and not held & {"one", "alone"}
+    images = set(tmp_path.rglob("*.jpg"))
+    assert set(val.files) == {file for file in images if file.parent.name in held or file.parent.parent.name == "val"}
+    assert set(train.files) == images - set(val.files) and set(train.labels.tolist()) == set(range(5))
+    assert val.camids.tolist() == [read_path(f"{file.parent.name}/{file.name}", True).camid for file in val.files]
+    assert load_training_set([str(tmp_path)], held_out=0.5)[2] == classes  # the same in every run
+    assert len(load_training_set([str(tmp_path)], held_out=0.1)[2]) == 11  # a single one would always find itself

@@ -230,13 +230,25 @@ def test_a_wrong_regular_expression(tmp_path, prep):
     refused(prep("--synthetic", "--camera", "x"), "--camera needs --from")
 
 
-def test_without_cameras_it_says_so_and_with_one_no_query_can_be_right(tmp_path, prep):
-    none, one = pictures(tmp_path / "none", "a/1.png", "a/2.png"), pictures(tmp_path / "one", "a/c1_1.png", "a/c1_2.png")
-    _, stdout, _ = prep("--from", none, "--train_share", "0", output=tmp_path / "1")
-    assert "NO CAMERA was read" in stdout and "WARNING" not in stdout
-    _, stdout, _ = prep("--from", one, "--train_share", "0", output=tmp_path / "2")
-    assert "NO CAMERA" not in stdout and "WARNING: no query can be right" in stdout and "--protocol nocam" in stdout
-    assert sorted(split for split, *_ in splits(tmp_path / "2")["a"]) == ["gallery", "query"]
+RIGHT, EMPTY = "WARNING: no query can be right: no test identity was seen by two cameras", "WARNING: query/ is empty"
+ALONE, FEW = "WARNING: gallery/ has one identity", "identities, too few for train.py"
+
+
+@pytest.mark.parametrize("share, names, lines", [
+    (0, ["a/1.png", "a/2.png", "b/1.png"], ["NO CAMERA was read", f"train/ has 0 {FEW}"]),
+    (0, ["a/c1_1.png", "a/c1_2.png", "b/c1_1.png"], [RIGHT, "--protocol nocam", f"train/ has 0 {FEW}"]),  # one camera in all
+    (0, ["a/c1_1.png", "a/c1_2.png", "b/c2_1.png"], [EMPTY, f"train/ has 0 {FEW}"]),
+    (0.5, ["a/1.png", "a/2.png"], ["NO CAMERA was read", ALONE, f"train/ has 0 {FEW}"]),  # one person
+    (0.6, ["a/c1_1.png", "a/c2_1.png"], [EMPTY, f"train/ has 1 {FEW}"]),
+    (0, ["a/c1_1.png", "a/c2_1.png", "b/c1_1.png"], [f"train/ has 0 {FEW}"]),
+    (1, ["a/c1_1.png", "a/c2_1.png", "b/c1_1.png"], [EMPTY]),
+])
+def test_what_a_tree_cannot_be_used_for_is_said(tmp_path, prep, share, names, lines):
+    _, stdout, _ = prep("--from", pictures(tmp_path / "mine", *names), "--train_share", share)
+    said = {line for line in (RIGHT, EMPTY, ALONE, FEW, "NO CAMERA was read") if line in stdout}
+    assert all(line in stdout for line in lines) and not [line for line in said if not any(line in text for text in lines)]
+    if RIGHT in lines:
+        assert sorted(split for split, *_ in splits(tmp_path / "out")["a"]) == ["gallery", "query"]
 
 
 def test_images_are_copied_with_their_modes_and_linked_only_when_asked(tmp_path, prep):

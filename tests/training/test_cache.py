@@ -41,3 +41,13 @@ def test_chosen_by_size(monkeypatch, device, needed, where):
     monkeypatch.setattr(cache.os, "sysconf", {"SC_AVPHYS_PAGES": 8 * GIB // 4096, "SC_PAGE_SIZE": 4096}.__getitem__)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (5 * GIB, 8 * GIB))
     assert cache._place(needed, torch.device(device)) == where
+
+
+def test_bad_images_are_named_in_one_message_up_to_ten(tmp_path):
+    files = [tmp_path / f"{number:02}.jpg" for number in range(12)]
+    for file in files:
+        file.write_bytes(b"no picture")
+    with pytest.raises(ReidError, match=r"^12 images, .*: \S+00.jpg: cannot be read .*09.jpg: cannot.*; and 2 more$"):
+        ImageCache(files, (64, 32), torch.device("cpu"))
+    with pytest.raises(ReidError, match=r"07.jpg: cannot be read as an image"):
+        ImageCache(files, (64, 32), torch.device("cpu"), "none")[torch.tensor([7])]

@@ -89,6 +89,10 @@ def test_a_run_is_in_both(folder):
     assert run.data.tags["exp_tag"] == "try" and "mlflow.source.name" in run.data.tags
 
     assert scalars("one", "train/loss") == [(1, 2.5), (2, 1.5)]
+    shown = board("one").summary_metadata
+    assert {f"_hparams_/{part}" for part in ("experiment", "session_start_info", "session_end_info")} <= shown.keys()
+    start = shown["_hparams_/session_start_info"].plugin_data.content
+    assert b"lr" in start and b"data_root" in start and b"val/mAP" in shown["_hparams_/experiment"].plugin_data.content
     (image,) = board("one").Images("train/augmented")
     assert (image.width, image.height) == (16, 8)
 
