@@ -287,5 +287,5 @@ def test_runs_of_earlier_versions(stopped, capsys):
         assert Run(parser.parse_args(arguments), parser, train.OPERATIONAL).args.held_out == 0  # nobody was held out
     rewrite(path, lambda record: record["args"].update(mixstyle=0.5))
     assert "--mixstyle 0.5, which this version does not have" in fails(folder, *arguments)
-    rewrite(path, lambda record: (record["args"].update(mixstyle=0.0), record["training"].update(step=10**6)))
+    rewrite(path, lambda record: (record["args"].update(mixstyle=0.0, held_out=0.3), record["training"].update(step=10**6)))
     assert "stopped at step 1000000" in fails(folder, *arguments)
