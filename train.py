@@ -223,28 +223,27 @@ def main(args):
 
     train_set, val_set, classes = load_training_set(args.data_root, args.train_all, args.held_out)
     crops = read_folder(args.unlabelled).files() if args.unlabelled else []
-    # What does not fit, such as a set that cannot fill a batch, fails here, before the images are decoded.
+    # What does not fit, such as a set that cannot fill a batch, fails before the images are decoded.
     batches = pk_batches(train_set.labels, args.batch_size, args.num_instances, args.seed, 0)
     steps = len(batches)
     model = build_model(default_config(classes, args.backbone, args.height, args.width))
     teacher = load_teacher(args, model, train_set.files, crops)
     if not run.state:
         load_weights(model, args.weights, args.weights_partial, verbose=print if rank == 0 else lambda line: None)
-    run.check_tracking()
-    files = train_set.files + crops
-    cache = ImageCache(files + (val_set.files if val_set else []), (args.height, args.width), device, args.cache,
-                       args.num_data_loaders)
-
     parameters = [parameter for module in (model, teacher) if module for parameter in module.to(device).parameters()]
     optimizer = torch.optim.SGD([parameter for parameter in parameters if parameter.requires_grad], args.lr, momentum=0.9,
                                 nesterov=True, weight_decay=args.weight_decay, fused=True)
     trainer = Trainer(model, optimizer, train_step, args, steps, device, teacher)
+    files = train_set.files + crops
+    start, first = run.restore(trainer, files)  # the epoch, and the step within it, to go on at
+    run.check_tracking()
+
+    files += val_set.files if val_set else []
+    cache = ImageCache(files, (args.height, args.width), device, args.cache, args.num_data_loaders)
     if rank == 0:
         print(f"{run.name}: {describe(train_set, val_set, len(classes), batches.view(steps, -1, args.num_instances))}"
               f"{f', {len(crops):,} crops without identities' if crops else ''}; images on {cache.where}; {trainer.describe()}",
               flush=True)
-    start, first = run.restore(trainer, files)  # the epoch, and the step within it, to go on at
-
     stop = StopSignal(second_kills=world_size == 1)  # of several processes, torchrun ends all
     with run.tracking() as tracker, closing(trainer):
         plan = plan_epoch(args, train_set.labels, len(crops), start)

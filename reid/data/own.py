@@ -169,6 +169,8 @@ def read_times(file):
         lines = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig").splitlines()
         separator = max(",;\t", key=lines[0].count) if lines else ","
         heads = [head.strip().lower() for head in lines[0].split(separator)] if lines else []
+        if not {"path", "camera", "time"} <= set(heads):
+            raise KeyError
         rows = csv.DictReader(lines[1:], heads, delimiter=separator)
         for row in rows:
             line += 1
