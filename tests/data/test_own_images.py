@@ -79,7 +79,7 @@ def test_cameras_and_times_from_a_csv_file(tmp_path, prep):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("path,camera\na/x.jpg,1\n", "line 2"),
+    ("path,camera\na/x.jpg,1\n", "line 1"),
     ("path,camera,time\na/x.jpg,one,3\n", "line 2"),
     ("path,camera,time\na/x.jpg,1,noon\n", "line 2"),
     ("path,camera,time\na/x.jpg,1,nan\n", "line 2"),
