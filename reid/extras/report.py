@@ -31,18 +31,11 @@ def write_report(path, title, queries, gallery, data, results, intervals, roc, a
     `metrics.bootstrap`}. roc: RocResult with the rates 1e-4, 1e-2 and arguments["far"], or None. arguments: the command
     line's, by name. versions: {library: version}.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
-    folder, protocol, result = Path(__file__).parent, arguments["protocol"], next(iter(results.values()))
-    style = (folder / "report.css").read_text("utf-8")
+    protocol, result = arguments["protocol"], next(iter(results.values()))
     found = analysis.extremes(*data.values(), protocol=protocol)
     tiles = Tiles(queries, gallery, data, arguments)
-    environment = Environment(loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined,
-                              trim_blocks=True, lstrip_blocks=True)
-    html = environment.get_template("report.html").render(
-        title=title, style=Markup(style), digest=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
-        mark=REPORT, badges=BADGES, gallery=gallery, result=result, results=results, roc=roc,
+    html = render(
+        "report.html", title=title, badges=BADGES, gallery=gallery, result=result, results=results, roc=roc,
         arguments={name: without_secrets(str(value)) for name, value in arguments.items()},
         intervals=intervals, far=arguments["far"], cmc=_cmc_chart(results), curve=roc and _roc_chart(roc),
         scores=roc and _score_chart(roc, arguments["far"]),
@@ -54,8 +47,22 @@ def write_report(path, title, queries, gallery, data, results, intervals, roc, a
         left_out=_left_out(tiles, result, queries.bad + gallery.bad), queries=queries, versions=versions, code=__version__,
         meaning=pictures.MEANING, shown=SHOWN, card_count=CARDS, unlike=analysis.UNLIKE)
     with atomic_path(path, REPORT, arguments.get("overwrite", False)) as temporary:
-        temporary.write_bytes(html.encode("utf-8", "replace"))
+        temporary.write_bytes(html)
     return Path(path)
+
+
+def render(template, **values):
+    """Fill a template of this folder; return bytes of HTML with the style of a report, its hash and the mark of our pages."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    folder = Path(__file__).parent
+    style = (folder / "report.css").read_text("utf-8")
+    environment = Environment(loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined,
+                              trim_blocks=True, lstrip_blocks=True)
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    html = environment.get_template(template).render(style=Markup(style), digest=digest, mark=REPORT, **values)
+    return html.encode("utf-8", "replace")
 
 
 class Tiles:

@@ -1,0 +1,194 @@
+"""The HTTP server of the search page: who may ask, how much, and how it starts and stops. What it answers is in page.py."""
+
+import asyncio
+import base64
+import hmac
+import ipaddress
+import logging
+import signal
+import socket
+from contextlib import asynccontextmanager, suppress
+from urllib.parse import urlsplit
+
+from reid import ReidError
+
+try:
+    import uvicorn
+    from fastapi import HTTPException
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import JSONResponse
+    from python_multipart.exceptions import FormParserError
+    from starlette.exceptions import HTTPException as AnyHTTPException
+    from starlette.formparsers import MultiPartException, MultiPartParser
+    from starlette.requests import ClientDisconnect
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+except ImportError as missing:
+    raise ReidError(f"--serve needs {missing.name}: pip install -e '.[page]'") from missing
+
+IMAGES = 64  # images, or boxes, of a request
+UPLOAD_LIMIT, BODY_LIMIT, BODIES_LIMIT = 10 << 20, 64 << 20, 512 << 20  # bytes of an image, a request, all requests at once
+CONNECTIONS, ANSWERED = 512, 256  # open connections; those that are answered. More are closed at once, or get 503
+HEADER_SECONDS, BODY_SECONDS = 15, 120  # for the header of a request, and for its body
+TOKEN_LENGTH = 16  # characters
+
+
+def harden(app, policy, names, token=None):
+    """Answer errors as {"error": one line}, refuse requests of other sites and without the token, restrict what browsers do.
+
+    policy: Content-Security-Policy of the answers that have none. names: host names to answer to. token: or None, for all.
+    """
+    def failed(status, message, headers=None):
+        return JSONResponse({"error": message}, status, headers)
+
+    app.add_exception_handler(ReidError, lambda request, error: failed(400, str(error)))
+    app.add_exception_handler(AnyHTTPException, lambda request, error: failed(error.status_code, error.detail, error.headers))
+    app.add_exception_handler(RequestValidationError, lambda request, error: failed(
+        400, "; ".join(f"{e['loc'][1]}: {e['msg']}" for e in error.errors())))
+    app.add_exception_handler(Exception, lambda request, error: failed(500, "the server failed; its log has the reason"))
+
+    @app.middleware("http")
+    async def guard(request, call_next):
+        if refusal := _refusal(request, names):
+            response = failed(403, refusal)
+        elif token and request.url.path != "/healthz" and not _has_token(request, token):
+            response = failed(401, "give the token: as Authorization: Bearer TOKEN, or as the password in a browser",
+                              {"WWW-Authenticate": 'Basic realm="reid"'})
+        elif app.state.changed():
+            response = failed(503, "the index file has changed; restart the search page")
+        else:
+            response = await call_next(request)
+        response.headers.setdefault("Content-Security-Policy", policy)
+        response.headers.update({"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
+                                 "Cross-Origin-Resource-Policy": "same-origin"})
+        return response
+
+
+def _refusal(request, names):
+    """Return why a request must not be answered, or None. DNS rebinding needs a name, so all IP addresses are allowed."""
+    try:
+        host = urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
+        allowed = host in names or ipaddress.ip_address(host)
+    except ValueError:
+        allowed = False
+    if not allowed:
+        return "this server has another name; --allowed_hosts adds one"
+    link = request.headers.get("sec-fetch-mode") == "navigate" and request.method == "GET" and request.url.path == "/"
+    if request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none") and not link:
+        return "requests of other web pages are refused"
+
+
+def _has_token(request, token):
+    """Whether the Authorization header holds the token, by itself (Bearer) or as the password of any user (Basic)."""
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "basic":
+        with suppress(ValueError):
+            given = base64.b64decode(given).decode().partition(":")[2]
+    return hmac.compare_digest(given.encode(), token.encode())
+
+
+class Uploads:
+    """Read the images of multipart forms, whose sizes are counted because Content-Length may be wrong, within a time limit."""
+
+    def __init__(self):
+        self.held = 0  # bytes of all requests
+
+    @asynccontextmanager
+    async def files(self, request):
+        """Yield [(file name, bytes)] of the fields `files`. Raises HTTPException for what is too large, too slow or no form."""
+        if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+            raise HTTPException(415, "send a multipart form with the images in the field files: curl -F files=@crop.jpg")
+        size = 0
+
+        async def counted():
+            nonlocal size
+            async for chunk in request.stream():
+                size += len(chunk)
+                self.held += len(chunk)
+                if size > BODY_LIMIT:
+                    raise HTTPException(413, f"the request is larger than {BODY_LIMIT >> 20} MB")
+                if self.held > BODIES_LIMIT:
+                    raise HTTPException(429, "too many uploads at once, try again", {"Retry-After": "1"})
+                yield chunk
+
+        try:
+            parser = MultiPartParser(request.headers, counted(), max_files=IMAGES, max_fields=IMAGES)
+            parser.spool_max_size = BODY_LIMIT  # in memory: the server writes no files
+            async with asyncio.timeout(BODY_SECONDS):
+                form = await parser.parse()
+            files = [file for file in form.getlist("files") if not isinstance(file, str)]
+            if not files:
+                raise HTTPException(400, "files: no image; send at least one in the field files")
+            for file in files:
+                if file.size > UPLOAD_LIMIT:
+                    raise HTTPException(413, f"{file.filename}: the image file is larger than {UPLOAD_LIMIT >> 20} MB")
+            yield [(file.filename or "image", await file.read()) for file in files]
+        except (TimeoutError, ClientDisconnect) as error:
+            raise HTTPException(408, "the upload took too long or broke off", {"Connection": "close"}) from error
+        except (MultiPartException, FormParserError) as error:
+            raise HTTPException(400, f"files: {getattr(error, 'message', error)}") from error
+        finally:
+            self.held -= size
+
+
+class Protocol(H11Protocol):
+    """uvicorn's HTTP/1.1 with a limit of connections, and a time limit for the header of a request."""
+
+    def connection_made(self, transport):
+        super().connection_made(transport)
+        if len(self.connections) > CONNECTIONS:
+            transport.abort()
+        self.loop.call_later(HEADER_SECONDS, self.expire)
+
+    def expire(self):
+        if self.cycle is None:  # no request has arrived
+            self.transport.abort()
+
+
+def listen(host, port, token=None):
+    """Return a bound socket for `serve`. Raises ReidError if the address is not this machine's or the port is taken.
+
+    An address that other machines reach needs a token.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.create_server((host, port), family=family)
+    except (OSError, OverflowError, UnicodeError) as error:
+        reason = str(getattr(error, "strerror", None) or error).split(" (")[0]
+        raise ReidError(f"--host {host} --port {port}: {reason}; stop what uses it, or choose another --port") from error
+    local = ipaddress.ip_address(listener.getsockname()[0]).is_loopback
+    if (token or not local) and len(token or "") < TOKEN_LENGTH:
+        listener.close()
+        raise ReidError(f"--host {host}: set REID_TOKEN to a secret of at least {TOKEN_LENGTH} characters, which clients must give, "
+                        'such as: export REID_TOKEN="$(openssl rand -hex 16)"')
+    return listener
+
+
+def make_server(app):
+    """Return a uvicorn.Server with these limits, which stops when the index file changes."""
+    async def stop_if_changed():
+        server.should_exit |= app.state.changed()
+
+    server = uvicorn.Server(uvicorn.Config(
+        app, http=Protocol, ws="none", lifespan="off", log_level="error", access_log=False, server_header=False,
+        backlog=64,  # asyncio accepts so many connections before `Protocol` can close one
+        limit_concurrency=ANSWERED, timeout_graceful_shutdown=5, callback_notify=stop_if_changed, timeout_notify=1))
+    logging.getLogger("uvicorn.error").addFilter(  # no tracebacks of the requests that are cancelled when the server stops
+        lambda record: not record.exc_info or not isinstance(record.exc_info[1], asyncio.CancelledError))
+    return server
+
+
+def serve(app, listener):
+    """Serve `app` on the socket of `listen` until Ctrl-C or TERM; requests in progress get five seconds to finish.
+
+    Raises ReidError if the index file changes meanwhile.
+    """
+    address, port = listener.getsockname()[:2]
+    address = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(address, f"[{address}]" if ":" in address else address)
+    with suppress(ValueError):  # outside of the main thread
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # TERM, too, then ends below
+    print(f"search page: http://{address}:{port} (Ctrl-C stops it)", flush=True)
+    with suppress(KeyboardInterrupt):  # uvicorn has shut down and passes the signal on
+        make_server(app).run(sockets=[listener])
+    if app.state.changed():
+        raise ReidError("the index file has changed while it was searched; start the search page again")
+    print("search page: stopped", flush=True)
