@@ -6,6 +6,7 @@ python inference.py --gallery my/crops --query_paths 'my/queries/*.png' --output
 
 import argparse
 import glob
+import os
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -35,8 +36,9 @@ def get_args_parser():
     add("--exp_name", default="masked-hog-908", help="run whose models/<run>/best.pth embeds")
     add("--query_paths", nargs="+", help="images, folders or globs (default: the first query of --data_root; with "
         "--save_index none)")
-    add("--serve", action="store_true", help="open a search page instead of printing ranked lists")
-    add("--host", default="127.0.0.1", help="address of the search page; the default is reachable from this machine only")
+    add("--serve", action="store_true", help="open a search page and an HTTP API instead of printing ranked lists")
+    add("--host", default="127.0.0.1", help="address of the search page; another than this machine's own 127.0.0.1 needs a "
+        "secret in REID_TOKEN")
     add("--port", type=int, default=8000, help="port of the search page")
     add("--allowed_hosts", nargs="+", default=[], metavar="NAME", help="names of this machine that browsers may open the search "
         "page by, beside its IP addresses and localhost")
@@ -79,9 +81,10 @@ def main(args):
     if args.export:
         return export(args, checkpoint)
     if args.serve:
-        from reid.extras import page
+        from reid.extras import server
 
-        listener = page.listen(args.host, args.port)  # a taken port is an error before the gallery is embedded
+        token = os.environ.get("REID_TOKEN")
+        listener = server.listen(args.host, args.port, token)  # a taken port is an error before the gallery is embedded
     rank, world_size = distributed.start(args.device)  # torchrun: every rank embeds its part
     extractor = network.make_extractor(args, checkpoint)
     index = load_gallery(args, extractor) if args.load_index else None
@@ -108,8 +111,10 @@ def main(args):
         print(f"{extractor.describe()}; {len(index):,} images in the gallery"
               f"{', camera statistics taken out' * index.normalised}", flush=True)
     if args.serve:
+        from reid.extras.page import create_app
+
         file = args.gallery_uri if args.load_index and isinstance(index, GalleryIndex) else None
-        return page.serve(page.create_app(extractor, index, [args.host, *args.allowed_hosts], file), listener)
+        return server.serve(create_app(extractor, index, [args.host, *args.allowed_hosts], file, token=token), listener)
 
     evidence = SpaceTime.load(checkpoint.with_name("spacetime.pt"), index.space, args.data_root) if args.spacetime else None
     queries = [query_of(query_files[i], args.data_root) for i in kept.tolist()]

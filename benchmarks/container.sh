@@ -101,13 +101,15 @@ inside() { "${docker[@]}" exec -i "$server" "$@"; }
 
 search_page() {  # the page and a search by upload, asked from inside, since there is no network
   inside python - "$@" <<'PYTHON'
-import json, sys
+import json, os, sys
 from glob import glob
 from urllib.request import Request, urlopen
-assert b"<html" in urlopen("http://127.0.0.1:8000/", timeout=60).read()
-crop = open(glob(sys.argv[1])[0], "rb").read()
-found = json.load(urlopen(Request("http://127.0.0.1:8000/search?topk=7", data=crop), timeout=60))
-assert [r["position"] for r in found["results"]] == list(range(1, 8)), found
+head = {"Authorization": "Bearer " + os.environ["REID_TOKEN"]}
+assert b"<html" in urlopen(Request("http://127.0.0.1:8000/", headers=head), timeout=60).read()
+crop = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n' + open(glob(sys.argv[1])[0], "rb").read() + b"\r\n--b--\r\n"
+head["Content-Type"] = "multipart/form-data; boundary=b"
+found = json.load(urlopen(Request("http://127.0.0.1:8000/search?topk=7", data=crop, headers=head), timeout=60))
+assert [hit["position"] for hit in found["rankings"][0]["hits"]] == list(range(1, 8)), found
 PYTHON
 }
 
@@ -179,7 +181,7 @@ check "a missing query is one line" fails_with 1 'no such image' run "$image" --
 check "the user is not root" [ "$(run --entrypoint id "$image" -u)" = 1000 ]
 check "and cannot change code or gallery" fails_with 1 'denied' "${docker[@]}" run --rm --network none --entrypoint touch \
   "$image" /app/reid/model.py
-server=$("${docker[@]}" run -d --read-only "${jailed[@]}" --health-interval 2s "$image" --serve --host 0.0.0.0)
+server=$("${docker[@]}" run -d --read-only "${jailed[@]}" -e REID_TOKEN=of-this-check-only --health-interval 2s "$image" --serve --host 0.0.0.0)
 check "--serve becomes healthy" until_ready 120 healthy
 check "the page and POST /search" search_page 'data/synthetic/query/0041/*.jpg'
 check "it stops when asked to, status 0" stops 0

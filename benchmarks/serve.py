@@ -21,15 +21,15 @@ from reid.data.datasets import read_split
 
 
 def client(port, bodies, times):
-    """Send all `bodies` over one connection, one after the other, and append the seconds of each to `times`."""
+    """Send all `bodies` (multipart forms) over one connection, one after the other, and append the seconds of each to `times`."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     for body in bodies:
         started = time.perf_counter()
-        connection.request("POST", "/search?topk=10", body)
+        connection.request("POST", "/search?topk=10", body, {"Content-Type": "multipart/form-data; boundary=crop"})
         answer = connection.getresponse()
-        found = json.load(answer).get("results", [])
-        if answer.status != 200 or len(found) != 10:
-            raise ReidError(f"status {answer.status}, {len(found)} results where 10 were asked for")
+        found = json.load(answer)
+        if answer.status != 200 or len(found["rankings"][0]["hits"]) != 10:
+            raise ReidError(f"status {answer.status}, and not 10 results: {found}"[:200])
         times.append(time.perf_counter() - started)
     connection.close()
 
@@ -62,7 +62,8 @@ def benchmark(args):
 
 def measure(args, server):
     requests = min(args.requests, 128) if args.quick else args.requests
-    bodies = [file.read_bytes() for file in read_split(args.data_root, "query").files()[:requests]]
+    head = b'--crop\r\nContent-Disposition: form-data; name="files"; filename="crop.jpg"\r\n\r\n'
+    bodies = [head + file.read_bytes() + b"\r\n--crop--\r\n" for file in read_split(args.data_root, "query").files()[:requests]]
     bodies = (bodies * requests)[:requests]
     line = ""
     while not line.startswith("search page: http"):

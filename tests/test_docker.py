@@ -86,7 +86,7 @@ def test_inference_imports_only_what_is_locked(root, tmp_path):
         for module, owners in names.items():
             if not keep & {owner.lower().replace("_", "-") for owner in owners}:
                 sys.modules.setdefault(module, None)
-        import data_prep, inference, reid.retrieval.rerank, reid.extras.page, reid.extras.pictures
+        import data_prep, inference, reid.retrieval.rerank, reid.extras.server, reid.extras.page, reid.extras.pictures
         if "openvino" in names:
             from reid.model import build_model, default_config
             from reid.extras.openvino import OpenVinoNetwork

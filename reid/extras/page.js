@@ -12,35 +12,35 @@ const make = (tag, name, text) => {
   if (text !== undefined) node.textContent = text;
   return node;
 };
-const address = (row) => `image/${row}?v=${info.version}`;
+const address = (path) => `image?path=${encodeURIComponent(path)}&v=${info.version}`;
 const facts = (hit) => [hit.label, hit.camid >= 0 ? `cam ${hit.camid}` : ""].filter(Boolean).join(" · ");
 const fileName = (path) => path.split("/").pop();
 
-function picture(row) {
+function picture(path) {
   const frame = make("span", "frame"), image = make("img");
   image.alt = "";
   image.loading = "lazy";
   image.onerror = () => { image.remove(); frame.classList.add("gone"); };
-  image.src = address(row);
+  image.src = address(path);
   frame.append(image);
   return frame;
 }
 
-function card(row, title, open) {
+function card(path, title, open) {
   const item = make("li"), button = make("button", "card");
   button.type = "button";
   button.title = title;
-  button.append(picture(row));
-  button.onclick = () => open({ row });
+  button.append(picture(path));
+  button.onclick = () => open({ path });
   item.append(button);
   return [item, button];
 }
 
 function result(hit) {
-  const [item, button] = card(hit.row, `${hit.path}\nSearch for this one`, go);
+  const [item, button] = card(hit.path, `${hit.path}\nSearch for this one`, go);
   const frame = button.firstChild;
   button.classList.add(hit.verdict);
-  button.dataset.row = hit.row;
+  button.dataset.path = hit.path;
   frame.append(make("span", "place", hit.position));
   const score = make("span", "score", "");
   score.append(make("span", hit.match === false ? "below" : "", hit.score.toFixed(3)));
@@ -77,7 +77,7 @@ async function show(query) {
   const preview = $("preview");
   if (preview.src.startsWith("blob:")) URL.revokeObjectURL(preview.src);
   preview.classList.remove("gone");
-  preview.src = file ? URL.createObjectURL(file) : address(query.row);
+  preview.src = file ? URL.createObjectURL(file) : address(query.path);
   $("facts").textContent = file ? file.name || "pasted image" : "";
   $("query").hidden = false;
   scrollTo(0, 0);
@@ -87,20 +87,23 @@ async function show(query) {
 async function search(query, file) {
   const wanted = new URLSearchParams({ topk: $("topk").value });
   for (const box of document.querySelectorAll("#cameras :checked")) wanted.append("camera", box.value);
-  if (!file) wanted.set("row", query.row);
-  const data = await ask(`search?${wanted}`, file ? { method: "POST", body: file } : {});
+  const body = new FormData();
+  if (file) body.append("files", file);
+  else wanted.set("path", query.path);
+  const started = performance.now(), data = await ask(`search?${wanted}`, file ? { method: "POST", body } : {}, file);
   if (!data) return;
-  if (data.query) $("facts").textContent = `${facts(data.query)} ${fileName(data.query.path)}`;
+  const { query: known, hits } = data.rankings[0];
+  if (known.path) $("facts").textContent = `${facts(known)} ${fileName(known.path)}`;
   $("title").textContent = "Results";
-  $("status").textContent = `${data.results.length} of ${info.images.toLocaleString("en")} images, ${(data.seconds * 1000).toFixed(0)} ms`
+  $("status").textContent = `${hits.length} of ${info.images.toLocaleString("en")} images, ${(performance.now() - started).toFixed(0)} ms`
     + (data.threshold === null ? "" : `; a match scores above ${data.threshold.toFixed(3)}`);
-  $("results").replaceChildren(...data.results.map(result));
-  fail(data.results.length ? "" : "No image of the gallery is left by this filter.");
+  $("results").replaceChildren(...hits.map(result));
+  fail(hits.length ? "" : "No image of the gallery is left by this filter.");
 }
 
-async function ask(url, options) {  // the server's answer; null where a later question has taken over, or with an error shown
+async function ask(url, options, file) {  // the server's answer; null where a later question has taken over, or with an error shown
   if (running) running.abort();
-  const mine = running = new AbortController(), file = options.body;
+  const mine = running = new AbortController();
   document.body.classList.add("busy");
   $("status").textContent = "searching …";
   fail("");
@@ -108,7 +111,7 @@ async function ask(url, options) {  // the server's answer; null where a later q
     if (file && file.size > info.upload_limit) throw Error(`${file.name}: larger than ${info.upload_limit >> 20} MB`);
     const answer = await fetch(url, { ...options, signal: mine.signal });
     const data = await answer.json().catch(() => ({ error: `the server answered ${answer.status}` }));
-    if (!answer.ok) throw Error(file ? data.error.replace(/^image:/, `${file.name}:`) : data.error);
+    if (!answer.ok) throw Error(data.error);
     return mine === running ? data : null;
   } catch (error) {
     if (error.name === "AbortError" || mine !== running) return null;
@@ -129,8 +132,8 @@ async function pick() {  // some images of the gallery, to search with
   if (!data) return;
   $("title").textContent = "Choose a query";
   $("status").textContent = `from ${info.images.toLocaleString("en")} images of the gallery`;
-  $("results").replaceChildren(...data.results.map((hit) => {
-    const [item, button] = card(hit.row, `${hit.path}\nSearch for this one`, go);
+  $("results").replaceChildren(...data.images.map((hit) => {
+    const [item, button] = card(hit.path, `${hit.path}\nSearch for this one`, go);
     button.setAttribute("aria-label", `${fileName(hit.path)}. Search for this one`);
     return item;
   }));

@@ -185,7 +185,8 @@ async def _run(pool, function, *args):
 def _decode(name, content, boxes, size):
     """Decode an image, or some boxes of it: uint8 [n, 3, H, W]."""
     try:
-        crops = cut(content, [[float(number) for number in box.split(",")] for box in boxes]) if boxes else [images.decode(content)]
+        corners = [[float(number) for number in box.split(",")] for box in boxes]
+        crops = cut(content, corners) if boxes else [images.decode(content)]
     except ReidError as error:
         raise HTTPException(400, f"{printable(name)}: {str(error).removeprefix('image: ')}") from error
     for box, crop in zip(boxes, crops):

@@ -158,7 +158,7 @@ def listen(host, port, token=None):
     local = ipaddress.ip_address(listener.getsockname()[0]).is_loopback
     if (token or not local) and len(token or "") < TOKEN_LENGTH:
         listener.close()
-        raise ReidError(f"--host {host}: set REID_TOKEN to a secret of at least {TOKEN_LENGTH} characters, which clients must give, "
+        raise ReidError(f"--host {host}: set REID_TOKEN to a secret of {TOKEN_LENGTH} or more characters that clients must give, "
                         'such as: export REID_TOKEN="$(openssl rand -hex 16)"')
     return listener
 
@@ -172,6 +172,7 @@ def make_server(app):
         app, http=Protocol, ws="none", lifespan="off", log_level="error", access_log=False, server_header=False,
         backlog=64,  # asyncio accepts so many connections before `Protocol` can close one
         limit_concurrency=ANSWERED, timeout_graceful_shutdown=5, callback_notify=stop_if_changed, timeout_notify=1))
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a bad form is answered, not logged
     logging.getLogger("uvicorn.error").addFilter(  # no tracebacks of the requests that are cancelled when the server stops
         lambda record: not record.exc_info or not isinstance(record.exc_info[1], asyncio.CancelledError))
     return server

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from reid import images
-from reid.extras import page
+from reid.extras import server
+from reid.extras.page import create_app
 
 SIZE = (16, 8)
 
@@ -41,9 +42,9 @@ class Site:
 
     def __init__(self, index, host="127.0.0.1", **options):
         self.index, self.extractor = index, Colours()
-        listener = page.listen(host, 0)
+        listener = server.listen(host, 0, options.get("token"))
         self.port = listener.getsockname()[1]
-        self.server = page.make_server(page.create_app(self.extractor, index, **options))
+        self.server = server.make_server(create_app(self.extractor, index, **options))
         self.thread = threading.Thread(target=self.server.run, args=([listener],))
         self.thread.start()
 
@@ -58,10 +59,11 @@ class Site:
     def url(self, path):
         return f"http://127.0.0.1:{self.port}{path}"
 
-    def post(self, body, **params):
-        return requests.post(self.url("/search"), data=body, params=params, timeout=60)
+    def post(self, *bodies, path="/search", **params):
+        files = [("files", (f"{i}.png", body)) for i, body in enumerate(bodies)]
+        return requests.post(self.url(path), files=files, params=params, timeout=60)
 
-    def get(self, path, **params):
+    def get(self, path, /, **params):
         return requests.get(self.url(path), params=params, timeout=60)
 
     def until_waiting(self, count):
@@ -90,8 +92,18 @@ def embedding(body):
     return Colours().embed(images.resize([images.decode(body)], SIZE))
 
 
-def listed(answer):
+def hits(answer):
+    """The hits of the only ranking of an answer."""
     assert answer.status_code == 200, answer.text
-    results = answer.json()["results"]
-    assert [r["position"] for r in results] == list(range(1, len(results) + 1))
-    return [int(r["row"]) for r in results]
+    [ranking] = answer.json()["rankings"]
+    assert [hit["position"] for hit in ranking["hits"]] == list(range(1, len(ranking["hits"]) + 1))
+    return ranking["hits"]
+
+
+def listed(answer):
+    return [hit["path"] for hit in hits(answer)]
+
+
+def paths(index, rows):
+    """The paths of rows, int64 [k], without -1."""
+    return [index.paths[row] for row in rows.tolist() if row >= 0]

@@ -12,9 +12,9 @@ import torch
 
 pytest.importorskip("fastapi", reason="fastapi is not installed")
 
-from page_lab import embedding
+from page_lab import embedding, paths
 
-from reid.extras import page
+from reid.extras import server
 from reid.extras.pictures import verdict
 
 
@@ -58,7 +58,7 @@ class Browser:
     def rows(self):
         """The rows of the results, once the page has them."""
         self.wait("!document.body.classList.contains('busy') && document.querySelector('#title').textContent == 'Results'")
-        return self.js("return Array.from(document.querySelectorAll('.card'), (c) => Number(c.dataset.row))")
+        return self.js("return Array.from(document.querySelectorAll('.card'), (c) => c.dataset.path)")
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_page_search_by_upload(browser, site, index, crop, tmp_path):
     browser.wait("document.querySelectorAll('.card img').length > 5 &&"
                  " Array.from(document.querySelectorAll('.card img')).slice(0, 4).every((image) => image.naturalWidth == 32)")
     browser.upload(file)
-    expected = index.nearest(embedding(crop), 15)[1][0].tolist()
+    expected = paths(index, index.nearest(embedding(crop), 15)[1][0])
     assert browser.rows() == expected
     text = browser.js("return document.querySelector('.card').innerText")
     assert "match" in text and "id 3" in text
@@ -93,8 +93,8 @@ def test_page_search_by_upload(browser, site, index, crop, tmp_path):
     browser.wait("document.querySelectorAll('.card').length == 4")
     assert browser.rows() == expected[:4]
     browser.click("#cameras input[value='2']")
-    within = index.nearest(embedding(crop), 4, camids=[2])[1][0].tolist()
-    browser.wait(f"document.querySelector('.card').dataset.row == '{within[0]}'")
+    within = paths(index, index.nearest(embedding(crop), 4, camids=[2])[1][0])
+    browser.wait(f"document.querySelector('.card').dataset.path == '{within[0]}'")
     assert browser.rows() == within
 
 
@@ -103,21 +103,22 @@ def test_page_click_and_back(browser, site, index):
     browser.wait("document.querySelector('.card')")
     browser.click(".card")
     first = browser.rows()
-    browser.click(f".card[data-row='{first[0]}']")
-    browser.wait(f"document.querySelector('#preview').src.includes('image/{first[0]}?')")
+    browser.click(f".card[data-path='{first[0]}']")
+    browser.wait(f"document.querySelector('#preview').src.includes('{first[0]}')")
     again = browser.rows()
-    assert again == index.nearest(index.embeddings[first[0]][None].float(), 15, exclude=torch.tensor([first[0]]))[1][0].tolist()
+    row_of = {path: row for row, path in enumerate(index.paths)}
+    row = row_of[first[0]]
+    assert again == paths(index, index.nearest(index.embeddings[row][None].float(), 15, exclude=torch.tensor([row]))[1][0])
     marks = browser.js("return Array.from(document.querySelectorAll('.card'), (c) => c.className.split(' ')[1])")
-    pid = int(index.pids[first[0]])
-    assert marks == [verdict(pid, int(index.pids[row])) for row in again]
+    assert marks == [verdict(int(index.pids[row]), int(index.pids[row_of[path]])) for path in again]
     browser("POST", "/back")
-    browser.wait(f"document.querySelector('.card').dataset.row == '{first[0]}'")
+    browser.wait(f"document.querySelector('.card').dataset.path == '{first[0]}'")
     assert browser.rows() == first
 
 
 def test_page_shows_errors(browser, site, tmp_path):
     (tmp_path / "text.jpg").write_text("not an image")
-    (tmp_path / "large.jpg").write_bytes(b"\0" * (page.UPLOAD_LIMIT + 1))
+    (tmp_path / "large.jpg").write_bytes(b"\0" * (server.UPLOAD_LIMIT + 1))
     browser.open(site.url("/"))
     for name, message in [("text.jpg", "not an image"), ("large.jpg", "larger than 10 MB")]:
         browser.upload(tmp_path / name)
@@ -128,7 +129,7 @@ def test_page_shows_errors(browser, site, tmp_path):
 
 
 def test_page_takes_a_pasted_and_a_dropped_image(browser, site, index, crop):
-    expected = index.nearest(embedding(crop), 15)[1][0].tolist()
+    expected = paths(index, index.nearest(embedding(crop), 15)[1][0])
     for kind in ("paste", "drop"):
         browser.open(site.url("/"))
         browser.js("""

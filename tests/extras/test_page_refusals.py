@@ -15,11 +15,11 @@ import torch
 
 pytest.importorskip("fastapi", reason="fastapi is not installed")
 
-from page_lab import Site, listed
+from page_lab import Site, hits, listed
 
 from reid import images
 from reid.data.datasets import read_folder
-from reid.extras import page
+from reid.extras import server
 from reid.retrieval.index import GalleryIndex
 
 
@@ -44,33 +44,80 @@ def test_bad_images(site, crop, body, reason):
     assert reason in answer.json()["error"] and "\n" not in answer.json()["error"]
 
 
-def test_a_form_upload_is_refused_with_advice(site, crop):
-    answer = requests.post(site.url("/search"), files={"file": crop}, timeout=30)
-    assert answer.status_code == 415
-    assert "--data-binary" in answer.json()["error"]
+FORM = {"Content-Type": "multipart/form-data; boundary=b"}
+PART = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n'
+
+
+@pytest.mark.parametrize("body, headers, status, reason", [
+    ("crop", {}, 415, "curl -F files=@crop.jpg"), ("crop", {"Content-Type": "image/png"}, 415, "curl -F"),
+    (b"", FORM, 400, "no image"), (b"hello", FORM, 400, "files:"), (b"--b--\r\n", FORM, 400, "no image"),
+    (PART, FORM, 400, ""), (PART + b"\r\n--b--\r\n", FORM, 400, "not an image"),
+    (PART.replace(b"files", b"file") + b"x\r\n--b--\r\n", FORM, 400, "no image"),
+    (PART.replace(b'; filename="a"', b"") + b"x\r\n--b--\r\n", FORM, 400, "no image"),
+    (PART.replace(b"name", b"nope") + b"x\r\n--b--\r\n", FORM, 400, "files:"),
+    (PART + b"x", {"Content-Type": "multipart/form-data"}, 400, "boundary"),
+    ((PART + b"x\r\n") * 65 + b"--b--\r\n", FORM, 400, "Maximum number of files is 64"),
+    (PART.replace(b'"a"', b'"a\x1b[31m"') + b"x\r\n--b--\r\n", FORM, 400, "not an image"),
+], ids=range(13))
+def test_what_is_no_form_with_images(site, crop, body, headers, status, reason):
+    answer = requests.post(site.url("/search"), data=crop if body == "crop" else body, headers=headers, timeout=60)
+    assert answer.status_code == status, answer.text
+    assert reason in answer.json()["error"] and answer.json()["error"].isprintable()
+
+
+@pytest.mark.parametrize("box, reason", [
+    ("1,2,3", "box"), ("a,b,c,d", "box"), ("1,2,3,4,5", "box"), ("nan,0,1,1", "box"), ("0,0,1e9,1", "box"), ("", "box"),
+    ("5,5,5,9", "empty"), ("100,0,200,50", "outside of the image"), ("-9,-9,-1,-1", "outside"), ("9,9,2,2", "empty"),
+    (["0,0,9,9"] * 65, "box"),
+])
+def test_boxes_that_hold_nothing(site, crop, box, reason):
+    answer = site.post(crop, box=box)
+    assert answer.status_code == 400 and reason in answer.json()["error"] and "\n" not in answer.json()["error"]
+
+
+def test_boxes_are_of_one_image(site, crop):
+    answer = site.post(crop, crop, box="0,0,9,9")
+    assert (answer.status_code, answer.json()) == (400, {"error": "box: of one image, but 2 were sent"})
 
 
 def test_too_large(site, crop):
-    assert site.post(b"\0" * (page.UPLOAD_LIMIT + 1)).status_code == 413
-    answer = site.post(b"\0" * 2**20 for _ in range(100))  # no Content-Length
-    assert answer.status_code == 413
-    assert answer.json() == {"error": "the image file is larger than 10 MB"}
+    answer = site.post(crop, b"\0" * (server.UPLOAD_LIMIT + 1))
+    assert (answer.status_code, answer.json()) == (413, {"error": "1.png: the image file is larger than 10 MB"})
+    answer = requests.post(site.url("/search"), data=(b"\0" * 2**20 for _ in range(100)), headers=FORM, timeout=60)
+    assert answer.status_code in (400, 413)  # no Content-Length
+    answer = requests.post(site.url("/search"), data=(PART + b"\0" * 2**20 for _ in range(100)), headers=FORM, timeout=60)
+    assert (answer.status_code, answer.json()) == (413, {"error": "the request is larger than 64 MB"})
     assert site.post(crop).status_code == 200
+
+
+def test_too_much_at_once(index, crop, monkeypatch):
+    monkeypatch.setattr(server, "BODIES_LIMIT", 1000)
+    with Site(index) as running:
+        answer = running.post(crop)
+        assert (answer.status_code, answer.json()) == (429, {"error": "too many uploads at once, try again"})
+        monkeypatch.setattr(server, "BODIES_LIMIT", len(crop) + 1000)
+        assert [running.post(crop).status_code for _ in range(3)] == [200] * 3  # what was read is given back
 
 
 def test_content_length_that_lies(site, crop):
     for length in (5, 10**12):
         with socket.create_connection(("127.0.0.1", site.port), timeout=10) as connection:
-            connection.sendall(f"POST /search HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {length}\r\n\r\n".encode() + crop)
+            connection.sendall(f"{START}Content-Length: {length}\r\n\r\n".encode() + PART + crop)
     assert site.post(crop).status_code == 200
 
 
+ROW = "/search?path=0001_c1s1_000000_00.png"
+START = "POST /search HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+
+
 @pytest.mark.parametrize("path, status", [
-    ("/image/../../etc/passwd", 404), ("/image/..%2f..%2fetc%2fpasswd", 404), ("/image//etc/passwd", 404), ("/image/-1", 404),
-    ("/image/99999999", 404), (f"/image/{10**30}", 404), ("/image/0x5", 400), ("/image/5%00", 400), ("/image/", 404),
-    ("/search?row=-1", 404), ("/search?row=37", 404), ("/search?row=a", 400), ("/search", 400), ("/search?row=1&topk=0", 400),
-    ("/search?row=1&topk=16", 400), ("/search?row=1&camera=9", 400), ("/search?row=1&camera=x", 400), ("/docs", 404),
-    ("/openapi.json", 404), ("/page.html", 404), (f"/search?row=1&camera={10**30}", 400),
+    ("/image?path=../../etc/passwd", 404), ("/image?path=..%2f..%2fetc%2fpasswd", 404), ("/image?path=/etc/passwd", 404),
+    ("/image", 400), ("/image?path=", 400), ("/image?path=%00", 404), ("/image?path=" + "a" * 5000, 400),
+    ("/image/etc/passwd", 404),
+    ("/search?path=none.png", 404), ("/search", 400), (f"{ROW}&topk=0", 400), (f"{ROW}&topk=16", 400), (f"{ROW}&topk=a", 400),
+    (f"{ROW}&camera=9", 400), (f"{ROW}&camera=x", 400), (f"{ROW}&camera={10**30}", 400), (f"{ROW}&first_frame=-1", 400),
+    (f"{ROW}&last_frame={10**30}", 400), (f"{ROW}&first_frame=2&last_frame=1", 400), (f"{ROW}&rerank=perhaps", 400),
+    ("/redoc", 404), ("/page.html", 404), ("/page.js", 404), ("/people", 404),
 ])
 def test_addresses_from_outside(site, path, status):
     found, body = site.raw(path)
@@ -85,7 +132,7 @@ def test_addresses_from_outside(site, path, status):
 ])
 def test_only_addresses_and_allowed_names_are_served(site, host, allowed):
     """DNS rebinding: a web page of evil.example resolves its name to this server's address and reads the gallery."""
-    for path in ("/", "/image/3", "/healthz"):
+    for path in ("/", ROW, "/docs", "/healthz"):
         status, body = site.raw(path, host=host)
         assert status == (200 if allowed else 403), body
     assert allowed or b"--allowed_hosts" in body
@@ -93,23 +140,23 @@ def test_only_addresses_and_allowed_names_are_served(site, host, allowed):
 
 def test_other_web_pages_are_refused(site, crop):
     for origin in ("cross-site", "same-site"):
-        assert site.raw("/search?row=1", Sec_Fetch_Site=origin)[0] == 403
-        assert site.raw("/image/1", Sec_Fetch_Site=origin, Sec_Fetch_Mode="navigate")[0] == 403
+        assert site.raw(ROW, Sec_Fetch_Site=origin)[0] == 403
+        assert site.raw(ROW, Sec_Fetch_Site=origin, Sec_Fetch_Mode="navigate")[0] == 403
         assert site.raw("/", Sec_Fetch_Site=origin, Sec_Fetch_Mode="no-cors")[0] == 403
         assert site.raw("/", Sec_Fetch_Site=origin, Sec_Fetch_Mode="navigate")[0] == 200  # a link to the page
         assert site.raw("/", Sec_Fetch_Site=origin, Sec_Fetch_Mode="navigate", method="POST")[0] == 403
         batches = len(site.extractor.batches)
-        answer = requests.post(site.url("/search"), data=crop, headers={"Sec-Fetch-Site": origin, "Content-Type": "text/plain"})
+        answer = requests.post(site.url("/search"), files={"files": crop}, headers={"Sec-Fetch-Site": origin})
         assert answer.status_code == 403 and len(site.extractor.batches) == batches
     for own in ("same-origin", "none"):
-        assert site.raw("/search?row=1", Sec_Fetch_Site=own)[0] == 200
+        assert site.raw(ROW, Sec_Fetch_Site=own)[0] == 200
 
 
 @pytest.mark.parametrize("host", ["::1", "0.0.0.0"])
 def test_other_addresses_to_listen_on(index, host):
     if host == "::1" and not socket.has_ipv6:
         pytest.skip("no IPv6 on this machine")
-    with Site(index, host=host) as running:
+    with Site(index, host=host, token="sixteen letters!") as running:
         address = f"http://{'[::1]' if host == '::1' else '127.0.0.1'}:{running.port}/healthz"
         assert requests.get(address, timeout=60).status_code == 200
         assert requests.get(address, headers={"Host": "evil.example"}, timeout=60).status_code == 403
@@ -121,10 +168,10 @@ def test_names_that_are_not_utf8(tmp_path, gallery, index):
     records = read_folder(tmp_path)
     assert records.paths == [name]
     with Site(GalleryIndex(index.embeddings[1:2], records, "0" * 16, False)) as running:
-        [found] = running.post((tmp_path / name).read_bytes()).json()["results"]
+        [found] = hits(running.post((tmp_path / name).read_bytes()))
         assert found["path"] == "0001_c1s1_?.png"
-        assert running.get("/sample").json()["results"][0]["path"] == "0001_c1s1_?.png"
-        assert running.get("/image/0").status_code == 200
+        assert running.get("/sample").json()["images"][0]["path"] == "0001_c1s1_?.png"
+        assert running.get("/image", path="0001_c1s1_?.png").status_code == 200
 
 
 def closed(connection):
@@ -137,7 +184,7 @@ def closed(connection):
 
 
 def test_connections_without_a_request_are_closed(index, monkeypatch):
-    monkeypatch.setattr(page, "HEADER_SECONDS", 0.3)
+    monkeypatch.setattr(server, "HEADER_SECONDS", 0.3)
     with Site(index) as running:
         silent, slow = running.connect(), running.connect()
         slow.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow: ")
@@ -157,7 +204,7 @@ def test_connections_without_a_request_are_closed(index, monkeypatch):
 
 
 def test_an_idle_connection_serves_a_second_request(index, monkeypatch):
-    monkeypatch.setattr(page, "HEADER_SECONDS", 2)
+    monkeypatch.setattr(server, "HEADER_SECONDS", 2)
     with Site(index) as running, requests.Session() as session:
         for _ in range(4):
             assert session.get(running.url("/healthz"), timeout=30).status_code == 200
@@ -165,7 +212,7 @@ def test_an_idle_connection_serves_a_second_request(index, monkeypatch):
 
 
 def test_connections_beyond_the_limit_are_closed(index, monkeypatch):
-    monkeypatch.setattr(page, "CONNECTIONS", 5)
+    monkeypatch.setattr(server, "CONNECTIONS", 5)
     with Site(index) as running:
         kept = [running.connect() for _ in range(5)]
         while len(running.server.server_state.connections) < 5:
@@ -178,19 +225,19 @@ def test_connections_beyond_the_limit_are_closed(index, monkeypatch):
 
 
 def test_a_body_that_stalls_is_cut(index, crop, monkeypatch):
-    monkeypatch.setattr(page, "BODY_SECONDS", 0.3)
+    monkeypatch.setattr(server, "BODY_SECONDS", 0.3)
     with Site(index) as running:
         with running.connect() as connection:
-            connection.sendall(b"POST /search HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000\r\n\r\n" + crop[:500])
+            connection.sendall(START.encode() + b"Content-Length: 1000\r\n\r\n" + PART + crop[:500])
             sent = closed(connection)
         assert sent.startswith(b"HTTP/1.1 408") and b"the upload took too long" in sent
         assert running.post(crop).status_code == 200
 
 
 def test_a_body_that_trickles_is_cut(index, monkeypatch):
-    monkeypatch.setattr(page, "BODY_SECONDS", 0.5)
+    monkeypatch.setattr(server, "BODY_SECONDS", 0.5)
     with Site(index) as running, running.connect() as connection:
-        connection.sendall(b"POST /search HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100000\r\n\r\n")
+        connection.sendall(START.encode() + b"Content-Length: 100000\r\n\r\n" + PART)
         with suppress(OSError):
             for _ in range(200):
                 connection.sendall(b"x")
@@ -225,7 +272,7 @@ def test_pictures_are_decoded_by_two_threads(index, monkeypatch):
 
     monkeypatch.setattr(images, "decode", counted)
     with Site(index) as site, ThreadPoolExecutor(20) as pool:
-        answers = list(pool.map(lambda row: site.get(f"/image/{row}").status_code, range(20)))
+        answers = list(pool.map(lambda path: site.get("/image", path=path).status_code, list(index.paths)[:20]))
     assert answers == [200] * 20 and most == 2
 
 
@@ -259,5 +306,5 @@ def test_files_that_are_gone_or_outside(tmp_path, gallery, index):
     records = type(records)(root, ["../secret.png", str(tmp_path / "secret.png"), "gone.png", "text.png"], records.pids,
                             records.camids, records.seqs, records.frames)
     with Site(GalleryIndex(index.embeddings[:4], records, "0" * 16, False)) as running:
-        assert [running.get(f"/image/{row}").status_code for row in range(4)] == [404] * 4
-        assert len(listed(running.get("/search", row=2))) == 3
+        assert [running.get("/image", path=path).status_code for path in records.paths] == [404] * 4
+        assert len(listed(running.get("/search", path="gone.png"))) == 3

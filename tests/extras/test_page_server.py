@@ -12,33 +12,63 @@ from forked import Script
 
 pytest.importorskip("fastapi", reason="fastapi is not installed")
 
-from page_lab import Colours
+from page_lab import Colours, Site
 
 from reid import ReidError
-from reid.extras import page
+from reid.extras import server
+from reid.extras.page import create_app
 
 
 def test_listen():
-    with page.listen("127.0.0.1", 0) as taken:
+    with server.listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ReidError, match=f"--port {port}: Address already in use; stop what uses it"):
-            page.listen("127.0.0.1", port)
+            server.listen("127.0.0.1", port)
     for host, port in [("127.0.0.1", 70_000), ("256.1.1.1", 8000), ("a" * 70, 8000)]:
         with pytest.raises(ReidError, match="choose another"):
-            page.listen(host, port)
+            server.listen(host, port)
+
+
+TOKEN = "sixteen letters!"
+
+
+def test_other_machines_need_a_token():
+    for host, token, refused in [("0.0.0.0", None, True), ("::", "", True), ("0.0.0.0", "short", True),
+                                 ("127.0.0.1", "short", True),
+                                 ("0.0.0.0", TOKEN, False), ("127.0.0.1", TOKEN, False), ("localhost", None, False)]:
+        if refused:
+            with pytest.raises(ReidError, match="set REID_TOKEN to a secret of 16 or more characters"):
+                server.listen(host, 0, token)
+        else:
+            server.listen(host, 0, token).close()
+
+
+def test_the_token(index, crop):
+    with Site(index, token=TOKEN) as site:
+        for given, status in [(None, 401), (("x", "wrong"), 401), (("anyone", TOKEN), 200)]:
+            for path in ("/", "/docs", "/openapi.json", "/sample", f"/image?path={index.paths[0]}"):
+                answer = requests.get(site.url(path), auth=given, timeout=60)
+                assert answer.status_code == status
+            answer = requests.post(site.url("/search"), files={"files": crop}, auth=given, timeout=60)
+            assert answer.status_code == status and ("error" in answer.json()) == (status == 401)
+            assert requests.get(site.url("/healthz"), auth=given, timeout=60).status_code == 200
+        for header, status in [(f"Bearer {TOKEN}", 200), (f"bearer {TOKEN}", 200), (f"Bearer {TOKEN}x", 401), ("Bearer", 401),
+                               ("Basic !", 401), ("Basic /w==", 401), (f"Bearer {TOKEN[:-1]}", 401), ("Bearer \xe9", 401)]:
+            assert site.raw("/sample", Authorization=header)[0] == status
 
 
 PROGRAM = """
 import sys
 import torch
-from page_lab import Colours
+from page_lab import Colours, Site
 from reid.data.datasets import read_folder
-from reid.extras import page
+from reid.extras import server
+from reid.extras.page import create_app
 from reid.retrieval.index import GalleryIndex
 
-listener, records = page.listen("127.0.0.1", 0), read_folder(sys.argv[1])
+listener, records = server.listen("127.0.0.1", 0), read_folder(sys.argv[1])
 index = GalleryIndex(torch.eye(len(records)), records, "0" * 16, False)
-page.serve(page.create_app(Colours(), index), listener)
+server.serve(create_app(Colours(), index), listener)
 print("cleaned up")
 """
 
@@ -67,7 +97,8 @@ def test_stops_with_stalled_uploads(process):
     script, port = process
     stalled = [socket.create_connection(("127.0.0.1", port), timeout=30) for _ in range(20)]
     for connection in stalled:
-        connection.sendall(b"POST /search HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000\r\n\r\nx")
+        connection.sendall(b"POST /search HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+                           b"Content-Length: 1000\r\n\r\n--b")
     assert requests.get(f"http://127.0.0.1:{port}/healthz", timeout=60).status_code == 200
     script.stop(signal.SIGTERM).works()
     assert script.out.endswith("\nsearch page: stopped\ncleaned up\n")
@@ -79,10 +110,10 @@ def test_stops_with_stalled_uploads(process):
 def test_stops_with_a_reason(index, tmp_path):
     file = tmp_path / "run.pt"
     file.write_bytes(b"as loaded")
-    listener = page.listen("127.0.0.1", 0)
+    listener = server.listen("127.0.0.1", 0)
     port = listener.getsockname()[1]
     with ThreadPoolExecutor(1) as pool:
-        serving = pool.submit(page.serve, page.create_app(Colours(), index, index_file=file), listener)
+        serving = pool.submit(server.serve, create_app(Colours(), index, index_file=file), listener)
         assert requests.get(f"http://127.0.0.1:{port}/healthz", timeout=60).status_code == 200
         file.write_bytes(b"modified")
         with pytest.raises(ReidError, match="the index file has changed while it was searched; start"):
