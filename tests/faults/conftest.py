@@ -1,9 +1,10 @@
 """Repetition of the fault tests: `pytest -m long tests/faults --tries 100`."""
 
 import os
+from pathlib import Path
 
 import pytest
-from fault_lab import Lab
+from fault_lab import Here, Lab
 
 
 def pytest_addoption(parser):
@@ -26,3 +27,11 @@ def moment(request):
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory):
     return Lab(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.fixture
+def here(monkeypatch, capsys, tmp_path):
+    """The scripts in this process, in an empty folder but for net.onnx."""
+    monkeypatch.chdir(tmp_path)
+    Path("net.onnx").touch()
+    return Here(monkeypatch, capsys)

@@ -3,6 +3,7 @@
 The scripts are forks of a process that has imported the libraries, so a kill at a random moment hits their work.
 """
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -17,9 +18,12 @@ import pytest
 import torch
 from forked import Script
 
+from reid import cli
 from reid.checkpoint import save_checkpoint
+from reid.extras.network import network_fingerprint
 from reid.files import checksum
 from reid.model import build_model, default_config
+from reid.retrieval.extract import Extractor
 
 TRAIN = ["--height", 64, "--width", 32, "--batch_size", 8, "--lr", 0.005, "--weights", "none", "--precision", "fp32",
          "--num_epochs", 2, "--warmup_epochs", 1, "--eval_freq", 1, "--num_data_loaders", 1, "--exp_name", "cut"]
@@ -138,3 +142,38 @@ def small_disk(folder, megabytes=256):
         yield folder
     finally:
         subprocess.run(["umount", "-l", folder], check=True)
+
+
+class TinyNetwork(Extractor):
+    """In place of the network of --network: the pixels of an image, shrunk to 8 x 4, as its features."""
+
+    config, size, dim, engine = {"backbone": "tiny"}, (8, 4), 3 * 8 * 4, "torch"
+
+    def __init__(self, args, checkpoint=None):
+        self.fingerprint = network_fingerprint(args.network, args.network_input)
+        self._start("cpu", "fp32", args.mirror is not False, None)
+        self._features, self._neck = lambda images: images.flatten(1).float() - 128, torch.nn.Identity()
+
+
+class Here:
+    """The scripts in this process, in the current folder, with a TinyNetwork: 0.1 s for a command line."""
+
+    def __init__(self, monkeypatch, capsys):
+        self.monkeypatch, self.capsys = monkeypatch, capsys
+        self.network = ["--network", "net.onnx", "--network_input", "rgb255"]
+        monkeypatch.setattr("reid.extras.network.make_extractor", TinyNetwork)
+
+    def __call__(self, name, *args):
+        """Run a command line; returns (exit status, stdout, lines of stderr), and fails for a traceback."""
+        self.monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
+        module = importlib.import_module(name)
+        with pytest.raises(SystemExit) as end:
+            cli.run(module.get_args_parser(), module.main)
+        out, err = self.capsys.readouterr()
+        return end.value.code, out, err.strip().splitlines()
+
+    def refused(self, name, *args):
+        """Require one line of error from a command line, and return it."""
+        status, _, lines = self(name, *args)
+        assert status in (1, 2) and lines[-1].startswith(f"{name}.py: error: "), lines
+        return lines[-1]

@@ -1,10 +1,8 @@
 """Checkpoints, indexes, images, names and numbers as accidents and attackers make them: one clear line, and no code runs."""
 
-import importlib
 import os
 import pickle
 import re
-import sys
 from random import Random
 
 import pytest
@@ -12,7 +10,7 @@ import torch
 from fault_lab import TRAIN, contents, raw, tiny_checkpoint
 from PIL import Image
 
-from reid import ReidError, cli, images
+from reid import ReidError, images
 from reid import files as storage
 from reid.checkpoint import check_name, fingerprint, load_checkpoint
 from reid.data.datasets import make_records
@@ -36,19 +34,9 @@ def index(tiny):
 
 
 @pytest.fixture
-def refused(monkeypatch, capsys, tmp_path):
+def refused(here):
     """Run a script's command line in this process, in an empty folder; require one line of error and return it."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(name, *args):
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
-        module = importlib.import_module(name)
-        with pytest.raises(SystemExit) as end:
-            cli.run(module.get_args_parser(), module.main)
-        lines = capsys.readouterr().err.strip().splitlines()
-        assert end.value.code in (1, 2) and lines[-1].startswith(f"{name}.py: error: "), lines
-        return lines[-1]
-    return call
+    return here.refused
 
 
 class Hostile:
