@@ -20,7 +20,7 @@ from forked import Script
 
 from reid import cli
 from reid.checkpoint import save_checkpoint
-from reid.extras.network import network_fingerprint
+from reid.extras import network
 from reid.files import checksum
 from reid.model import build_model, default_config
 from reid.retrieval.extract import Extractor
@@ -150,7 +150,7 @@ class TinyNetwork(Extractor):
     config, size, dim, engine = {"backbone": "tiny"}, (8, 4), 3 * 8 * 4, "torch"
 
     def __init__(self, args, checkpoint=None):
-        self.fingerprint = network_fingerprint(args.network, args.network_input)
+        self.fingerprint = network.network_fingerprint(args.network, args.network_input)
         self._start("cpu", "fp32", args.mirror is not False, None)
         self._features, self._neck = lambda images: images.flatten(1).float() - 128, torch.nn.Identity()
 
@@ -161,7 +161,8 @@ class Here:
     def __init__(self, monkeypatch, capsys):
         self.monkeypatch, self.capsys = monkeypatch, capsys
         self.network = ["--network", "net.onnx", "--network_input", "rgb255"]
-        monkeypatch.setattr("reid.extras.network.make_extractor", TinyNetwork)
+        make = network.make_extractor
+        monkeypatch.setattr(network, "make_extractor", lambda args, *more: (TinyNetwork if args.network else make)(args, *more))
 
     def __call__(self, name, *args):
         """Run a command line; returns (exit status, stdout, lines of stderr), and fails for a traceback."""

@@ -88,11 +88,11 @@ def check(here, commands):
         before = after
 
 
-@pytest.mark.parametrize("examples", [40, pytest.param(2000, marks=pytest.mark.long)])
-def test_random_outputs_change_nothing_that_is_not_named(here, furnished, tmp_path, examples):
+def test_random_outputs_change_nothing_that_is_not_named(here, furnished, tmp_path, request):
     folders = count()
 
-    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=40 * request.config.getoption("--tries", default=1), deadline=None, database=None,
+              suppress_health_check=list(HealthCheck))
     @given(st.lists(COMMANDS, min_size=1, max_size=4))
     def run(commands):
         folder = tmp_path / str(next(folders))
