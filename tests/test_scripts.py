@@ -59,6 +59,15 @@ def test_training_raises_rank_1_and_map(workplace):
         assert results["small"]["mAP"] > results[before]["mAP"] + 0.1
 
 
+def test_scores_are_in_the_run_of_mlflow(people, workplace):
+    from reid.training.tracking import _mlflow
+
+    client = _mlflow().MlflowClient(f"sqlite:///{workplace}/mlflow.db")
+    (run,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    assert run.info.run_name == "small" and run.data.metrics["eval/synthetic/plain/mAP"] == plain(workplace, "small")["mAP"]
+    assert not (workplace / "runs/start").exists()  # was not trained here
+
+
 def test_load_index_gives_the_same_without_the_images(people, workplace):
     away = people.with_name("away")
     people.rename(away)
