@@ -261,7 +261,7 @@ class GalleryIndex:
             index = cls.load(path, extractor)
         except ReidError:
             index = None
-        if index is not None and index.mirror == extractor.mirror and same_folder(index.data_root, data_root):
+        if index and index.mirror == extractor.mirror and index.split is not None and same_folder(index.data_root, data_root):
             return index
         if Path(path).exists() and distributed.rank == 0:
             print(f"{path}: of another network, of other settings or damaged, so it is made anew", flush=True)

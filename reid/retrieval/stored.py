@@ -79,7 +79,8 @@ def differences(index):
     they have changed. Of an index without a listing (`split` is None) only the files that are there are compared.
     """
     if index.split is None:
-        there = [path for path in index.paths if path and os.path.exists(os.path.join(index.data_root, path))]
+        there = [path for path, size in zip(index.paths, index.sizes.tolist())
+                 if size >= 0 and os.path.exists(os.path.join(index.data_root, path))]
         rows = find_unchanged(index, there)[0].tolist()
         return {"changed": [path for path, row in zip(there, rows) if row < 0], "new": [], "missing": []}
     if not Path(index.data_root, index.split).is_dir():
@@ -104,8 +105,7 @@ def find_unchanged(index, paths):
     for path in paths:
         row, file = row_of.get(path, -1), os.path.join(index.data_root, path)
         size, mtime = _stat(file) if row >= 0 else (-1, -1)
-        known = row >= 0 <= sizes[row]  # rows that were added may be of no file
-        if known and (size != sizes[row] or (mtime != mtimes[row] and file_stats([file])[2] != index.contents[row])):
+        if row >= 0 and (size != sizes[row] or (mtime != mtimes[row] and file_stats([file])[2] != index.contents[row])):
             row = -1
         found.append((row, mtime))
     return torch.tensor(found, dtype=torch.int64).reshape(-1, 2).T
