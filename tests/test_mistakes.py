@@ -14,6 +14,7 @@ from PIL import Image
 from reid.checkpoint import fingerprint, load_checkpoint, save_checkpoint
 from reid.cli import run
 from reid.data.datasets import read_split
+from reid.files import save
 from reid.model import build_model, default_config
 from reid.retrieval import spacetime
 from reid.retrieval.index import GalleryIndex
@@ -53,6 +54,8 @@ MISTAKES = [
      r"--gallery_uri index/grown.pt$"),
     ("inference", "--exp_name tiny --load_index --gallery_uri index/grown.pt",
      r"\(1 new, .* date: python eval.py --save_index --exp_name tiny --data_root grown --gallery_uri index/grown.pt$"),
+    ("inference", f"{LOAD} --gallery_uri index/old.pt", r"reid-index version 1, this code reads version \d; make it again: "
+     r"python eval.py --save_index --exp_name tiny --data_root set --gallery_uri index/old.pt$"),
     ("eval", f"{LOAD} --save_index", r"--load_index and --save_index: give one of them; --save_index alone embeds only what has"),
     ("eval", f"{LOAD} --gallery_uri models/tiny/best.pth", r"best.pth: expected a reid-index file, found 'reid-checkpoint'"),
     ("eval", f"{SET} --save_index --gallery_uri note.txt", r"note.txt: exists and is not a reid-index file; choose another name"),
@@ -113,6 +116,7 @@ def lab(tmp_path_factory):
             index = GalleryIndex(rows[:2].half(), read_split(root, "gallery"), made_by, True)
             index.queries = GalleryIndex(rows[2:].half(), read_split(root, "query"), made_by, True)
             index.save(uri)
+        save("index/old.pt", {"data_root": "set"}, "reid-index", 1)
         Image.new("RGB", (8, 16)).save("grown/gallery/2/new.png")
         yield folder
 

@@ -244,7 +244,11 @@ class GalleryIndex:
         """
         if not Path(path).is_file():
             raise ReidError(f"{path}: no such index; make it: {command(None)}")
-        index = cls._restore(load(path, FORMAT, VERSION, mmap=True), path, command(None))
+        try:
+            part = load(path, FORMAT, VERSION, mmap=True)
+        except ReidError as error:
+            raise ReidError(f"{error}: {command(None)}" if str(error).endswith("make it again") else error) from error
+        index = cls._restore(part, path, command(None))
         wanted = getattr(extractor_or_fingerprint, "fingerprint", extractor_or_fingerprint)
         index.device = getattr(extractor_or_fingerprint, "device", "cpu")
         if index.preprocessing != PREPROCESSING or (wanted is not None and index.fingerprint != wanted):

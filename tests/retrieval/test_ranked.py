@@ -1,5 +1,6 @@
 """RankedList: hits by position, matches by threshold, new scores, re-ranking, camera and time."""
 
+import argparse
 import json
 
 import pytest
@@ -29,6 +30,20 @@ def test_hits_matches_and_json():
     assert list(plain["hits"][0]) == ["position", "row", "path", "name", "pid", "camid", "score", "match"]
     assert RankedList(Query(), ranked.rows[:0], ranked.scores[:0], Gallery()).to_dict() == {
         "query": None, "pid": None, "name": "", "camid": -1, "hits": []}  # unlabelled
+
+
+class Named:
+    def hit(self, row):
+        return ("x/anna/1.jpg", "7.jpg", "")[row], ("anna", "ben", "eve")[row], row, 1
+
+
+def test_lists_name_people(capsys):
+    from inference import write_results
+
+    ranked = RankedList(Query("q.jpg"), torch.arange(3), torch.tensor([0.9, 0.5, 0.25]), Named(), 0.6)
+    write_results(argparse.Namespace(output=None, json=None), None, [ranked])
+    assert capsys.readouterr().out == ("\nquery q.jpg\n   1  0.9000  x/anna/1.jpg  match\n   2  0.5000  ben  7.jpg  no match\n"
+                                       "   3  0.2500  eve  no match\n")
 
 
 def test_new_scores_reorder_and_drop_the_threshold():
