@@ -70,6 +70,23 @@ def gather_objects(obj):
     return parts
 
 
+def gather_rows(rows, positions, more):
+    """Put the rows of all processes together on each of them, with one copy of the whole and one part in memory.
+
+    rows: [n, D]; positions: int64 [n], ascending, of the rows among those of all; more: another object to gather. Returns (rows
+    [N, D], positions int64 [N], ascending, order int64 [N] of the processes' rows in them, list of the other objects).
+    """
+    parts = gather_objects((positions, more))
+    ascending, order = torch.cat([part for part, _ in parts]).sort()
+    whole = rows.new_empty(len(ascending), rows.shape[1])
+    for source, (places, _) in enumerate(parts):
+        part = rows if source == rank else rows.new_empty(len(places), rows.shape[1])
+        part = part.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.broadcast(part, source)
+        whole[torch.searchsorted(ascending, places)] = part.cpu()
+    return whole, ascending, order, [other for _, other in parts]
+
+
 def gather(tensor):
     """Concatenate the [N, ...] of every rank, of the same shape, as [world_size * N, ...], rank 0's first.
 

@@ -58,7 +58,8 @@ class GalleryIndex:
         kept, bad = own[kept], [(str(file), str(reason), *file_stats([file])[:2, 0].tolist()) for file, reason in bad]
         stats = file_stats(records.select(kept).files())
         if world_size > 1:
-            embeddings, kept, stats, bad = _gather(embeddings, kept, stats, bad)
+            embeddings, kept, order, parts = distributed.gather_rows(embeddings, kept, (stats, bad))
+            stats, bad = torch.cat([part for part, _ in parts], 1)[:, order], [row for _, rows in parts for row in rows]
         taken = (rows >= 0).nonzero()[:, 0]
         if len(taken):
             there = rows[taken]
@@ -311,19 +312,3 @@ class GalleryIndex:
         if isinstance(part.get("queries"), dict):
             index.queries = cls._restore(part["queries"], path, command)
         return index
-
-
-def _gather(embeddings, kept, stats, bad):
-    """The parts of every rank on every rank, in the order of the files, with one copy of the whole and one part in memory."""
-    import torch.distributed as dist
-
-    parts = distributed.gather_objects((kept, stats, bad))
-    positions, order = torch.cat([kept for kept, _, _ in parts]).sort()
-    whole = embeddings.new_empty(len(positions), embeddings.shape[1])
-    for source, (kept, _, _) in enumerate(parts):
-        part = embeddings if source == distributed.rank else embeddings.new_empty(len(kept), embeddings.shape[1])
-        part = part.to("cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.broadcast(part, source)
-        whole[torch.searchsorted(positions, kept)] = part.cpu()
-    stats = torch.cat([stats for _, stats, _ in parts], 1)[:, order]
-    return whole, positions, stats, [item for _, _, bad in parts for item in bad]
