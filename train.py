@@ -157,19 +157,17 @@ def train_step(trainer, images, numbers, labels, rows):
     return {"loss": loss, **logged, "accuracy": accuracy}
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def validate(trainer, cache, val_set):
     """Measure the weights on images that they were not trained on, the last ones of `cache`; exact for any number of ranks.
 
     val/mAP, val/rank1: each image of the identities that are held out is a query, and the others are its gallery (protocol
     "market" of `evaluate`). val/accuracy, val/loss: the classifier on the other images, whose identities it was trained on.
     """
-    model, count = trainer.best_model.eval(), len(val_set.files)
-    embeddings = torch.zeros(count, model.config["embedding_size"], device=trainer.device)
-    rows = distributed.shard(count)
-    for part in rows.split(128) if len(rows) else ():
-        with trainer.autocast():
-            embeddings[part] = model.neck(model.features(cache[len(cache) - count + part])).float()
+    model, rows = trainer.best_model, distributed.shard(len(val_set.files))
+    embeddings = torch.zeros(len(val_set.files), model.config["embedding_size"], device=trainer.device)
+    if len(rows):
+        embeddings[rows] = trainer.embed(cache, len(cache) - len(embeddings) + rows)
     if not distributed.total(embeddings).isfinite().all():
         raise ReidError("validation: NaN or infinite embeddings; lower --lr (best.pth and last.pth are as before)")
     labels, camids = val_set.labels.to(trainer.device), val_set.camids.to(trainer.device)
@@ -270,7 +268,8 @@ def main(args):
                 run.later(tracker.images, "train/augmented", augmented(cache[rows[0, :32]], numbers[0, :32], args), 0)
             run.epoch_done(trainer, epoch + 1, metrics, tracker, best=last if args.train_all else None)
         if tracker:
-            run.later(tracker.projector, *trainer.embed(cache, train_set.labels))
+            shown = train_set.labels.argsort(stable=True)[:1000]  # about so many, of whole identities
+            run.later(tracker.projector, F.normalize(trainer.embed(cache, shown)), train_set.labels[shown], cache[shown])
     run.finish()
 
 

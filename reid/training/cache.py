@@ -24,7 +24,7 @@ class ImageCache:
 
     def __init__(self, files, size, device, where="auto", workers=4):
         self.files, self.size, self.device = files, tuple(size), device
-        self.pool = ThreadPoolExecutor(max(1, workers))
+        self.pool, self.bad = ThreadPoolExecutor(max(1, workers)), []  # bad: (row, error) of images that could not be read
         bytes_needed = len(files) * 3 * size[0] * size[1]
         self.where = _place(bytes_needed, device) if where == "auto" else where
         if self.where == "none":
@@ -35,12 +35,11 @@ class ImageCache:
         except torch.OutOfMemoryError as error:
             raise ReidError(f"--cache device: {len(files):,} images take {bytes_needed / 2**30:.1f} GiB, more than the GPU has "
                             "free; use --cache host or auto") from error
-        bad = []
         with tqdm(total=len(files), desc="decode", unit="img", disable=None) as progress:
             for rows in torch.arange(len(files)).split(CHUNK):
-                self.pixels[rows[0] : rows[-1] + 1] = self._decode(rows, bad)
+                self.pixels[rows[0] : rows[-1] + 1] = self._decode(rows)
                 progress.update(len(rows))
-        _refuse(bad)
+        self._refuse_bad()
 
     def __len__(self):
         return len(self.files)
@@ -49,7 +48,11 @@ class ImageCache:
         """rows: int64 [B] -> uint8 [B, 3, H, W] on the device."""
         if self.where == "device":
             return self.pixels[rows.to(self.device)]
-        images = self._decode(rows) if self.where == "none" else self.pixels[rows]
+        if self.where == "none":
+            images = self._decode(rows)
+            self._refuse_bad()
+        else:
+            images = self.pixels[rows]
         if self.device.type == "cuda":
             images = images.pin_memory()  # from pageable memory, a copy would wait for the step before it
         return images.to(self.device, non_blocking=True)
@@ -66,32 +69,23 @@ class ImageCache:
                 yield ready
             yield coming.result()
 
-    def _decode(self, rows, bad=None):
-        """Return images uint8 [B, 3, H, W]. Errors of images, which are black then, are added to `bad` or, without it, raised."""
-        errors = []
-
+    def _decode(self, rows):
+        """Return images uint8 [B, 3, H, W]. Those that cannot be read are black and are added to `bad`."""
         def read(row):
             try:
                 return resize([decode(self.files[row])], self.size)
             except ReidError as error:
-                errors.append((row, str(error)))
+                self.bad.append((row, str(error)))
                 return torch.zeros(1, 3, *self.size, dtype=torch.uint8)
-        images = torch.cat(list(self.pool.map(read, rows.tolist())))
-        if bad is None:
-            _refuse(errors)
-        else:
-            bad += errors
-        return images
+        return torch.cat(list(self.pool.map(read, rows.tolist())))
 
-
-def _refuse(bad):
-    """Raise ReidError for images that could not be read: [(row, message with the path)]."""
-    messages = [message for _, message in sorted(bad)]
-    if len(bad) > 1:
-        more = f"; and {len(bad) - SHOWN:,} more" if len(bad) > SHOWN else ""
-        raise ReidError(f"{len(bad):,} images, which have to be replaced or removed: {'; '.join(messages[:SHOWN])}{more}")
-    if bad:
-        raise ReidError(messages[0])
+    def _refuse_bad(self):
+        messages = [message for _, message in sorted(self.bad)]
+        if len(messages) > 1:
+            more = f"; and {len(messages) - SHOWN:,} more" if len(messages) > SHOWN else ""
+            messages = [f"{len(messages):,} images, which have to be replaced or removed: {'; '.join(messages[:SHOWN])}{more}"]
+        if messages:
+            raise ReidError(messages[0])
 
 
 def _place(bytes_needed, device):

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import signal
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -206,7 +207,7 @@ class Run:
         """Say where the weights are, and leave the process group."""
         if distributed.rank == 0:
             print(f"done: {self.folder / 'best.pth'}; evaluate with: python eval.py --exp_name {self.name} "
-                  f"--data_root {self.args.data_root[0]} --save_index")
+                  f"--data_root {shlex.quote(self.args.data_root[0])} --save_index")
         distributed.stop()
 
 

@@ -213,16 +213,14 @@ class Trainer:
         """The weights to evaluate and to keep: the averaged ones where there are any."""
         return self.averaged or self.model
 
-    @torch.inference_mode()
-    def embed(self, cache, labels, limit=1000):
-        """Return embeddings [n, D], labels [n] and images uint8 [n, 3, H, W] of whole identities, about `limit` images."""
-        model, rows = self.best_model.eval(), labels.argsort(stable=True)[:limit]
-        embeddings, images = [], []
+    @torch.no_grad()
+    def embed(self, cache, rows):
+        """Return the output of the neck of the best weights, float32 [n, D]. rows: int64 [n], of the cache, one or more."""
+        model, parts = self.best_model.eval(), []
         for part in rows.split(128):
-            images.append(cache[part])
             with self.autocast():
-                embeddings.append(model(images[-1]).float().cpu())
-        return torch.cat(embeddings), labels[rows], torch.cat([part.cpu() for part in images])
+                parts.append(model.neck(model.features(cache[part])).float())
+        return torch.cat(parts)
 
     def state(self):
         """Return what exact resume needs beside the weights. No random state: a step draws no random numbers.

@@ -76,20 +76,8 @@ def test_writes_down_what_happened(undisturbed):
         assert {"best.pth", "best.pth.sha256"} <= {name for name, in store.execute("select key from tags")}
 
 
-def test_errors_are_one_line_without_traceback(tmp_path):
-    script = Script(tmp_path, "train.py", "--data_root", "nowhere", *TINY, "--exp_name", "lost")
-    assert script.fails().startswith("train.py: error: nowhere/train: no such folder") and script.err.count("\n") == 1
-
-
-def test_what_users_get_wrong(people, undisturbed, tmp_path):
-    (tmp_path / "empty" / "train").mkdir(parents=True)
-    assert "no images" in fails(tmp_path, "--data_root", "empty", *TINY)
-    assert "--batch_size 6" in fails(tmp_path, "--data_root", people, *TINY, "--batch_size", 6)
-    assert "nothing.pth: no such file" in fails(tmp_path, "--data_root", people, *TINY, "--weights", "nothing.pth")
-    assert "--resume needs" in fails(tmp_path, "--resume")
-    assert "last.pth; runs that can go on: none" in fails(tmp_path, "--data_root", people, "--exp_name", "new", "--resume")
+def test_resume_refuses_other_settings(undisturbed):
     folder = undisturbed[0]
-    assert "add --resume" in fails(folder, "--data_root", people, *TINY, "--exp_name", "whole")
     for rate in (0.1, 0.05):  # 0.05 is the default; typed, it is a value like others
         assert f"--lr 0.005, not {rate}; leave it out" in fails(folder, "--exp_name", "whole", "--resume", "--lr", rate)
 

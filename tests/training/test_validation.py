@@ -3,17 +3,20 @@
 import gc
 import math
 from contextlib import chdir, nullcontext
+from functools import partial
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
+from pretended_gpu import pretend
 from train_lab import TINY, tiny_trainer, weights
 
 import train
 from reid import ReidError, distributed
 from reid.data.datasets import LabelledImages
 from reid.training.run import Run
+from reid.training.trainer import Trainer
 
 
 class Angles(torch.nn.Module):
@@ -29,12 +32,13 @@ class Angles(torch.nn.Module):
         return torch.stack([radians.cos(), radians.sin()], 1)
 
 
-def validate(images):
+def validate(images, device="cpu"):
     """Validate on (label, camera, degrees) of images; three training images come before them in the cache."""
     labels, camids, degrees = zip(*images)
     val_set = LabelledImages(list(labels), torch.tensor(labels), torch.tensor(camids))
-    trainer = SimpleNamespace(best_model=Angles(), device=torch.device("cpu"), autocast=nullcontext)
-    return train.validate(trainer, torch.tensor([math.nan] * 3 + [*degrees]), val_set)
+    trainer = SimpleNamespace(best_model=Angles(), device=torch.device(device), autocast=nullcontext)
+    trainer.embed = partial(Trainer.embed, trainer)
+    return train.validate(trainer, torch.tensor([math.nan] * 3 + [*degrees]).to(device), val_set)
 
 
 TRAINED = [(0, 1, 0.0), (1, 1, 0.0)]
@@ -52,6 +56,12 @@ LOSS = (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(1))) / 2  # logits 1 
 ])
 def test_held_out_identities_are_searched_and_the_others_classified(images, expected):
     assert validate(images) == pytest.approx(expected)
+
+
+def test_a_gpu_measures_the_same(monkeypatch):
+    with pretend(monkeypatch):
+        assert validate(TRAINED + HELD_OUT, "cuda") == pytest.approx(
+            {"val/mAP": MAP, "val/rank1": 2 / 6, "val/accuracy": 1 / 2, "val/loss": LOSS})
 
 
 @pytest.mark.parametrize("ranks", [2, 9])  # of nine, the last has no image
