@@ -5,13 +5,13 @@ import io
 import os
 import signal
 import stat
-import subprocess
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+from forked import Script
 from prep_lab import FORMATS, clean, expected, members, pack, refused, tree
 
 import data_prep
@@ -41,16 +41,15 @@ def test_table_counts_images_identities_and_cameras(tmp_path, prep):
     assert "1 junk, 2 distractors" in rows["gallery"]
 
 
-def test_the_command_line_itself(tmp_path, root):
+def test_the_command_line_itself(tmp_path):
     """The images of a folder are copied; a failure is one line and status 1."""
     folder = pack(tmp_path / "unpacked", members())
-    command = [sys.executable, root / "data_prep.py", "--output", tmp_path / "out", "--archive"]
-    done = subprocess.run([*command, folder, "--any_counts"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    command = ["data_prep.py", "--output", tmp_path / "out", "--archive"]
+    Script(tmp_path, *command, folder, "--any_counts").works()
     assert tree(tmp_path / "out") == expected()
     assert (tmp_path / "out/query/0001/0001_c1s1_001051_00.jpg").stat().st_nlink == 1
-    done = subprocess.run([*command, tmp_path / "nothing"], capture_output=True, text=True)
-    refused((done.returncode, done.stdout, done.stderr), "holds", "choose another --output")
+    line = Script(tmp_path, *command, tmp_path / "nothing").fails()
+    assert "holds" in line and "choose another --output" in line
 
 
 def test_without_hard_links_it_copies(tmp_path, prep, monkeypatch):

@@ -3,11 +3,11 @@
 import os
 import random
 import shutil
-import subprocess
 import sys
 from collections import defaultdict
 
 import pytest
+from forked import Script
 from PIL import Image
 from prep_lab import clean, make_tree, members, pack, refused, tree
 
@@ -343,9 +343,7 @@ def test_of_two_images_none_is_held_out(tmp_path, prep):
     assert counts == [2, 2, 0, 1]
 
 
-def test_synthetic_command_line(tmp_path, root):
-    command = [sys.executable, root / "data_prep.py", "--synthetic", "--num_ids", "6"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_synthetic_command_line(tmp_path):
+    done = Script(tmp_path, "data_prep.py", "--synthetic", "--num_ids", 4).works()
     assert set(os.listdir(tmp_path)) == {"data"} and os.listdir(tmp_path / "data") == ["synthetic"]
-    assert done.stdout.splitlines()[-4].split()[0] == "train"
+    assert [line.split()[0] for line in done.out.splitlines()][-5:-1] == ["split", "train", "val", "query"]
