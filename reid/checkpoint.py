@@ -133,12 +133,13 @@ def load_weights(model, weights, partial=False, verbose=print):
     if weights == "none":
         return
     source = _imagenet(model.config["backbone"]) if weights == "imagenet" else _read_state(weights)
-    target = {key: value for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")}
-    names = {_bare(key): key for key in model.state_dict()}
+    state = model.state_dict()
+    target = [key for key in state if not key.endswith("num_batches_tracked")]
+    names = {_bare(key): key for key in state}
     taken, dropped = {}, []
     for key, value in source.items():
         name = names.get(_bare(key))
-        if name is not None and isinstance(value, torch.Tensor) and value.shape == model.state_dict()[name].shape:
+        if name is not None and isinstance(value, torch.Tensor) and value.shape == state[name].shape:
             taken[name] = value
         else:
             dropped.append(key)

@@ -53,7 +53,7 @@ def mistake(script, place, monkeypatch, capsys, *options):
     ("--data_root market", "market/train: no such folder; make it with data_prep.py"),
     ("--data_root people people", "two roots with the same name"),
     ("--batch_size 10", "must be --num_instances (4, at least 2) times 2 or more identities"),
-    ("--batch_size 64", "needs 16 identities in a batch, 6 are trained on (without those of --held_out); give --batch_size 24 or less"),
+    ("--batch_size 64", "16 identities in a batch, 6 are trained on (without those of --held_out); give --batch_size 24 or less"),
     ("--held_out 1", "--held_out 1.0: must lie between 0 and 0.5"),
     ("--lr nan", "--lr nan: must lie between 0 and"),
     ("--height 16", "--height 16: must lie between 32 and 2,048"),
