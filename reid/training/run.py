@@ -40,8 +40,8 @@ class Parser(argparse.ArgumentParser):
 class Run:
     """`models/<name>/`, locked for as long as this process lives.
 
-    With --resume the settings are those of the run: one given differently on the command line raises ReidError, unless it is
-    `operational`, a setting that does not change the result. Rank 0 locks and reads; the others receive what it has read.
+    With --resume the settings are those of the run: one typed differently raises ReidError, unless it is `operational`, a setting
+    that does not change the result. Rank 0 locks and reads; the others receive what it has read.
     """
 
     def __init__(self, args, parser, operational):
@@ -92,13 +92,11 @@ class Run:
                 raise ReidError(f"{last}: trained with --{key} {saved[key]}, which this version does not have; start a new run")
         saved = {"held_out": 0.0} | {key: value for key, value in saved.items() if key not in REMOVED}  # 0: earlier versions
         check_ranges(argparse.Namespace(**saved), LIMITS)
-        kept = {key: value for key, value in vars(args).items()
-                if key not in saved or (key in operational and (key in typed or key != "data_root"))}
-        for key in sorted(typed & saved.keys() - operational):
-            if getattr(args, key) != saved[key]:
-                raise ReidError(f"--resume goes on with --{key} {saved[key]}, not {getattr(args, key)}; leave it out, or start a "
-                                "new run")
-        return argparse.Namespace(**saved | kept)
+        given = {key: value for key, value in vars(args).items() if key in typed or key not in saved}
+        for key, value in sorted(given.items()):
+            if key not in operational and saved.get(key, value) != value:
+                raise ReidError(f"--resume goes on with --{key} {saved[key]}, not {value}; leave it out, or start a new run")
+        return argparse.Namespace(**saved | given)
 
     def restore(self, trainer, files):
         """Bring the trainer to where the run has stopped, and return (epoch, step within it) to go on at.

@@ -17,6 +17,7 @@ from forked import Script
 from train_lab import LEVERS, TINY, fails, weights
 
 import train
+from reid import ReidError
 from reid import files as storage
 from reid.checkpoint import FORMAT, VERSION, load_checkpoint
 from reid.model import build_model
@@ -76,10 +77,23 @@ def test_writes_down_what_happened(undisturbed):
         assert {"best.pth", "best.pth.sha256"} <= {name for name, in store.execute("select key from tags")}
 
 
-def test_resume_refuses_other_settings(undisturbed):
+def resumed(folder, *arguments):
+    """The settings with which a run goes on."""
+    gc.collect()
+    with chdir(folder):
+        parser = train.get_args_parser()
+        return Run(parser.parse_args(["--exp_name", "whole", "--resume", *arguments]), parser, train.OPERATIONAL).args
+
+
+def test_resume_takes_the_settings_of_the_run_and_refuses_others(undisturbed, few):
     folder = undisturbed[0]
+    found = resumed(folder)
+    assert (found.data_root, found.eval_freq, found.resume, found.lr) == ([str(few)], 1, True, 0.005)
+    found = resumed(folder, "--data_root", "moved", "--eval_freq", "5", "--lr", "5e-3")  # 5 is the default; typed, it counts
+    assert (found.data_root, found.eval_freq, found.lr) == (["moved"], 5, 0.005)
     for rate in (0.1, 0.05):  # 0.05 is the default; typed, it is a value like others
-        assert f"--lr 0.005, not {rate}; leave it out" in fails(folder, "--exp_name", "whole", "--resume", "--lr", rate)
+        with pytest.raises(ReidError, match=f"--lr 0.005, not {rate}; leave it out"):
+            resumed(folder, "--lr", str(rate))
 
 
 def test_logs_are_checked_before_images_are_decoded(people, database, tmp_path, monkeypatch):
@@ -270,9 +284,7 @@ def test_runs_of_earlier_versions(stopped, capsys):
         train.main(train.get_args_parser().parse_args(arguments))
     assert "done: models/whole/best.pth" in capsys.readouterr().out
     rewrite(path, lambda record: record["args"].pop("held_out"))
-    with chdir(folder):
-        parser = train.get_args_parser()
-        assert Run(parser.parse_args(arguments), parser, train.OPERATIONAL).args.held_out == 0  # nobody was held out
+    assert resumed(folder).held_out == 0  # nobody was held out
     rewrite(path, lambda record: record["args"].update(mixstyle=0.5))
     assert "--mixstyle 0.5, which this version does not have" in fails(folder, *arguments)
     rewrite(path, lambda record: (record["args"].update(mixstyle=0.0, held_out=0.3), record["training"].update(step=10**6)))
