@@ -84,11 +84,13 @@ def get_args_parser():
     add("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile; auto: on a GPU, for long runs")
     add("--cache", choices=["auto", "device", "host", "none"], default="auto", help="where the decoded images stay")
     add("--num_data_loaders", type=int, default=4, help="threads that decode images")
+    add("--projector", action="store_true", help="show training images in TensorBoard: 32 as augmented, and about 1,000 in its "
+        "projector; without it, runs/ holds no pictures of people")
     return parser
 
 
 # settings that do not change the result, and may differ at --resume
-OPERATIONAL = {"exp_name", "resume", "data_root", "cache", "num_data_loaders", "device", "compile", "eval_freq"}
+OPERATIONAL = {"exp_name", "resume", "data_root", "cache", "num_data_loaders", "device", "compile", "eval_freq", "projector"}
 
 
 def learning_rate(step, steps, args):
@@ -264,10 +266,10 @@ def main(args):
                     trainer.refresh_norms(augmented(images, drawn, args) for images, drawn in batches)
                 if val_set:
                     metrics |= validate(trainer, cache, val_set)
-            if tracker and epoch == 0:
+            if tracker and args.projector and epoch == 0:
                 run.later(tracker.images, "train/augmented", augmented(cache[rows[0, :32]], numbers[0, :32], args), 0)
             run.epoch_done(trainer, epoch + 1, metrics, tracker, best=last if args.train_all else None)
-        if tracker:
+        if tracker and args.projector:
             shown = train_set.labels.argsort(stable=True)[:1000]  # about so many, of whole identities
             run.later(tracker.projector, F.normalize(trainer.embed(cache, shown)), train_set.labels[shown], cache[shown])
     run.finish()

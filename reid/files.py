@@ -149,7 +149,8 @@ def copy(source, target):
             while os.copy_file_range(old.fileno(), new.fileno(), 1 << 30):
                 pass
         shutil.copyfileobj(old, new)  # the rest
-    shutil.copymode(source, target)
+    with suppress(OSError):  # not every file system has permissions
+        shutil.copymode(source, target)
 
 
 @contextmanager
@@ -265,8 +266,8 @@ def save(path, payload, kind, version, overwrite=False):
 def load(path, kind, version, mmap=False, verify=None):
     """Return the dict that `save` wrote to `path`, without its checksum. Raises ReidError for any other file.
 
-    mmap: map the tensors into memory instead of reading them. verify: compare the checksum; None does so for files of up to
-    VERIFY_LIMIT bytes, so that large indexes open at once.
+    mmap: map the tensors of a file of more than VERIFY_LIMIT bytes into memory instead of reading them. verify: compare the
+    checksum; None does so for files of up to VERIFY_LIMIT bytes, so that large indexes open at once.
     """
     path = Path(path)
     if not path.is_file():
@@ -276,6 +277,8 @@ def load(path, kind, version, mmap=False, verify=None):
             warnings.simplefilter("ignore")  # about damaged bytes
             # torch opens a memory-mapped file twice: under this name it is the same file even if `path` is replaced meanwhile
             held = f"/proc/self/fd/{file.fileno()}"
+            # A file that is mapped may be truncated meanwhile, which ends the process (SIGBUS): small ones are read.
+            mmap = mmap and os.fstat(file.fileno()).st_size > VERIFY_LIMIT
             record = torch.load(held if os.path.exists(held) else path, map_location="cpu", weights_only=True, mmap=mmap)
         _check_plain(record)
     except Exception as error:  # torch raises half a dozen types for damaged files, KeyError for text files

@@ -123,7 +123,8 @@ def fill(root, images, source, counts=None, state=None, left_out=None, link=Fals
         if isinstance(content, Path):
             folders.add(content.parent)
     if folders:
-        root.chmod(0o700 | functools.reduce(operator.and_, (folder.stat().st_mode for folder in folders), 0o777))
+        with suppress(OSError):  # not every file system has permissions
+            root.chmod(0o700 | functools.reduce(operator.and_, (folder.stat().st_mode for folder in folders), 0o777))
     _hold_out(root)
     found = {split: len(list_images(root / split)) for split in SPLITS}
     if counts:

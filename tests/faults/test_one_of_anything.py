@@ -85,8 +85,11 @@ def test_training_sets_that_are_too_small(here, people, words):
 
 def test_the_smallest_training_set(here, database, tmp_path):
     """One image each of two identities, under one camera, and an empty val/."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     draw({"train": [(1, 1), (2, 1)]})
     (tmp_path / "mlflow.db").hardlink_to(database)
     small = ["--weights", "none", "--batch_size", 4, "--num_instances", 2, "--height", 32, "--width", 32, "--num_epochs", 1]
     Script(tmp_path, "train.py", "--data_root", "people", *small, "--exp_name", "two", "--train_all").works()
     assert Path("models/two/best.pth").exists()
+    assert not EventAccumulator("runs/two").Reload().Tags()["images"]  # which takes --projector

@@ -3,10 +3,12 @@
 Required is that no file is half written, that old files are kept, and that a plain re-run gives what an undisturbed run gives.
 """
 
+import errno
 import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from functools import cache, partial
@@ -172,23 +174,32 @@ def into_closed_pipe():
     sys.stdout = open(1, "w", closefd=False)
 
 
-def few_descriptors():
+def as_a_service():
+    """Neither output nor home, and few file descriptors."""
     import resource
 
+    without("stdout", "stderr")
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-
-
-def no_home():
     os.environ.update(HOME="/nowhere", TMPDIR="/nowhere", XDG_CACHE_HOME="/nowhere")
 
 
-SURROUNDINGS = {"no stdout": partial(without, "stdout"), "no stdout, no stderr": partial(without, "stdout", "stderr"),
-                "ASCII terminal": in_ascii, "closed pipe": into_closed_pipe, "64 descriptors": few_descriptors,
-                "no home": no_home}
+def on_a_poor_disk():
+    """A file system without locks, permissions and fsync of folders, as some of networks, FUSE and USB sticks; no stdout."""
+    import fcntl
+
+    def refuse(*args, **options):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    fsync = os.fsync
+    os.fsync = lambda fd: refuse() if stat.S_ISDIR(os.fstat(fd).st_mode) else fsync(fd)
+    os.chmod = os.chown = fcntl.flock = refuse
+    without("stdout")
 
 
-@pytest.mark.parametrize("name, kind", [*product(["data_prep", "eval", "inference"], SURROUNDINGS), ("train", "no stdout"),
-                                        ("train", "ASCII terminal")])
+SURROUNDINGS = {"service": as_a_service, "poor disk": on_a_poor_disk, "ASCII terminal": in_ascii, "closed pipe": into_closed_pipe}
+
+
+@pytest.mark.parametrize("name, kind", [*product(["data_prep", "eval", "inference"], SURROUNDINGS), ("train", "poor disk")])
 def test_odd_surroundings(lab, name, kind):
     folder = lab.folder(name)
     script = lab.start(name, folder, SURROUNDINGS[kind]).wait()

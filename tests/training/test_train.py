@@ -40,7 +40,8 @@ def distilled(people, tmp_path_factory):
 def undisturbed(few, distilled, tmp_path_factory):
     """A run of two epochs with every setting switched on; its folder and output."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    return folder, Script(folder, "train.py", "--data_root", few, "--exp_name", "whole", *WHOLE, *distilled).works().out
+    return folder, Script(folder, "train.py", "--data_root", few, "--exp_name", "whole", "--projector", *WHOLE,
+                          *distilled).works().out
 
 
 def test_writes_everything(undisturbed):
