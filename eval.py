@@ -50,7 +50,7 @@ def get_args_parser():
     add("--far", type=float, default=1e-3, help="false accept rate of the threshold that is stored with the index")
     add = parser.add_argument_group("output").add_argument
     add("--json", metavar="PATH", help="write everything that was measured (default: not written)")
-    add("--report", metavar="HTML", help="write a page with tables, charts, worst queries and likely label errors; a copy is kept "
+    add("--report", metavar="HTML", help="write a page with tables, charts, worst queries and likely label errors; a copy stays "
         "with the run in MLflow, unless that is a server (default: not written)")
     add("--overwrite", action="store_true", help="replace files of other kinds, and indexes of other datasets, by these outputs")
     add_arguments(parser)
