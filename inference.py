@@ -117,7 +117,7 @@ def main(args):
         return server.serve(create_app(extractor, index, [args.host, *args.allowed_hosts], file, token=token), listener)
 
     evidence = SpaceTime.load(checkpoint.with_name("spacetime.pt"), index.space, args.data_root) if args.spacetime else None
-    queries = [query_of(query_files[i], args.data_root) for i in kept.tolist()]
+    queries = [Query(query_files[i], *read_file(query_files[i], args.data_root)) for i in kept.tolist()]
     if evidence and queries and all(UNKNOWN in (query.camid, query.frame) for query in queries):
         raise ReidError("--spacetime: no query's name gives camera and time, as 0007_c2s1_000451_03.jpg does; leave it out")
     embeddings = index.normalise(embeddings, torch.tensor([query.camid for query in queries]))
@@ -231,11 +231,6 @@ def build_gallery(args, extractor, rank, world_size):
             recall, compared = index.recall()
             print(f"{args.index_type}: recall@10 {100 * recall:.1f} % against exact search over {compared:,} images")
     return index
-
-
-def query_of(file, data_root):
-    """The Query of an image, labelled by its name, and in a grouped dataset by its folder."""
-    return Query(file, *read_file(file, data_root))
 
 
 def write_results(args, index, lists):

@@ -174,7 +174,7 @@ def test_half_precision_moves_scores_little():
     (lambda p: p.update(embeddings=p["embeddings"].int()), "embeddings are"), (lambda p: p.pop("embeddings"), "no embeddings"),
     (lambda p: p["path_offsets"].__setitem__(-1, 10**9), "paths do not add up"), (lambda p: p.update(data_root=3), "data_root"),
     (lambda p: p.update(names={1: 2}), "names are wrong"), (lambda p: p.update(names=None), "its names is missing"),
-    (lambda p: p.update(bad=[["a.jpg", 1]]), "list of unreadable images"),
+    (lambda p: p.update(bad=[["a.jpg", 1]]), "list of unreadable images"), (lambda p: p.update(split="/"), "split is wrong"),
 ])
 def test_an_index_that_contradicts_itself(tmp_path, change, message):
     part = make_index()._part()
