@@ -10,6 +10,7 @@ from pathlib import Path
 
 from reid import ReidError
 
+NO_MEMORY = "allocate memory|out of memory|could not create a (primitive|memory)|start new thread|bad_alloc"
 # control characters, separators of lines, and marks that reverse the direction of text
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
@@ -107,8 +108,8 @@ def run(parser, main):
             raise
         status = fail(parser.prog, f"{error.filename or 'write'}: {error.strerror}; check the path, its permissions, the free "
                       "space and the limits of ulimit")
-    except (MemoryError, RuntimeError) as error:  # torch's are RuntimeErrors
-        if isinstance(error, RuntimeError) and not re.search("allocate memory|out of memory", str(error)):
+    except (MemoryError, RuntimeError) as error:  # torch's, oneDNN's and those of threads are RuntimeErrors
+        if isinstance(error, RuntimeError) and not re.search(NO_MEMORY, str(error)):
             raise
         status = fail(parser.prog, "not enough memory; a smaller --batch_size or smaller images need less")
     sys.exit(status)

@@ -27,7 +27,8 @@ def error_of(monkeypatch, capsys):
 
 @pytest.mark.parametrize("error", [IsADirectoryError(errno.EISDIR, "Is a directory", "x"), MemoryError(),
                                    OSError(errno.ENAMETOOLONG, "File name too long", "x"),
-                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")])
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"),
+                                   RuntimeError("could not create a primitive"), RuntimeError("can't start new thread")])
 def test_errors_of_the_system_are_one_line(error_of, error):
     def main(args):
         raise error

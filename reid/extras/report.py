@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from reid import __version__
-from reid.cli import without_secrets
+from reid.cli import printable, without_secrets
 from reid.extras import analysis, pictures
 from reid.files import REPORT, atomic_path
 from reid.retrieval import metrics
@@ -35,8 +35,8 @@ def write_report(path, title, queries, gallery, data, results, intervals, roc, a
     found = analysis.extremes(*data.values(), protocol=protocol)
     tiles = Tiles(queries, gallery, data, arguments)
     html = render(
-        "report.html", title=title, badges=BADGES, gallery=gallery, result=result, results=results, roc=roc,
-        arguments={name: without_secrets(str(value)) for name, value in arguments.items()},
+        "report.html", title=printable(title), badges=BADGES, gallery=gallery, result=result, results=results, roc=roc,
+        arguments={name: printable(without_secrets(str(value))) for name, value in arguments.items()},
         intervals=intervals, far=arguments["far"], cmc=_cmc_chart(results), curve=roc and _roc_chart(roc),
         scores=roc and _score_chart(roc, arguments["far"]),
         cameras=metrics.camera_table(*data.values(), protocol=protocol), tiles=tiles, found=found,
@@ -95,11 +95,11 @@ class Tiles:
 
     @staticmethod
     def _tile(index, row, kind, label, score):
-        path, pid, camid = index.paths[row], int(index.pids[row]), int(index.camids[row])
-        identity = pictures.identity(pid, path)
+        file, pid, camid = index.paths[row], int(index.pids[row]), int(index.camids[row])
+        identity = printable(pictures.identity(pid, file))
         facts = [fact for fact in (identity, f"cam {camid}" if camid >= 0 else "") if fact]
-        return {"kind": kind, "label": label, "score": score, "path": path, "identity": identity, "facts": facts,
-                "source": _data_uri(Path(index.data_root) / path)}
+        return {"kind": kind, "label": label, "score": score, "path": printable(file), "identity": identity, "facts": facts,
+                "source": _data_uri(Path(index.data_root) / file)}
 
 
 @lru_cache(1024)
@@ -127,9 +127,10 @@ def _left_out(tiles, result, unreadable):
     rows = []
     for why, count in result.skipped.items():
         skipped = (result.reason == metrics.REASONS.index(why)).nonzero()[:NAMED, 0].tolist()
-        rows.append(("queries", why, [tiles.queries.paths[tiles.first[row]] for row in skipped], count))
+        rows.append(("queries", why, [printable(tiles.queries.paths[tiles.first[row]]) for row in skipped], count))
     if unreadable:
-        rows.append(("images", "cannot be read", [f"{file}: {why}" for file, why, *_ in unreadable[:NAMED]], len(unreadable)))
+        named = [printable(f"{file}: {why}") for file, why, *_ in unreadable[:NAMED]]
+        rows.append(("images", "cannot be read", named, len(unreadable)))
     return rows
 
 

@@ -175,7 +175,11 @@ class Extractor:
                 started.wait()
 
             self._pool = ThreadPoolExecutor(workers, thread_name_prefix="embed")
-            list(self._pool.map(start, range(workers)))
+            try:
+                list(self._pool.map(start, range(workers)))
+            except RuntimeError:  # no memory for another thread: those that have started must not wait for it
+                started.abort()
+                raise
             torch.set_num_threads(threads)  # the number for new threads is one for the whole process
         return self._pool
 
