@@ -11,8 +11,8 @@ from pathlib import Path
 from reid import ReidError
 
 NO_MEMORY = "allocate memory|out of memory|could not create a (primitive|memory)|start new thread|bad_alloc"
-# control characters, separators of lines, and marks that reverse the direction of text
-UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+# control characters, separators of lines, marks that reverse the direction of text, and bytes that are not UTF-8
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):

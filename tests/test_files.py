@@ -335,7 +335,7 @@ def test_everything_of_a_tree_is_written(tmp_path):
 
 @pytest.mark.parametrize("text, shown", [
     ("plain ü 日本 \u00a0.jpg", "plain ü 日本 \u00a0.jpg"), ("a\nleft out: b", "a\\nleft out: b"),
-    ("\x1b]0;x\x07", "\\x1b]0;x\\x07"),
+    ("\x1b]0;x\x07", "\\x1b]0;x\\x07"), ("caf\udce9", "caf\\udce9"),
     ("\x9b31m\x7f", "\\x9b31m\\x7f"), ("a\u202egpj.exe", "a\\u202egpj.exe"), (Path("a\tb"), "a\\tb")])
 def test_control_characters_are_not_printed(text, shown):
     assert printable(text) == shown

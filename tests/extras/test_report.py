@@ -225,7 +225,7 @@ def test_worst_first_and_never_a_skipped_one(run):
 def test_skipped_queries_and_unreadable_images_are_named(run, tmp_path):
     run[1].bad = [("g/broken<.jpg", "not an image")]
     text = write(tmp_path / "report.html", run)
-    assert "no image of its id in the gallery: q/4?.jpg" in text
+    assert "no image of its id in the gallery: q/4\\udce9.jpg" in text
     assert "g/broken&lt;.jpg: not an image" in text
 
 
