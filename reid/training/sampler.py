@@ -26,7 +26,7 @@ def pk_batches(labels, batch_size, per_id, seed, epoch):
     if rest or people < 2 or per_id < 2:
         raise ReidError(f"--batch_size {batch_size} must be --num_instances ({per_id}, at least 2) times 2 or more identities")
     if (identities := len(labels.unique())) < 2:
-        raise ReidError("--data_root: one identity to train on; images of two or more are needed")
+        raise ReidError(f"--data_root: {identities} identities to train on, where two or more are needed")
     if people > identities:
         raise ReidError(f"--batch_size {batch_size} needs {people} identities in a batch, {identities} are trained on (without "
                         f"those of --held_out); give --batch_size {identities * per_id} or less")

@@ -73,8 +73,8 @@ def test_one_of_anything_is_evaluated_and_searched(here, kind):
 
 
 @pytest.mark.parametrize("people, words", [
-    ({"train": MANY[:2]}, "needs 2 identities"), ({"train": [(1, 1)]}, "needs 2 identities"), ({"train": [(0, 1)]}, "identities"),
-    ({}, "no images")])
+    ({"train": MANY[:2]}, "1 identities to train on"), ({"train": [(1, 1)]}, "1 identities to train on"),
+    ({"train": [(0, 1)]}, "0 identities to train on"), ({}, "no images")])
 def test_training_sets_that_are_too_small(here, people, words):
     draw(people)
     assert words in here.refused("train", "--data_root", "people", "--weights", "none", "--batch_size", 4, "--num_instances", 2,

@@ -37,7 +37,7 @@ def test_pk_batches_of_tiny_sets():
     for batch_size, per_id in ((10, 4), (4, 4), (64, 4), (8, 1)):
         with pytest.raises(ReidError, match="--batch_size"):
             pk_batches(labels_of([3, 3, 3]), batch_size, per_id, 0, 0)
-    with pytest.raises(ReidError, match="one identity to train on"):
+    with pytest.raises(ReidError, match="1 identities to train on"):
         pk_batches(labels_of([9]), 8, 4, 0, 0)
 
 
