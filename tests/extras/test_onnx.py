@@ -84,7 +84,7 @@ def test_an_export_that_differs_is_not_kept(checkpoint, files, tmp_path, monkeyp
     # a neck forgotten in the export
     monkeypatch.setattr(export.Embedder, "forward", lambda self, images: export.F.normalize(self.model.features(images)))
     with pytest.raises(ReidError, match="differ from PyTorch"):
-        export_onnx(checkpoint, output, files)
+        export_onnx(checkpoint, output, files, overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["best.onnx"]
     assert output.read_bytes() == b"the old one"
 
