@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from reid import ReidError
 
@@ -82,7 +82,9 @@ def _to_rgb(image):
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         image = Image.fromarray(_to_eight_bits(np.asarray(image)))
     if "exif" in image.info or image.format in ("TIFF", "WEBP", "PNG"):
-        image = ImageOps.exif_transpose(image)
+        image.load()  # which turns a TIFF
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else Pillow would copy it
+            image = ImageOps.exif_transpose(image)
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -90,7 +90,7 @@ def create_app(extractor, index, allowed_hosts=(), index_file=None, topk_limit=2
     loaded = _stamp(index_file)
     app.state.changed = lambda: _stamp(index_file) != loaded
     harden(app, "default-src 'none'; frame-ancestors 'none'", {"localhost", *(name.lower() for name in allowed_hosts)}, token)
-    searcher, decoders = Searcher(extractor, index), ThreadPoolExecutor(2, "decode")  # an image of 50 megapixels takes 300 MB
+    searcher, decoders = Searcher(extractor, index), ThreadPoolExecutor(2, "decode")  # 50 megapixels take up to 0.75 GB
     _add_search(app, searcher, decoders, topk_limit)
     _add_pages(app, searcher, decoders, topk_limit)
     return app

@@ -4,6 +4,7 @@ import hashlib
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -218,6 +219,15 @@ def test_a_store_that_cannot_be_used_is_one_line(folder, monkeypatch, uri, words
         Tracker("none", {})
     assert "\n" not in str(caught.value) and "MLFLOW_TRACKING_URI" in str(caught.value)
     assert "secret" not in str(caught.value)
+
+
+def test_a_silent_server_is_one_line(folder, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")  # second
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        with pytest.raises(ReidError, match="timed out.*MLFLOW_TRACKING_URI"):
+            Tracker("none", {})
 
 
 def test_a_deleted_experiment_is_one_line(folder, monkeypatch):
