@@ -226,7 +226,7 @@ def test_a_silent_server_is_one_line(folder, monkeypatch):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")  # second
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-        with pytest.raises(ReidError, match="timed out.*MLFLOW_TRACKING_URI"):
+        with pytest.raises(ReidError, match=r"timed out.*MLFLOW_TRACKING_URI"):
             Tracker("none", {})
 
 
