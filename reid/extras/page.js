@@ -1,174 +1,469 @@
 "use strict";
-const info = JSON.parse(document.getElementById("info").textContent);
 const $ = (id) => document.getElementById(id);
-const MARKS = { right: ["✓", "same person"], wrong: ["✗", "another person"], distractor: ["✗", "distractor"], junk: ["–", "junk, does not count"] };
-const uploads = [];  // images of this visit, so that the browser's Back finds them again
-let current = null;  // what is searched: {row} or {upload}; null while picking
-let running = null;  // the AbortController of the question being asked
+const info = JSON.parse($("info").textContent);
+const MARKS = { right: ["✓", "same person, by its label"], wrong: ["✗", "another person"], distractor: ["✗", "distractor, of no query"],
+  junk: ["–", "junk, does not count"] };
+const SETTINGS = ["topk", "first_frame", "last_frame"], SWITCHES = ["rerank", "group"];
+const wide = matchMedia("(min-width: 721px)");
+const uploads = [];  // files of this visit, so that the browser's Back finds them again
+let queries = [];  // what is searched: {path}, or {upload}, a place in `uploads`
+let answers = [];  // of each query: {query, hits} or {error}
+let threshold = info.threshold;
+let running = null;  // the AbortController of the search
+let pairs = new Map(JSON.parse(sessionStorage.getItem("pairs") || "[]"));  // what was judged: {[query, path]: same}
 
-const make = (tag, name, text) => {
-  const node = document.createElement(tag);
-  if (name) node.className = name;
-  if (text !== undefined) node.textContent = text;
+const make = (tag, properties = {}, ...children) => {
+  const node = Object.assign(document.createElement(tag), properties);
+  node.append(...children);
+  return node;
+};
+const button = (text, key, onclick, className = "plain") => {
+  const node = make("button", { type: "button", className, textContent: text, onclick });
+  node.dataset.key = key;
   return node;
 };
 const address = (path) => `image?path=${encodeURIComponent(path)}&v=${info.version}`;
-const facts = (hit) => [hit.label, hit.camid >= 0 ? `cam ${hit.camid}` : ""].filter(Boolean).join(" · ");
+const nameOf = (query) => query.path || uploads[query.upload].name;
+const pictureOf = (query) => query.path ? address(query.path) : uploads[query.upload].url ||= URL.createObjectURL(uploads[query.upload].file);
 const fileName = (path) => path.split("/").pop();
+const facts = (image) => [image.label, image.camid >= 0 ? `cam ${image.camid}` : ""].filter(Boolean).join(" · ");
+const isMatch = (hit) => threshold === null || $("rerank").checked ? null : hit.score > threshold;
+const count = (number, what) => `${number.toLocaleString("en")} ${what}${number === 1 ? "" : what === "match" ? "es" : "s"}`;
 
-function picture(path) {
-  const frame = make("span", "frame"), image = make("img");
-  image.alt = "";
-  image.loading = "lazy";
-  image.onerror = () => { image.remove(); frame.classList.add("gone"); };
-  image.src = address(path);
-  frame.append(image);
-  return frame;
-}
+// Settings and queries in the address
 
-function card(path, title, open) {
-  const item = make("li"), button = make("button", "card");
-  button.type = "button";
-  button.title = title;
-  button.append(picture(path));
-  button.onclick = () => open({ path });
-  item.append(button);
-  return [item, button];
-}
-
-function result(hit) {
-  const [item, button] = card(hit.path, `${hit.path}\nSearch for this one`, go);
-  const frame = button.firstChild;
-  button.classList.add(hit.verdict);
-  button.dataset.path = hit.path;
-  frame.append(make("span", "place", hit.position));
-  const score = make("span", "score", "");
-  score.append(make("span", hit.match === false ? "below" : "", hit.score.toFixed(3)));
-  if (hit.match !== null) score.append(make("small", hit.match ? "match" : "below", hit.match ? "match" : "no match"));
-  const bar = make("meter");
-  bar.value = Math.max(0, hit.score);
-  bar.setAttribute("aria-hidden", "true");
-  button.append(score, bar, make("span", "facts", facts(hit)), make("span", "name", fileName(hit.path).replace(/\.\w+$/, "")));
-  let label = `${hit.position}: score ${hit.score.toFixed(3)} ${facts(hit)}`;
-  if (MARKS[hit.verdict]) {
-    const [mark, meaning] = MARKS[hit.verdict], badge = make("span", "badge", mark);
-    badge.title = meaning;
-    frame.append(badge);
-    label += `, ${meaning}`;
-  }
-  button.setAttribute("aria-label", `${label}. Search for this one`);
-  return item;
-}
-
-function fail(message) {
-  $("error").textContent = message;
-  $("error").hidden = !message;
-}
-
-function go(query) {  // a new search, which Back undoes
-  history.pushState(query, "");
-  show(query);
-}
-
-async function show(query) {
-  current = query;
-  if (!query || (query.upload !== undefined && !uploads[query.upload])) return pick();  // uploads do not outlive a reload
-  const file = uploads[query.upload];
-  const preview = $("preview");
-  if (preview.src.startsWith("blob:")) URL.revokeObjectURL(preview.src);
-  preview.classList.remove("gone");
-  preview.src = file ? URL.createObjectURL(file) : address(query.path);
-  $("facts").textContent = file ? file.name || "pasted image" : "";
-  $("query").hidden = false;
-  scrollTo(0, 0);
-  await search(query, file);
-}
-
-async function search(query, file) {
-  const wanted = new URLSearchParams({ topk: $("topk").value });
+function settings() {  // of a search, as the API takes them
+  const wanted = new URLSearchParams();
+  for (const id of SETTINGS) if ($(id).value) wanted.set(id, $(id).value);
   for (const box of document.querySelectorAll("#cameras :checked")) wanted.append("camera", box.value);
-  const body = new FormData();
-  if (file) body.append("files", file);
-  else wanted.set("path", query.path);
-  const started = performance.now(), data = await ask(`search?${wanted}`, file ? { method: "POST", body } : {}, file);
-  if (!data) return;
-  const { query: known, hits } = data.rankings[0];
-  if (known.path) $("facts").textContent = `${facts(known)} ${fileName(known.path)}`;
-  $("title").textContent = "Results";
-  $("status").textContent = `${hits.length} of ${info.images.toLocaleString("en")} images, ${(performance.now() - started).toFixed(0)} ms`
-    + (data.threshold === null ? "" : `; a match scores above ${data.threshold.toFixed(3)}`);
-  $("results").replaceChildren(...hits.map(result));
-  fail(hits.length ? "" : "No image of the gallery is left by this filter.");
+  if ($("rerank").checked) wanted.set("rerank", "true");
+  return wanted;
 }
 
-async function ask(url, options, file) {  // the server's answer; null where a later question has taken over, or with an error shown
-  if (running) running.abort();
+function remember(method) {  // pushState or replaceState
+  const all = settings();
+  if ($("group").checked) all.set("group", "true");
+  if (threshold !== info.threshold) all.set("threshold", threshold);
+  for (const query of queries) if (query.path) all.append("path", query.path);
+  history[method]({ queries }, "", `?${all}`);
+}
+
+function restore(state) {
+  const all = new URLSearchParams(location.search);
+  for (const id of SETTINGS) $(id).value = all.get(id) ?? (id === "topk" ? Math.min(20, info.topk_limit) : "");
+  for (const id of SWITCHES) $(id).checked = all.has(id);
+  for (const box of document.querySelectorAll("#cameras input")) box.checked = all.getAll("camera").includes(box.value);
+  threshold = all.has("threshold") ? Number(all.get("threshold")) : info.threshold;
+  const known = state?.queries?.every((query) => query.path || uploads[query.upload]);  // uploads do not outlive a reload
+  queries = known ? state.queries : all.getAll("path").map((path) => ({ path }));
+  showThreshold();
+  queries.length ? search() : pick();
+}
+
+function go(wanted) {  // a new search, which Back undoes
+  queries = wanted;
+  remember("pushState");
+  scrollTo(0, 0);
+  search();
+}
+
+// Search
+
+async function ask(url, options) {
+  const answer = await fetch(url, options).catch((error) => {
+    throw error.name === "AbortError" ? error : Error("The server does not answer; is it still running?");
+  });
+  const data = await answer.json().catch(() => ({ error: `the server answered ${answer.status}` }));
+  if (!answer.ok) throw Error(data.error);
+  return data;
+}
+
+function form(query) {
+  const body = new FormData(), { file, name } = uploads[query.upload];
+  if (file.size > info.upload_limit) throw Error(`${name}: larger than ${info.upload_limit >> 20} MB`);
+  body.append("files", file, name);
+  return body;
+}
+
+async function answerOf(query, wanted, signal) {
+  try {
+    const data = query.path ? await ask(`search?${wanted}&path=${encodeURIComponent(query.path)}`, { signal })
+      : await ask(`search?${wanted}`, { method: "POST", body: form(query), signal });
+    return data.rankings[0];
+  } catch (error) {
+    return { error: error.message };
+  }
+}
+
+async function whileBusy(title, work) {  // the result of the work; undefined where a later question has taken over
+  running?.abort();
   const mine = running = new AbortController();
   document.body.classList.add("busy");
-  $("status").textContent = "searching …";
-  fail("");
-  try {
-    if (file && file.size > info.upload_limit) throw Error(`${file.name}: larger than ${info.upload_limit >> 20} MB`);
-    const answer = await fetch(url, { ...options, signal: mine.signal });
-    const data = await answer.json().catch(() => ({ error: `the server answered ${answer.status}` }));
-    if (!answer.ok) throw Error(data.error);
-    return mine === running ? data : null;
-  } catch (error) {
-    if (error.name === "AbortError" || mine !== running) return null;
-    fail(error instanceof TypeError ? "The server does not answer; is it still running?" : error.message);
-    $("status").textContent = "";
-    $("title").textContent = "No results";
-    $("results").replaceChildren();
-    return null;
-  } finally {
-    if (mine === running) document.body.classList.remove("busy");
-  }
+  $("status").textContent = `${title} …`;
+  const found = await work(mine.signal);
+  if (mine !== running) return undefined;
+  document.body.classList.remove("busy");
+  return found;
+}
+
+async function search() {
+  const started = performance.now(), wanted = settings();
+  const found = await whileBusy("searching", (signal) => Promise.all(queries.map((query) => answerOf(query, wanted, signal))));
+  if (!found) return;
+  answers = found;
+  $("title").textContent = "Results";
+  $("status").textContent = `${count(queries.length, "query").replace("querys", "queries")} in ${count(info.images, "image")}, `
+    + `${(performance.now() - started).toFixed(0)} ms`;
+  render();
 }
 
 async function pick() {  // some images of the gallery, to search with
-  current = null;
-  $("query").hidden = true;
-  const data = await ask("sample", {});
-  if (!data) return;
+  queries = answers = [];
+  const found = await whileBusy("choosing", (signal) => ask("sample", { signal }).catch((error) => ({ error: error.message })));
+  if (!found) return;
   $("title").textContent = "Choose a query";
-  $("status").textContent = `from ${info.images.toLocaleString("en")} images of the gallery`;
-  $("results").replaceChildren(...data.images.map((hit) => {
-    const [item, button] = card(hit.path, `${hit.path}\nSearch for this one`, go);
-    button.setAttribute("aria-label", `${fileName(hit.path)}. Search for this one`);
-    return item;
+  $("status").textContent = `from ${count(info.images, "image")} of the gallery, or drop images of your own`;
+  const cards = (found.images || []).map((image) => make("li", { className: "card" }, picture(image, image.path, () => go([{ path: image.path }])),
+    make("span", { className: "name", textContent: fileName(image.path) })));
+  keepFocus(() => $("rows").replaceChildren(make("section", { className: "row open" },
+    found.error ? errorLine(found.error) : make("ol", { className: "grid" }, ...cards))));
+  $("save").hidden = true;
+  $("legend").replaceChildren();
+}
+
+// What is shown
+
+const errorLine = (text) => make("p", { className: "error", role: "alert", textContent: text });
+
+function keepFocus(change) {  // on the control that takes the place of the focused one, or else on the title
+  const inside = $("rows").contains(document.activeElement), key = document.activeElement?.dataset.key;
+  change();
+  if (inside) (Array.from($("rows").querySelectorAll("[data-key]")).find((one) => one.dataset.key === key) || $("title")).focus();
+}
+
+function picture(image, key, onclick, source = image.path && address(image.path)) {
+  const frame = button("", key, onclick, "frame"), shown = make("img", { alt: "", loading: "lazy" });
+  frame.title = image.path;
+  frame.ariaLabel = `${facts(image)} ${fileName(image.path)}`;
+  shown.onerror = () => { shown.remove(); frame.classList.add("gone"); };
+  if (source) shown.src = source;
+  else frame.classList.add("gone");
+  frame.append(shown);
+  return frame;
+}
+
+function judgement(query, hit, key) {
+  return make("span", { className: "judge" }, ...[[true, "Same"], [false, "Not"]].map(([same, text]) => {
+    const node = button(text, `${key} ${text}`, () => judge(query, hit, same), ""), pair = JSON.stringify([nameOf(query), hit.path]);
+    node.title = same ? "Same person: keep this pair" : "Not the same person: keep this pair";
+    node.ariaPressed = pairs.get(pair) === same;
+    Object.assign(node.dataset, { same, pair });
+    return node;
   }));
 }
 
-function take(files) {
-  const file = Array.from(files).find((one) => one.type.startsWith("image/")) || files[0];
-  if (file) go({ upload: uploads.push(file) - 1 });
+function judge(query, hit, same) {
+  const pair = JSON.stringify([nameOf(query), hit.path]);
+  if (pairs.get(pair) === same) pairs.delete(pair);
+  else pairs.set(pair, same);
+  sessionStorage.setItem("pairs", JSON.stringify([...pairs]));
+  for (const node of document.querySelectorAll("[data-pair]")) {
+    if (node.dataset.pair === pair) node.ariaPressed = String(pairs.get(pair)) === node.dataset.same;
+  }
+  showPairs();
 }
 
-$("preview").onerror = () => $("preview").classList.add("gone");
-$("about").textContent = `${info.images.toLocaleString("en")} images · ${info.model}`;
-$("topk").max = info.topk_limit;
-$("topk").value = Math.min(20, info.topk_limit);
+function showPairs() {
+  $("pairs").textContent = `Pairs (${pairs.size})`;
+  $("pairs").disabled = !pairs.size;
+}
+
+function card(query, place, hit) {
+  const key = `${place} ${hit.path}`, frame = picture(hit, key, () => enlarge(place, hit.position - 1));
+  const item = make("li", { className: `card ${hit.verdict}` }, frame);
+  frame.append(make("span", { className: "place", textContent: hit.position }));
+  frame.ariaLabel = `${hit.position}: score ${hit.score.toFixed(3)} ${frame.ariaLabel}`;
+  if (MARKS[hit.verdict]) {
+    const [mark, meaning] = MARKS[hit.verdict];
+    frame.append(make("span", { className: "badge", textContent: mark, title: meaning }));
+    frame.ariaLabel += `, ${meaning}`;
+  }
+  const meter = make("meter", { value: Math.max(0, hit.score), ariaHidden: "true" });
+  const judged = judgement(query, hit, key);
+  judged.append(button("Find", `${key} search`, () => go([{ path: hit.path }]), "go"));
+  judged.lastChild.title = "Search for this one";
+  item.append(make("span", { className: "score" }, make("span", { textContent: hit.score.toFixed(3) }), make("small")), meter,
+    make("span", { className: "facts", textContent: facts(hit), title: facts(hit) }),
+    make("span", { className: "name", textContent: fileName(hit.path), title: hit.path }), judged);
+  Object.assign(item.dataset, { path: hit.path, score: hit.score });
+  item.hit = hit;
+  return item;
+}
+
+function groups(cards) {  // by person, in the order of their best images; images without a label last
+  const found = new Map();
+  for (const one of cards) found.set(one.hit.label, [...(found.get(one.hit.label) || []), one]);
+  const list = [...found].sort(([a], [b]) => (a === "") - (b === ""));
+  return list.map(([label, own]) => make("section", { className: "group" },
+    make("h3", { textContent: `${label || "without a label"} · ${count(own.length, "image")}` }), make("ol", { className: "grid" }, ...own)));
+}
+
+function row(query, place) {
+  const answer = answers[place], known = answer.query?.path ? answer.query : { path: nameOf(query), label: "", camid: -1 };
+  const own = make("div", { className: "query" }, picture(known, `${place} query`, () => query.path ? enlarge(place, 0) : draw(place), pictureOf(query)),
+    make("b", { textContent: facts(known) || "Query" }), make("span", { className: "name", textContent: fileName(nameOf(query)), title: nameOf(query) }),
+    make("span", { className: "faint matches" }));
+  const tools = make("div", { className: "tools" });
+  if (!query.path) tools.append(button("Draw boxes", `${place} boxes`, () => draw(place)));
+  if (queries.length > 1) tools.append(button("Remove", `${place} remove`, () => go(queries.filter((one) => one !== query))));
+  own.append(tools);
+  if (info.writable && !query.path && answer.hits) own.append(enrolment(query, place));
+  const cards = (answer.hits || []).map((hit) => card(query, place, hit));
+  const results = make("div", { className: "results" });
+  if (answer.error) results.append(errorLine(answer.error));
+  else if (!cards.length) results.append(errorLine("No image of the gallery is left by these filters."));
+  else results.append(...$("group").checked ? groups(cards) : [make("ol", { className: "grid" }, ...cards)]);
+  return make("section", { className: "row" }, own, results);
+}
+
+function render() {
+  keepFocus(() => $("rows").replaceChildren(...queries.map(row)));
+  $("rows").classList.toggle("many", queries.length > 1 && !$("group").checked);
+  const shown = new Set(answers.flatMap((answer) => answer.hits || []).map((hit) => hit.verdict));
+  $("legend").replaceChildren(...Object.entries(MARKS).filter(([name]) => shown.has(name)).map(([name, [mark, meaning]]) =>
+    make("li", {}, make("span", { className: `badge ${name}`, textContent: mark, ariaHidden: "true" }), meaning)));
+  $("save").hidden = !shown.size;
+  showThreshold();
+}
+
+function showThreshold() {  // of the slider, on it and on every result
+  const off = $("rerank").checked;
+  $("threshold").disabled = off;
+  $("threshold").value = threshold ?? 0.5;
+  $("limit").textContent = off ? "not of re-ranked scores" : threshold === null ? "not measured" : threshold.toFixed(3);
+  for (const section of $("rows").children) {
+    let matches = 0;
+    for (const item of section.querySelectorAll("[data-score]")) {
+      const match = isMatch(item.hit);
+      matches += match === true;
+      item.classList.toggle("is-match", match === true);
+      item.classList.toggle("no-match", match === false);
+      item.querySelector("small").textContent = match === null ? "" : match ? "match" : "no match";
+    }
+    const text = section.querySelector(".matches");
+    if (text) text.textContent = threshold === null || off ? "" : matches ? count(matches, "match") : "no match";
+  }
+}
+
+// Enlarged
+
+let large = null;  // [place of the query, place of the hit]
+
+function enlarge(place, i) {
+  const hit = answers[place].hits?.[i];
+  if (!hit) return;
+  large = [place, i];
+  $("large_query").src = pictureOf(queries[place]);
+  $("large_hit").src = address(hit.path);
+  $("large_facts").textContent = [`${hit.position}.`, hit.score.toFixed(3), { true: "match", false: "no match" }[isMatch(hit)],
+    facts(hit), hit.frame >= 0 ? `frame ${hit.frame}` : "", hit.path].filter(Boolean).join("  ");
+  $("large_judge").replaceChildren(...judgement(queries[place], hit, "large").children);
+  $("before").disabled = i === 0;
+  $("after").disabled = i === answers[place].hits.length - 1;
+  if (!$("large").open) $("large").showModal();
+}
+
+$("before").onclick = () => enlarge(large[0], large[1] - 1);
+$("after").onclick = () => enlarge(large[0], large[1] + 1);
+$("close").onclick = () => $("large").close();
+$("large_search").onclick = () => { $("large").close(); go([{ path: answers[large[0]].hits[large[1]].path }]); };
+$("large").onkeydown = (event) => ({ ArrowLeft: $("before"), ArrowRight: $("after") })[event.key]?.click();
+
+// Boxes of a frame
+
+function drawBoxes({ file, name }, image) {  // the uploads that the boxes make; the whole image without one
+  const boxes = [], stage = $("stage");
+  const show = () => {
+    stage.replaceChildren($("frame"), ...boxes.map((box) => {
+      const node = make("div", { className: "box" });
+      for (const [side, value] of Object.entries({ left: box.x, top: box.y, width: box.w, height: box.h })) node.style[side] = `${100 * value}%`;
+      return node;
+    }));
+    $("undo").disabled = !boxes.length;
+    $("done").textContent = boxes.length ? `Search ${boxes.length === 1 ? "this box" : `${boxes.length} boxes`}` : "Search the whole image";
+  };
+  const place = (event) => {  // in the image, 0..1
+    const area = $("frame").getBoundingClientRect();
+    return [(event.clientX - area.left) / area.width, (event.clientY - area.top) / area.height].map((at) => Math.min(1, Math.max(0, at)));
+  };
+  let start = null;
+  stage.onpointerdown = (event) => {
+    start = place(event);
+    stage.setPointerCapture(event.pointerId);
+    boxes.push({ x: start[0], y: start[1], w: 0, h: 0 });
+  };
+  stage.onpointermove = (event) => {
+    if (!start) return;
+    const [x, y] = place(event);
+    boxes[boxes.length - 1] = { x: Math.min(x, start[0]), y: Math.min(y, start[1]), w: Math.abs(x - start[0]), h: Math.abs(y - start[1]) };
+    show();
+  };
+  stage.onpointerup = () => {
+    start = null;
+    if (boxes[boxes.length - 1].w * image.naturalWidth < 8 || boxes[boxes.length - 1].h * image.naturalHeight < 8) boxes.pop();  // a click
+    show();
+  };
+  $("undo").onclick = () => { boxes.pop(); show(); };
+  $("frame").src = image.src;
+  show();
+  $("boxes").showModal();
+  return new Promise((resolve) => {
+    $("done").onclick = () => $("boxes").close("done");
+    $("boxes").onclose = async () => {
+      if ($("boxes").returnValue !== "done") return resolve(null);  // Escape
+      $("boxes").returnValue = "";
+      resolve(boxes.length ? await Promise.all(boxes.map((box) => cutOut(image, name, box))) : [{ file, name }]);
+    };
+  });
+}
+
+async function cutOut(image, name, { x, y, w, h }) {
+  const [left, top] = [Math.round(x * image.naturalWidth), Math.round(y * image.naturalHeight)];
+  const canvas = make("canvas", { width: Math.round(w * image.naturalWidth), height: Math.round(h * image.naturalHeight) });
+  canvas.getContext("2d").drawImage(image, -left, -top);
+  const file = await new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
+  return { file, name: `${name}#${left},${top},${left + canvas.width},${top + canvas.height}.png` };
+}
+
+async function loaded(file) {  // the image, or null where this browser cannot show it
+  const image = make("img", { src: URL.createObjectURL(file) });
+  return image.decode().then(() => image, () => null);
+}
+
+async function draw(place) {  // boxes on an image that is a query already
+  const upload = uploads[queries[place].upload], image = await loaded(upload.file);
+  const drawn = image && await drawBoxes(upload, image);
+  if (drawn) go(queries.flatMap((query, i) => i === place ? drawn.map((one) => ({ upload: uploads.push(one) - 1 })) : [query]));
+}
+
+async function take(files) {  // images wider than high are frames of a camera
+  const taken = [];
+  for (const file of files) {
+    const upload = { file, name: file.name || "pasted image" }, image = await loaded(file);
+    const drawn = image && image.naturalWidth > image.naturalHeight ? await drawBoxes(upload, image) : [upload];
+    for (const one of drawn || []) taken.push({ upload: uploads.push(one) - 1 });
+  }
+  if (taken.length) go(taken);
+}
+
+// Enrol and save
+
+function enrolment(query, place) {
+  const name = make("input", { placeholder: "name", ariaLabel: "name of this person", required: true, maxLength: 60 });
+  name.dataset.key = `${place} name`;
+  const entry = make("form", { className: "enrol" }, name, make("button", { className: "plain", textContent: "Enrol" }));
+  entry.onsubmit = async (event) => {
+    event.preventDefault();
+    try {
+      const { message } = await ask(`people?name=${encodeURIComponent(name.value)}`, { method: "POST", body: form(query) });
+      await search();
+      $("status").textContent = message;
+    } catch (error) {
+      entry.replaceWith(errorLine(error.message));
+    }
+  };
+  return entry;
+}
+
+function download(name, type, content) {
+  const link = make("a", { download: name, href: URL.createObjectURL(content instanceof Blob ? content : new Blob([content], { type })) });
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60000);
+}
+
+const table = (rows) => rows.map((row) => row.map((cell) => {
+  const text = String(cell ?? "");
+  return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+}).join(",")).join("\r\n") + "\r\n";
+
+const found = () => queries.map((query, i) => ({ query: nameOf(query), hits: (answers[i].hits || []).map((hit) => ({ ...hit, match: isMatch(hit) })) }));
+
+const SAVE = {
+  json: () => download("results.json", "application/json", JSON.stringify({ threshold: $("rerank").checked ? null : threshold, rankings: found() }, null, 1)),
+  csv: () => download("results.csv", "text/csv", table([["query", "position", "score", "match", "label", "camid", "frame", "path"],
+    ...found().flatMap(({ query, hits }) => hits.map((hit) => [query, hit.position, hit.score, hit.match, hit.label, hit.camid, hit.frame, hit.path]))])),
+  pairs: () => download("pairs.csv", "text/csv", table([["query", "path", "same"], ...[...pairs].map(([pair, same]) => [...JSON.parse(pair), Number(same)])])),
+  png: savePicture,
+};
+
+async function savePicture() {  // a line for each query, with ten hits at most
+  const [width, height, gap] = [128, 256, 16], lines = found(), most = Math.min(10, Math.max(...lines.map(({ hits }) => hits.length)));
+  const canvas = make("canvas", { width: (width + gap) * (most + 1) + 2 * gap, height: (height + 64) * lines.length + gap });
+  const paper = canvas.getContext("2d");
+  paper.fillStyle = "#fff";
+  paper.fillRect(0, 0, canvas.width, canvas.height);
+  const tile = async (source, x, y, lines, colour) => {
+    const image = make("img", { src: source });
+    await image.decode().catch(() => null);
+    paper.fillStyle = colour;
+    paper.fillRect(x - 4, y - 4, width + 8, height + 8);
+    paper.fillStyle = "#e9ecef";
+    paper.fillRect(x, y, width, height);
+    const scale = Math.min(width / image.naturalWidth, height / image.naturalHeight) || 0;
+    if (scale) paper.drawImage(image, x + (width - scale * image.naturalWidth) / 2, y + (height - scale * image.naturalHeight) / 2,
+      scale * image.naturalWidth, scale * image.naturalHeight);
+    paper.fillStyle = "#1f2328";
+    paper.font = "14px system-ui, sans-serif";
+    lines.forEach((line, i) => paper.fillText(line, x, y + height + 22 + 18 * i, width + gap - 4));
+  };
+  const colours = { right: "#009e73", wrong: "#d55e00" };
+  for (const [i, { query, hits }] of lines.entries()) {
+    const y = gap + (height + 64) * i;
+    await tile(pictureOf(queries[i]), gap, y, ["Query", fileName(query)], "#1f2328");
+    for (const [j, hit] of hits.slice(0, most).entries()) {
+      const match = { true: " match", false: " no match" }[hit.match] ?? "";
+      await tile(address(hit.path), 2 * gap + (width + gap) * (j + 1), y, [`${hit.position}. ${hit.score.toFixed(3)}${match}`, facts(hit)],
+        colours[hit.verdict] || "#d8dee4");
+    }
+  }
+  canvas.toBlob((blob) => download("results.png", "image/png", blob));
+}
+
+// Controls
+
 for (const camera of info.cameras) {
-  const chip = make("label", "", camera), box = make("input");
-  box.type = "checkbox";
-  box.value = camera;
-  chip.append(box);
+  const chip = make("label", { textContent: camera });
+  chip.append(make("input", { type: "checkbox", value: camera }));
   document.querySelector(".chips").append(chip);
 }
+$("about").textContent = `${count(info.images, "image")} · ${info.model}`;
+$("about").title = info.model;
+$("topk").max = info.topk_limit;
 $("cameras").hidden = info.cameras.length < 2;
+const fold = () => { $("settings").open = wide.matches; };
+wide.onchange = fold;
+fold();
+showPairs();
 
-const again = () => { if (current && $("topk").reportValidity()) search(current, uploads[current.upload]); };
-$("topk").onchange = again;
-$("cameras").onchange = again;
-$("pick").onclick = () => { if (current) history.pushState(null, ""); pick(); };
-$("file").onchange = () => { take($("file").files); $("file").value = ""; };
-addEventListener("paste", (event) => { if (event.clipboardData.files.length) take(event.clipboardData.files); });
+const again = () => {
+  if (!SETTINGS.every((id) => $(id).reportValidity())) return;
+  remember("replaceState");
+  if (queries.length) search();
+};
+for (const id of [...SETTINGS, "cameras", "rerank"]) $(id).onchange = again;
+$("group").onchange = () => { remember("replaceState"); if (answers.length) render(); };
+$("threshold").oninput = () => { threshold = Number($("threshold").value); showThreshold(); };
+$("threshold").onchange = () => remember("replaceState");
+$("pick").onclick = () => { queries = []; remember("pushState"); pick(); };
+$("file").onchange = () => { const files = [...$("file").files]; $("file").value = ""; take(files); };
+for (const node of document.querySelectorAll("[data-save]")) node.onclick = () => SAVE[node.dataset.save]();
+addEventListener("paste", (event) => { if (event.clipboardData.files.length) take([...event.clipboardData.files]); });
 addEventListener("dragover", (event) => { event.preventDefault(); document.body.classList.add("over"); });
 addEventListener("dragleave", () => document.body.classList.remove("over"));
 addEventListener("drop", (event) => {
   event.preventDefault();
   document.body.classList.remove("over");
-  take(event.dataTransfer.files);
+  take([...event.dataTransfer.files]);
 });
-addEventListener("popstate", (event) => show(event.state));
-show(history.state);
+addEventListener("popstate", (event) => restore(event.state));
+restore(history.state);
