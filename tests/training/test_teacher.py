@@ -122,6 +122,6 @@ def test_training_comes_nearer_to_the_teacher(people, index, tmp_path, capsys):
     with chdir(tmp_path):
         train.main(train.get_args_parser().parse_args(arguments))
     out = capsys.readouterr().out
-    assert "crops without, " in out
+    assert "crops without identities; " in out
     losses = [float(value) for value in re.findall(r"loss_cosine ([\d.]+)", out)]
     assert len(losses) == 2 and losses[1] < losses[0] - 0.05, losses
