@@ -4,6 +4,7 @@
     python data_prep.py --archive FILE          group a local .zip, .tar, .tar.gz, .tar.xz or unpacked folder
     python data_prep.py --from FOLDER           copy and split your own images, one folder per identity
     python data_prep.py --synthetic             draw people, no download
+    python data_prep.py --mot FILE --frames DIR cut a tracker's boxes out of frames: a folder of crops for each track
 
 A run that was killed can be repeated; a tree that is complete is left as it is.
 """
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from reid import ReidError
 from reid.cli import HelpFormatter, check_ranges, printable, run, without_secrets
-from reid.data import archives, own, prepare, synthetic
+from reid.data import archives, mot, own, prepare, synthetic
 from reid.data.datasets import account
 
 MARKET_TREE = "market-1501-grouped"
@@ -31,6 +32,9 @@ def get_args_parser():
     source.add_argument("--archive", metavar="PATH", help="such an archive, or a folder, on this machine")
     source.add_argument("--from", dest="folder", metavar="DIR", help="tree with one folder of images per identity")
     source.add_argument("--synthetic", action="store_true", help="draw people instead of reading images of real ones")
+    source.add_argument("--mot", metavar="TXT", help="boxes of a tracker: lines of frame, track id, left, top, width, height")
+    group.add_argument("--frames", metavar="DIR", help="of --mot: images of the frames, whose names end in their numbers; a "
+                       "folder named like cam2 gives the camera (default: 1)")
     group.add_argument("--any_counts", action="store_true", help="accept another dataset of Market-1501's layout: do not "
                        "compare the numbers of images with those of Market-1501")
     output = parser.add_argument_group("output")
@@ -60,6 +64,10 @@ def main(args):
             raise ReidError(f"--{option} needs --from: other sources have them in their file names")
     if args.times and args.camera:
         raise ReidError("--times has the camera of every image: leave --camera out")
+    if bool(args.mot) != bool(args.frames):
+        raise ReidError("--mot and --frames: give both, the boxes and the images")
+    if args.mot:
+        return build_tracks(args)
     output = choose_output(args)
     source = describe_source(args)
     files = [path for path in (args.folder, args.times, args.archive) if path] if source != prepare.MARKET else []
@@ -69,6 +77,22 @@ def main(args):
     else:
         build(args, output, source, state)
     print(prepare.table(output))
+
+
+def build_tracks(args):
+    """Make the folder of --mot: crops in a folder for each track, a gallery for inference.py."""
+    output, left_out, tracks = Path(args.output or f"{args.frames.rstrip('/')}-tracks"), defaultdict(list), defaultdict(int)
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise ReidError(f"{output}: exists; choose another --output, or remove it")
+    with prepare.building(output) as tree:
+        for folder, name, content in mot.cut_tracks(args.mot, args.frames, left_out):
+            (tree / folder).mkdir(exist_ok=True)
+            (tree / folder / name).write_bytes(content)
+            tracks[folder] += 1
+        if not tracks:
+            raise ReidError(f"{args.mot}: not one box could be cut out of {args.frames}")
+        print(account(args.mot, sum(tracks.values()), left_out, args.strict))
+    print(printable(f"{output}: complete, {len(tracks):,} tracks of {min(tracks.values()):,} to {max(tracks.values()):,} crops"))
 
 
 def choose_output(args):

@@ -20,9 +20,11 @@ from reid.model import pick_device
 from reid.retrieval import metrics, summary
 from reid.retrieval.evaluation import gather_data, learn_spacetime, score, set_thresholds, split_index
 from reid.retrieval.extract import add_arguments
+from reid.retrieval.group import THRESHOLD, evaluate_groups, group_index
 from reid.retrieval.index import GalleryIndex
 from reid.retrieval.protocol import PROTOCOLS, SPLITS
 from reid.retrieval.stored import FORMAT, check_current, check_replaceable, default_uri, is_milvus, save_command
+from reid.retrieval.tracklets import evaluate_tracklets
 
 
 def get_args_parser():
@@ -45,6 +47,11 @@ def get_args_parser():
     add("--multi_query", action="store_true", help="average all images of a query's identity from its camera")
     add("--single_shot", type=int, metavar="N", help="also N times with one random gallery image of each person and camera "
         "(default: off)")
+    add("--group", action="store_true", help="also group the gallery's images without their labels, and score the groups")
+    add("--threshold", type=float, help="of --group: cosine that two images of one person have (default: that of --far, else "
+        f"{THRESHOLD:g})")
+    add("--tracklets", action="store_true", help="also rank tracklets for tracklets: the images of one identity, camera and "
+        "sequence as their mean, and for comparison as their first image")
     add("--rerank", action="store_true", help="also with k-reciprocal re-ranking")
     add("--spacetime", action="store_true", help="also with camera and time, learned from the training identities")
     add("--far", type=float, default=1e-3, help="false accept rate of the threshold that is stored with the index")
@@ -153,6 +160,12 @@ def evaluate(args, checkpoint, record, index):
         shots = metrics.single_shot(*data.values(), repeats=args.single_shot, protocol=args.protocol)
         summary.print_single_shot(shots, args.single_shot)
     roc = set_thresholds(args, index)
+    groups = None
+    if args.group:
+        stored = index.camera_threshold if scored.normalised else index.threshold
+        threshold = next(value for value in (args.threshold, stored, THRESHOLD) if value is not None)
+        groups = evaluate_groups(group_index(scored, threshold), scored.pids)
+    tracklets = evaluate_tracklets(scored, args.protocol) if args.tracklets else None
     if args.save_index:
         save_index(index, args.gallery_uri, args.exp_name, args.overwrite)
     if args.report:
@@ -163,7 +176,9 @@ def evaluate(args, checkpoint, record, index):
         print(f"report written: {page}")
     cameras = metrics.camera_table(*data.values(), protocol=args.protocol)._asdict()
     return summary.to_document(args, record, results, intervals, roc, index,
-                               {"cross_domain": cross_domain, "single_shot": shots, "cameras": cameras})
+                               {"cross_domain": cross_domain, "single_shot": shots, "cameras": cameras, "groups": groups,
+                                "tracklets": tracklets and {name: {"mAP": result.mAP, "rank": result.rank, "valid": result.valid}
+                                                            for name, result in tracklets.items()}})
 
 
 def open_model(args):

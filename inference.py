@@ -20,13 +20,16 @@ from reid.data import synthetic
 from reid.data.datasets import list_images, read_folder, read_split
 from reid.data.names import UNKNOWN, read_file
 from reid.files import PICTURE, RESULTS, check_outputs, write_json
+from reid.retrieval import enrol, tracklets
 from reid.retrieval.extract import add_arguments
+from reid.retrieval.group import THRESHOLD
 from reid.retrieval.index import GalleryIndex
 from reid.retrieval.ranked import Query, rerank_lists, weigh_lists
 from reid.retrieval.spacetime import SpaceTime
 from reid.retrieval.stored import FORMAT, check_current, check_replaceable, default_uri, is_milvus, save_command
 
 DATA_ROOT = "data/market-1501-grouped"
+CHANGES = ("add", "rename", "remove", "older_than", "list")
 CANDIDATES = 200  # hits that re-ranking and camera + time reorder
 
 
@@ -36,6 +39,8 @@ def get_args_parser():
     add("--exp_name", default="masked-hog-908", help="run whose models/<run>/best.pth embeds")
     add("--query_paths", nargs="+", help="images, folders or globs (default: the first query of --data_root; with "
         "--save_index none)")
+    add("--group", metavar="DIR", help="sort the gallery's crops into people instead: a folder of links for each in DIR; merge "
+        "and rename them by hand before the next run (default: off)")
     add("--serve", action="store_true", help="open a search page and an HTTP API instead of printing ranked lists")
     add("--host", default="127.0.0.1", help="address of the search page; another than this machine's own 127.0.0.1 needs a "
         "secret in REID_TOKEN")
@@ -58,10 +63,21 @@ def get_args_parser():
         "search a part of it, and their recall is printed")
     add("--cameras", type=int, nargs="+", help="search these cameras only (default: all)")
     add("--frames", type=int, nargs=2, metavar=("FIRST", "LAST"), help="search these frame numbers only (default: all)")
+    add = parser.add_argument_group("changes of the index, instead of a search").add_argument
+    add("--add", metavar="DIR", help="enrol the images of a folder, also into an index that is not there yet")
+    add("--name", help="of --add: the person whom they show (default: as their folders and names give it)")
+    add("--rename", nargs=2, metavar=("OLD", "NEW"), help="give a person another name; one who has it already is the same person")
+    add("--remove", metavar="NAME|PATH", help="erase a person, an image or the images below a folder from the index")
+    add("--older_than", type=float, metavar="DAYS", help="erase the images whose files were modified longer ago")
+    add("--list", action="store_true", help="print the people of the index")
     add = parser.add_argument_group("scoring").add_argument
     add("--topk", type=int, default=5, help="hits for each query")
     add("--camera_norm", action=argparse.BooleanOptionalAction, help="take each camera's mean and deviation in the gallery out "
         "of the embeddings (default: on where names give cameras; never in Milvus)")
+    add("--tracklets", action="store_true", help="a tracklet is one query or one entry of the gallery, the mean of its images: "
+        "those of one folder, camera and sequence, or with one track id in their names (track_7, t7)")
+    add("--threshold", type=float, help="of --group: cosine that two crops of one person have (default: that of the index, "
+        f"else {THRESHOLD:g})")
     add("--rerank", action="store_true", help=f"re-rank the best {CANDIDATES} (k-reciprocal encoding)")
     add("--spacetime", action="store_true", help="also weigh camera and time, as learned by eval.py --spacetime")
     add = parser.add_argument_group("output").add_argument
@@ -80,6 +96,8 @@ def main(args):
     checkpoint = Path("index", args.exp_name, "network") if args.network else checkpoint_path(args.exp_name)
     if args.export:
         return export(args, checkpoint)
+    if any(getattr(args, option) for option in CHANGES):
+        return change_gallery(args, checkpoint)
     if args.serve:
         from reid.extras import server
 
@@ -89,6 +107,14 @@ def main(args):
     extractor = network.make_extractor(args, checkpoint)
     index = load_gallery(args, extractor) if args.load_index else None
     args.data_root = args.data_root or (index.data_root if index is not None else DATA_ROOT)
+    if args.group:
+        index = index or build_gallery(args, extractor, rank, world_size)
+        if rank == 0:
+            from reid.extras.people import write_people
+
+            index = index if isinstance(index, GalleryIndex) else index.download()
+            print(printable(write_people(args.group, index, args.threshold, args.camera_norm is not False)))
+        return 0 if rank else left_out_status(index.bad)
     query_files = [] if args.serve else find_queries(args)
     file = None if is_milvus(args.gallery_uri) else args.gallery_uri
     outputs = [("output", args.output, PICTURE), ("json", args.json, RESULTS), ("gallery_uri", args.save_index and file, FORMAT)]
@@ -104,6 +130,10 @@ def main(args):
         index = index.camera_normalised()
     if args.camera_norm and rank == 0 and not index.normalised:
         print(f"--camera_norm: has no effect {'in Milvus' if is_milvus(args.gallery_uri) else 'on a gallery without cameras'}")
+    if args.tracklets:
+        if not isinstance(index, GalleryIndex):
+            raise ReidError("--tracklets: not of a gallery in Milvus, whose entries are single images")
+        index = tracklets.pool(index)
     ranks = {"rank": rank, "world_size": world_size} if isinstance(index, GalleryIndex) and not args.serve else {}
     if rank and not ranks:
         return distributed.stop()
@@ -121,6 +151,8 @@ def main(args):
     if evidence and queries and all(UNKNOWN in (query.camid, query.frame) for query in queries):
         raise ReidError("--spacetime: no query's name gives camera and time, as 0007_c2s1_000451_03.jpg does; leave it out")
     embeddings = index.normalise(embeddings, torch.tensor([query.camid for query in queries]))
+    if args.tracklets:
+        queries, embeddings = tracklets.pool_queries(queries, embeddings)
     topk = max(args.topk, CANDIDATES) if args.rerank or args.spacetime else args.topk
     topk = max(1, min(topk, len(index)))
     lists = index.search(embeddings, topk, camids=args.cameras, frames=args.frames, queries=queries, **ranks)
@@ -140,13 +172,23 @@ def main(args):
 def check_arguments(args):
     """Raise ReidError for arguments that cannot work, before any work is done; give --gallery_uri its default."""
     check_ranges(args, {"topk": (1, 1 << 40), "positions": (1, 1 << 40), "cameras": (-1, 1 << 40), "batch_size": (1, 1 << 16),
+                        "older_than": (1e-6, 1e6), "threshold": (-1, 1),
                         "port": (0, 65535)})
     check_network(args)
     if args.network and args.export:
         raise ReidError("--export: writes the network of a run; leave out --network")
-    for option, other in (("positions", "output"), ("onnx_input", "export")):
-        if getattr(args, option) and not getattr(args, other):
+    for option, other in (("positions", "output"), ("onnx_input", "export"), ("name", "add"), ("threshold", "group")):
+        if getattr(args, option) is not None and not getattr(args, other):
             raise ReidError(f"--{option}: is of --{other}; give both")
+    replaced = ("query_paths", "serve", "export", "output", "json", "rerank", "spacetime", *CHANGES)
+    for option in ("group", *CHANGES):
+        given = [f"--{other}" for other in replaced if other != option and getattr(args, option) and getattr(args, other)]
+        if given:
+            raise ReidError(f"--{option} and {given[0]}: give one of them")
+    if args.group:
+        from reid.extras.people import check_folder
+
+        check_folder(args.group, args.gallery or Path(args.data_root or DATA_ROOT, "gallery"))
     if args.positions and min(args.positions) > args.topk:
         raise ReidError(f"--positions {min(args.positions)}: beyond --topk {args.topk}, so nothing would be drawn")
     if args.frames and args.frames[0] > args.frames[1]:
@@ -162,6 +204,43 @@ def check_arguments(args):
         raise ReidError(f"--index_type {args.index_type}: of a gallery kept in Milvus; give --save_index and --gallery_uri")
     if args.save_index and not is_milvus(uri):
         check_replaceable(uri, args.gallery or args.data_root or DATA_ROOT, queries=False, overwrite=args.overwrite)
+
+
+def change_gallery(args, checkpoint):
+    """Enrol, rename, erase or list the people of an index, and print what changed."""
+    from reid.extras import network
+
+    uri, extractor, new, bad = args.gallery_uri, None, None, []
+
+    def opened():
+        """The stored gallery as it is now; for --add an empty one where there is none."""
+        if not is_milvus(uri):
+            return GalleryIndex.empty(extractor) if args.add and not Path(uri).exists() else GalleryIndex.load(uri, extractor)
+        from reid.extras import milvus
+
+        if args.add and not milvus.exists(uri, args.exp_name):
+            return milvus.create_gallery(uri, args.exp_name, extractor.fingerprint, extractor.mirror, extractor.dim, "")
+        return milvus.open_gallery(uri, args.exp_name, extractor)
+
+    if args.list:
+        return print(enrol.table(opened()))
+    if args.add:
+        records, extractor = read_folder(args.add), network.make_extractor(args, checkpoint)
+        print(records.account(args.add, args.strict))
+        extractor.mirror = opened().mirror
+        new = GalleryIndex.build(extractor, records, args.strict)
+        if not len(new):
+            raise ReidError(f"{args.add}: not one image could be read")
+        bad = new.bad
+    with enrol.changing(uri, opened) as gallery:
+        if args.add:
+            text = enrol.enrol(gallery, new, args.name)
+        elif args.rename:
+            text = enrol.rename(gallery, *args.rename)
+        else:
+            text = enrol.erase(gallery, args.remove, args.older_than)
+    print(printable(f"{uri}: {text}"))
+    return left_out_status(bad)
 
 
 def export(args, checkpoint):
@@ -241,6 +320,8 @@ def write_results(args, index, lists):
             verdict = {None: "", True: "  match", False: "  no match"}[hit.match]
             who = f"{hit.name}  " if hit.name not in hit.path else ""  # most paths hold the name
             print(f"{hit.position:>4}  {hit.score:.4f}  {printable((who + hit.path).rstrip())}{verdict}")
+        if ranked.threshold is not None and not any(hit.match for hit in ranked):
+            print(f"      new person: no score above {ranked.threshold:.4f}")
     if args.output:
         from reid.extras.pictures import draw_ranking
 

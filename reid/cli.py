@@ -15,6 +15,9 @@ NO_MEMORY = "allocate memory|out of memory|could not create a (primitive|memory)
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
+ERASED = "erased from the index"  # the reason of an image that is left out on purpose
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """Keep the lines of a script's description, and show every default except None, False and ""."""
 
@@ -56,6 +59,7 @@ def command(script, **options):
 
 def left_out_status(bad):
     """Print the images that could not be read, [(file, reason, ...)]; return the exit status: 3, or 0 without such images."""
+    bad = [row for row in bad if row[1] != ERASED]
     for file, reason, *_ in bad:
         print(f"left out: {printable(file)}: {printable(reason)}", file=sys.stderr)
     if bad:

@@ -25,11 +25,11 @@ except ImportError:  # Windows: no locks, and leftovers of killed processes are 
 
 VERIFY_LIMIT = 256 << 20  # bytes up to which a file's checksum is compared on every load (about 0.2 s)
 # Kinds of files that scripts write. The kind is a mark inside of the file, by which `check_output` recognises it.
-CHECKPOINT, RESULTS, PICTURE, ONNX = "reid-checkpoint", "reid-results", "reid-picture", "reid-onnx"
+CHECKPOINT, RESULTS, PICTURE, ONNX, PEOPLE = "reid-checkpoint", "reid-results", "reid-picture", "reid-onnx", "reid-people"
 REPORT = "human re-identification report"
 SUFFIXES = {RESULTS: (".json",), REPORT: (".html", ".htm"), PICTURE: (".png", ".jpg", ".jpeg", ".webp")}
-BEFORE_MARK = {RESULTS: rb'\{\s*"format": "', REPORT: rb"\s*<!doctype html>.*", PICTURE: rb"(\x89PNG|\xff\xd8|RIFF).*",
-               ONNX: rb"\x08.*"}
+BEFORE_MARK = {**dict.fromkeys((RESULTS, PEOPLE), rb'\{\s*"format": "'), REPORT: rb"\s*<!doctype html>.*",
+               PICTURE: rb"(\x89PNG|\xff\xd8|RIFF).*", ONNX: rb"\x08.*"}
 BEFORE_FORMAT = rb"PK.{,300}?/data\.pkl.{,200}?format.{,12}?"  # in a file that `save` has written
 
 
@@ -154,11 +154,11 @@ def copy(source, target):
 
 
 @contextmanager
-def locked(path, message):
+def locked(path, message, wait=0):
     """Lock `path`, an existing folder or a file, which is created, for the time of the block.
 
-    The lock ends with its process, so it is never stale. If another process holds it, ReidError is raised with `message`.
-    On a file system without locks, the block runs without one.
+    The lock ends with its process, so it is never stale. If another process holds it for more than `wait` seconds, ReidError is
+    raised with `message`. On a file system without locks, the block runs without one.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -166,7 +166,10 @@ def locked(path, message):
         yield
         return
     with _opened(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT) as fd:
-        if _lock(fd) is False or not (path.exists() and os.path.samestat(os.fstat(fd), path.stat())):  # just moved away
+        end = time.monotonic() + wait
+        while (taken := _lock(fd)) is False and time.monotonic() < end:
+            time.sleep(0.05)
+        if taken is False or not (path.exists() and os.path.samestat(os.fstat(fd), path.stat())):  # just moved away
             raise ReidError(f"{path}: {message}")
         yield
 

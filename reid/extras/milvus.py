@@ -15,13 +15,12 @@ from tqdm import tqdm
 from reid import ReidError, distributed
 from reid.data.datasets import Records
 from reid.data.paths import content_number, file_stats
-from reid.extras.milvus_client import BATCH, DEPTH, INDEXES, NUMBERS, Collection, batches, is_file
+from reid.extras.milvus_client import BATCH, DEPTH, FIELDS, INDEXES, NUMBERS, Collection, Column, batches, is_file
 from reid.images import PREPROCESSING
 from reid.retrieval.index import GalleryIndex
 from reid.retrieval.ranked import ranked_lists
 
 FORMAT = "reid-gallery/3"
-FIELDS = ("path", "pid", "camid", "seq", "frame")  # fetched with every hit
 HITS = 40_000  # hits in one reply, of about 200 bytes
 TIES = 8  # rows fetched beyond topk, to put equal scores at the end of a list in order
 BLOCK = 4 * BATCH  # images that are looked up at once
@@ -35,14 +34,19 @@ def open_gallery(uri, run, extractor=None, part=""):
     """
     command = (f"python {'eval.py' if part else 'inference.py'} --save_index --gallery_uri {shlex.quote(str(uri))} "
                f"--exp_name {shlex.quote(run)}")
-    gallery = None if is_file(uri) and not Path(uri).exists() else MilvusGallery(uri, run, part)
-    if gallery is None or not gallery.collection.call("has_collection"):
+    if not exists(uri, run, part):
         raise ReidError(f"{uri}: no gallery of the run {run} in it, or one of an older version; make it: {command}")
+    gallery = MilvusGallery(uri, run, part)
     gallery._restore()
     if extractor is not None and not gallery._made_by(getattr(extractor, "fingerprint", extractor)):
         raise ReidError(f"{uri}: the gallery of {run} was made by other weights or preprocessing; make it again: {command}")
     gallery.collection.call("load_collection")
     return gallery
+
+
+def exists(uri, run, part=""):
+    """Whether there is a gallery of the run, of this version."""
+    return not (is_file(uri) and not Path(uri).exists()) and MilvusGallery(uri, run, part).collection.call("has_collection")
 
 
 def create_gallery(uri, run, fingerprint, mirror, dim, data_root, index_type="FLAT", part=""):
@@ -118,11 +122,12 @@ class MilvusGallery:
         name = re.sub("[^A-Za-z0-9]", "_", run)[:100]  # all that Milvus allows; the number keeps a-b and a_b apart
         self.collection = Collection(self.uri, f"reid_{name}_{key_of(json.dumps([FORMAT, run, part])):016x}")
         for field in FIELDS:
-            setattr(self, f"{field}s", _Column(self, field))
-        self.embeddings = _Column(self, "vector")
+            setattr(self, f"{field}s", Column(self, field))
+        self.embeddings = Column(self, "vector")
 
     def _restore(self):
         vars(self).update(self.collection.settings())
+        self.names = {int(pid): name for pid, name in self.names.items()}
 
     def _made_by(self, fingerprint):
         return (self.fingerprint, self.preprocessing) == (fingerprint, PREPROCESSING)
@@ -257,6 +262,45 @@ class MilvusGallery:
         self.cameras = sorted({*self.collection.settings()["cameras"], *records.camids.unique().tolist()})
         self.collection.set(cameras=self.cameras)
 
+    def listing(self):
+        """Row, path, identity and modification time of every image, as `GalleryIndex.listing`."""
+        found = [row for block in self.collection.read(["path", "pid", "mtime"]) for row in block]
+        return tuple([row[name] for row in found] for name in ("key", "path", "pid", "mtime"))
+
+    def replace(self, other):
+        """Write the rows of a GalleryIndex, in the place of those of the same paths."""
+        stats, records = torch.stack([other.sizes, other.mtimes, other.contents]), other.records()
+        self._add_cameras(records)
+        self._set_names(self.names | other.names)  # first: a name without rows does no harm
+        for rows in torch.arange(len(other)).split(BATCH):
+            self._upsert(other.embeddings[rows], records.select(rows), stats[:, rows])
+        self.collection.call("flush")
+
+    def erase(self, rows):
+        """Delete some rows, and names that no row has any more."""
+        for first in range(0, len(rows), BATCH):
+            self.collection.call("delete", ids=rows[first : first + BATCH])
+        self.collection.call("flush")
+        self._forget_names()
+
+    def relabel(self, rows, pid, name):
+        """Give some rows another identity, under a name."""
+        self._set_names(self.names | {pid: name})
+        for first in range(0, len(rows), BATCH):
+            found = self.collection.fetch(rows[first : first + BATCH], ["path", "vector", *NUMBERS])
+            self.collection.call("upsert", data=[{**row, "vector": torch.tensor(row["vector"]).numpy(), "pid": pid}
+                                                 for row in found.values()])
+        self.collection.call("flush")
+        self._forget_names()
+
+    def _forget_names(self):
+        present = set(self.listing()[2])
+        self._set_names({pid: name for pid, name in self.names.items() if pid in present})
+
+    def _set_names(self, names):
+        self.names = names
+        self.collection.set(names={str(pid): name for pid, name in names.items()})
+
     def download(self, limit=2_000_000, condition=""):
         """Return the rows that meet `condition` as a GalleryIndex, sorted by path. `limit` is that of a whole gallery: 2 million
         embeddings of 1,024 numbers are 4 GiB as float16."""
@@ -285,25 +329,6 @@ class MilvusGallery:
         keys = torch.tensor([key_of(path) for path in index.paths])[exact]
         found = self.nearest(queries, exact.shape[1], condition=condition)[1]
         return float((found[:, :, None] == keys[:, None]).any(1).float().mean()), len(index)
-
-
-class _Column:
-    """One field of the rows of a gallery. A row number gives one value, a tensor of them a tensor of the values."""
-
-    def __init__(self, gallery, field):
-        self.gallery, self.field = gallery, field
-
-    def __getitem__(self, rows):
-        rows = torch.as_tensor(rows)
-        keys = rows.flatten().tolist()
-        found = {} if self.field == "vector" else self.gallery._hits
-        if missing := [key for key in keys if key not in found]:
-            found |= self.gallery.collection.fetch(missing, [self.field] if self.field == "vector" else FIELDS)
-        if gone := [key for key in keys if key not in found]:
-            raise ReidError(f"{self.gallery.uri}: no row {gone[0]}; it was removed")
-        values = [found[key][self.field] for key in keys]
-        values = values if rows.ndim else values[0]
-        return values if self.field == "path" else torch.tensor(values)
 
 
 def key_of(path):

@@ -19,6 +19,7 @@ DEPTH = 16_384  # rows that Milvus returns at most for one query
 VECTORS = 2048  # embeddings in one reply: 8 MiB if they have 1,024 numbers; gRPC ends at 64 MiB
 BATCH = 1024  # rows of one write, which is acknowledged as a whole
 NUMBERS = ("pid", "camid", "seq", "frame", "size", "mtime", "content")  # int64 fields besides the primary key
+FIELDS = ("path", "pid", "camid", "seq", "frame")  # fetched with every hit
 INDEXES = {  # name -> (parameters of the build, parameters of a search that looks at n rows or more)
     "FLAT": ({}, lambda n: {}),
     "HNSW": ({"M": 16, "efConstruction": 200}, lambda n: {"ef": max(2 * n, 128)}),
@@ -133,6 +134,25 @@ class Collection:
         except Exception as error:
             raise self.failure("query_iterator", error) from None
         iterator.close()
+
+
+class Column:
+    """One field of the rows of a gallery. A row number gives one value, a tensor of them a tensor of the values."""
+
+    def __init__(self, gallery, field):
+        self.gallery, self.field = gallery, field
+
+    def __getitem__(self, rows):
+        rows = torch.as_tensor(rows)
+        keys = rows.flatten().tolist()
+        found = {} if self.field == "vector" else self.gallery._hits
+        if missing := [key for key in keys if key not in found]:
+            found |= self.gallery.collection.fetch(missing, [self.field] if self.field == "vector" else FIELDS)
+        if gone := [key for key in keys if key not in found]:
+            raise ReidError(f"{self.gallery.uri}: no row {gone[0]}; it was removed")
+        values = [found[key][self.field] for key in keys]
+        values = values if rows.ndim else values[0]
+        return values if self.field == "path" else torch.tensor(values)
 
 
 def batches(stream):

@@ -56,8 +56,6 @@ def draw_ranking(output, ranked_lists, positions=None, overwrite=False):
     overwrite: replace other files than our pictures, too; see `reid.files.check_output`.
     """
     output, sheets, written, room = Path(output), [], [], 0
-    mark = Image.Exif()
-    mark[SOFTWARE] = PICTURE
     check_outputs([("output", output, PICTURE)], overwrite=overwrite)
     for ranked in ranked_lists:
         shown = [ranked[p - 1] for p in positions or range(1, MAX_HITS + 1) if 0 < p <= len(ranked)]
@@ -69,10 +67,17 @@ def draw_ranking(output, ranked_lists, positions=None, overwrite=False):
     for number, sheet in enumerate(sheets, 1):
         file = output.with_stem(f"{output.stem}-{number:03d}") if len(sheets) > 1 else output
         picture = _draw_sheet(sheet)
-        with atomic_path(file, PICTURE, overwrite) as temporary:  # level of PNG, quality of the others
-            picture.save(temporary, FORMATS[file.suffix.lower()], exif=mark, compress_level=3, quality=92)
+        save(picture, file, overwrite)
         written.append(file)
     return written
+
+
+def save(picture, file, overwrite=False):
+    """Write a picture with the mark of ours, whole or not at all; see `reid.files.check_output`."""
+    mark = Image.Exif()
+    mark[SOFTWARE] = PICTURE
+    with atomic_path(file, PICTURE, overwrite) as temporary:  # level of PNG, quality of the others
+        picture.save(temporary, FORMATS[file.suffix.lower()], exif=mark, compress_level=3, quality=92)
 
 
 def _lines(shown):
@@ -106,7 +111,7 @@ def _draw_sheet(sheet):
         top += CELL[1] * _lines(shown)
     for i, kind in enumerate(legend):
         picture.paste(_badge(kind), (MARGIN, bottom + LEGEND * i), _badge(kind))
-        draw.text((MARGIN + 30, bottom + LEGEND * i + 11), MEANING[kind], FAINT, _font(14), "lm")
+        draw.text((MARGIN + 30, bottom + LEGEND * i + 11), MEANING[kind], FAINT, font(14), "lm")
     return picture
 
 
@@ -116,7 +121,7 @@ def _caption(draw, x, y, headline, ink, pid, camid, path):
     y += FRAME[1] + 4
     for text, size, colour, step in ((headline, 18, ink, 22), (facts, 14, INK, 18), (Path(path).stem, 12, FAINT, 0)):
         if text:
-            draw.text((x + 2, y), ellipsis(text, _font(size), FRAME[0] - 4), colour, _font(size))
+            draw.text((x + 2, y), ellipsis(text, font(size), FRAME[0] - 4), colour, font(size))
             y += step
 
 
@@ -146,7 +151,7 @@ def crop(file):
         image = Image.fromarray(images.decode(file).permute(1, 2, 0).contiguous().numpy())
     except ReidError:
         missing = isinstance(file, (str, Path)) and not Path(file).exists()
-        ImageDraw.Draw(tile).text((WIDTH / 2, HEIGHT / 2), "missing" if missing else "unreadable", FAINT, _font(16), "mm")
+        ImageDraw.Draw(tile).text((WIDTH / 2, HEIGHT / 2), "missing" if missing else "unreadable", FAINT, font(16), "mm")
         return tile
     scale = min(WIDTH / image.width, HEIGHT / image.height)
     image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.BICUBIC)
@@ -155,7 +160,7 @@ def crop(file):
 
 
 @lru_cache
-def _font(size):
+def font(size):
     return ImageFont.load_default(size)
 
 
@@ -200,7 +205,7 @@ def _badge(kind):
 @lru_cache
 def _pill(label):
     """White text on a dark rounded box."""
-    size = (max(26, round(_font(15).getlength(label)) + 16), 24)
+    size = (max(26, round(font(15).getlength(label)) + 16), 24)
     box = _smooth(size, lambda draw, s: draw.rounded_rectangle([0, 0, size[0] * s - 1, size[1] * s - 1], 8 * s, fill=INK))
-    ImageDraw.Draw(box).text((size[0] / 2, size[1] / 2), label, PAPER, _font(15), "mm")
+    ImageDraw.Draw(box).text((size[0] / 2, size[1] / 2), label, PAPER, font(15), "mm")
     return box

@@ -1,12 +1,14 @@
 """The gallery index: one matrix of embeddings with the labels of each image, its file, and exact search."""
 
 import copy
+import os
 import warnings
 from pathlib import Path
 
 import torch
 
 from reid import ReidError, distributed
+from reid.cli import ERASED
 from reid.data.datasets import Records
 from reid.data.names import UNKNOWN, UNKNOWN_PID, folder_pid, identity_name
 from reid.data.paths import Paths, file_stats
@@ -14,16 +16,15 @@ from reid.files import VERIFY_LIMIT, load, save
 from reid.images import PREPROCESSING
 from reid.retrieval.camera import CameraStatistics
 from reid.retrieval.ranked import ranked_lists
+from reid.retrieval.rows import COLUMNS, STATS, Rows
 from reid.retrieval.search import ExactSearch, merge_shards
 from reid.retrieval.stored import FORMAT, VERSION, check_replaceable, find_unchanged, same_folder
 
-STATS = ("sizes", "mtimes", "contents")  # of the image files, see `file_stats`
-COLUMNS = ("pids", "camids", "seqs", "frames", *STATS)  # int64 [N] each
 PLAIN = {"data_root": str, "split": (str, type(None)), "bad": list, "fingerprint": str, "preprocessing": str, "mirror": bool,
          "names": dict, **dict.fromkeys(("threshold", "camera_threshold", "false_accept_rate"), (int, float, type(None)))}
 
 
-class GalleryIndex:
+class GalleryIndex(Rows):
     """Embeddings [N, D] with pids, camids, seqs, frames (int64 [N]) and paths relative to `data_root`.
 
     Make one with `build` (from images), with `empty` and `add` (from embeddings), or with `load` (from a file).
@@ -50,8 +51,13 @@ class GalleryIndex:
     def build(cls, extractor, records, strict=False, dtype=torch.float16, progress=True, rank=0, world_size=1, old=None):
         """Embed `records` into an index. Images that cannot be read are left out and listed in `.bad` (`strict` raises).
 
-        old: an index of the same folder by the same network; its rows of files that have not changed are taken over.
+        old: an index of the same folder by the same network; its rows of files that have not changed are taken over, and those of
+        images of elsewhere that were enrolled; what was erased from it is left out.
         """
+        erased = [] if old is None else [row for row in old.bad if row[1] == ERASED and os.path.exists(row[0])]
+        if erased:
+            files = {os.path.abspath(row[0]) for row in erased}
+            records = records.select(torch.tensor([os.path.abspath(file) not in files for file in records.files()]))
         rows, mtimes = torch.full((2, len(records)), -1) if old is None else find_unchanged(old, records.paths)
         own = (rows < 0).nonzero()[:, 0][rank::world_size]  # under torchrun each rank embeds its share, which may be empty
         embeddings, kept, bad = extractor.embed_records(records.select(own).files(), strict, progress, dtype)
@@ -67,7 +73,12 @@ class GalleryIndex:
             embeddings = torch.cat([embeddings, old.embeddings[there].to(dtype)])[order]
             stats = torch.cat([stats, torch.stack([old.sizes[there], mtimes[taken], old.contents[there]])], 1)[:, order]
         index = cls(embeddings, records.select(kept), extractor.fingerprint, extractor.mirror, stats)
-        index.bad, index.kept, index.device = bad, len(taken), getattr(extractor, "device", "cpu")
+        if old is not None:
+            enrolled = old.select(torch.tensor([os.path.isabs(path) for path in old.paths], dtype=torch.bool))
+            enrolled.names, enrolled.embeddings = old.names, enrolled.embeddings.to(dtype)
+            index.extend(enrolled)
+            index.forget_names()
+        index.bad, index.kept, index.device = bad + erased, len(taken), getattr(extractor, "device", "cpu")
         return index
 
     @classmethod
@@ -104,10 +115,8 @@ class GalleryIndex:
                           unknown if camids is None else torch.as_tensor(camids).long(), unknown, unknown).select(keep)
         new = GalleryIndex(embeddings[keep].to(self.embeddings), records, self.fingerprint, self.mirror)
         self.names |= {int(pid): str(name) for pid, name, kept in zip(pids, names or (), keep) if kept}
-        self.paths, self.embeddings = Paths.of([*self.paths, *new.paths]), torch.cat([self.embeddings, new.embeddings])
-        for name in COLUMNS:
-            setattr(self, name, torch.cat([getattr(self, name), getattr(new, name)]))
-        self._search, self._statistics, self._copy, self.split = {}, None, None, None
+        self.extend(new)
+        self.split = None
         return len(new)
 
     def __len__(self):
@@ -161,10 +170,6 @@ class GalleryIndex:
             index.queries = copy.copy(self.queries)
             index.queries.embeddings = index.normalise(self.queries.embeddings, self.queries.camids)
         return index
-
-    def _require_plain(self, method):
-        if self.normalised:
-            raise ReidError(f"{method}: not of a copy without camera statistics; use the index that it was made of")
 
     def normalise(self, embeddings, camids=None):
         """Take the statistics of their cameras out of queries, float [Q, D], if they are taken out of this index.

@@ -34,29 +34,31 @@ class Reranked:
     """The result of `rerank`. `scores` computes the final scores block by block; nothing of size [Q, G] is kept."""
 
     def __init__(self, x: Tensor, queries: int, v: Rows, lam: float, bonus: Callable | None):
-        self._x, self._queries, self._lam, self._bonus = x, queries, lam, bonus
+        self._x, self._queries, self._lam, self._bonus, self._v = x, queries, lam, bonus, v
         first = int(v.ptr[queries])  # the entries of the queries come first
-        self._v = Rows(v.ptr[: queries + 1], v.col[:first], v.val[:first])
         row = _row_of(v.ptr[queries:], len(v.col) - first)
         col, order = v.col[first:].sort()
         self._inverted = Rows(_pointers(col, len(x)), row[order], v.val[first:][order])
 
     def scores(self, start: int, stop: int) -> Tensor:
         """Return float32 [stop - start, G]: 1 - final distance of the queries start..stop, higher is more similar."""
-        return torch.cat([self._block(i, min(i + QUERIES, stop)) for i in range(start, stop, QUERIES)])
+        return torch.cat([self._block(slice(i, min(i + QUERIES, stop))) for i in range(start, stop, QUERIES)])
 
-    def _block(self, start, stop):
-        b, gallery = stop - start, len(self._x) - self._queries
-        ptr = self._v.ptr[start : stop + 1]
+    def _block(self, rows):
+        sim = _similarity(self._x, rows, self._bonus)
+        distance = _distance(sim[:, self._queries :], sim.amin(1, keepdim=True))
+        return 1 - (1 - self._lam) * (1 - self.jaccard(rows)) - self._lam * distance
+
+    def jaccard(self, rows: slice) -> Tensor:
+        """Return float32 [b, G]: the Jaccard index of the encodings of some rows and of the gallery."""
+        b, gallery = rows.stop - rows.start, len(self._x) - self._queries
+        ptr = self._v.ptr[rows.start : rows.stop + 1]
         own = slice(int(ptr[0]), int(ptr[-1]))
         source, place = _segments(self._inverted.ptr, self._v.col[own])
         shared = torch.minimum(self._v.val[own][source], self._inverted.val[place])
         target = (_row_of(ptr, own.stop - own.start) * gallery)[source] + self._inverted.col[place]
         overlap = shared.new_zeros(b * gallery).scatter_add_(0, target, shared).view(b, gallery)
-        jaccard = 1 - overlap / (2 - overlap)  # a row of V sums to 1, so the maxima sum to 2 - the minima
-        sim = _similarity(self._x, slice(start, stop), self._bonus)
-        distance = _distance(sim[:, self._queries :], sim.amin(1, keepdim=True))
-        return 1 - (1 - self._lam) * jaccard - self._lam * distance
+        return overlap / (2 - overlap)  # a row of V sums to 1, so the maxima sum to 2 - the minima
 
 
 def rerank(q_emb: Tensor, g_emb: Tensor, k1: int = 20, k2: int = 6, lam: float = 0.3, block: int = 512,
@@ -85,15 +87,37 @@ def rerank(q_emb: Tensor, g_emb: Tensor, k1: int = 20, k2: int = 6, lam: float =
         given = f"k1={k1} k2={k2} block={block} lam={lam}"
         raise ReidError(f"re-ranking: k1, k2 and block must be at least 1 and lam within 0 and 1: {given} given")
     x = torch.cat([q_emb.float(), g_emb.float()])
+    v = _encoded(x, k1, k2, block, bonus)
+    return Reranked(x, len(q_emb), v, lam, bonus)
+
+
+def jaccard_pairs(embeddings: Tensor, k1: int, k2: int, floor: float, cosine: float, block: int = 512):
+    """Return the pairs of rows that are alike: (rows int64 [E], greater rows int64 [E], Jaccard index float32 [E]).
+
+    embeddings: float [N, D], normalised here. Pairs with a Jaccard index below `floor` (above 0), or a cosine below `cosine`, are
+    left out.
+    """
+    x = embeddings.float() if embeddings.dtype != torch.float32 else embeddings.clone()
+    shared, parts = Reranked(x, 0, _encoded(x, k1, k2, block, None), 0, None), []
+    for start in range(0, len(x), QUERIES):
+        rows = slice(start, min(start + QUERIES, len(x)))
+        row, col = (found := shared.jaccard(rows)).ge(floor).nonzero().T
+        row, col = (side[col > row + start] for side in (row, col))
+        alike = _pair_similarity(x, rows, _pointers(row, rows.stop - start), col, None) >= cosine
+        row, col = row[alike], col[alike]
+        parts.append((row + start, col, found[row, col]))
+    return tuple(map(torch.cat, zip(*parts)))
+
+
+def _encoded(x: Tensor, k1: int, k2: int, block: int, bonus: Callable | None) -> Rows:
+    """The encodings of embeddings float32 [N, D], which are normalised in place."""
     norm = x.norm(dim=1, keepdim=True)
     if not norm.isfinite().all():
         raise ReidError("some embeddings are not finite (NaN or infinite): make them again before re-ranking")
     x /= norm.clamp(min=1e-12)
     rank, low = _neighbours(x, min(len(x), max(k1 + 1, k2)), block, bonus)
     v = _encode(x, rank[:, : k1 + 1], low, round(k1 / 2) + 1, block, bonus)
-    if k2 > 1:
-        v = _expand(v, rank[:, :k2], block)
-    return Reranked(x, len(q_emb), v, lam, bonus)
+    return _expand(v, rank[:, :k2], block) if k2 > 1 else v
 
 
 def estimate_bytes(queries: int, gallery: int, dim: int = 1024, k1: int = 20, k2: int = 6, block: int = 512) -> int:

@@ -75,8 +75,9 @@ def check_current(gallery, uri, data_root, args):
 def differences(index):
     """Compare the files of an index with its folder: {"changed", "new", "missing": paths}.
 
-    All are empty if the folder is gone, since an index works without its images. Files that could not be read count as new once
-    they have changed. Of an index without a listing (`split` is None) only the files that are there are compared.
+    All are empty if the folder is gone, since an index works without its images. Enrolled images of elsewhere do not count. Files
+    that could not be read or were erased count as new once they have changed. Of an index without a listing (`split` is None)
+    only the files that are there are compared.
     """
     if index.split is None:
         there = [path for path, size in zip(index.paths, index.sizes.tolist())
@@ -92,7 +93,7 @@ def differences(index):
     unreadable = {str(file) for file, _, size, mtime in index.bad if _stat(file) == (size, mtime)}
     return {"changed": [path for path in listed if path in known and not same[path]],
             "new": [path for path in listed if path not in known and str(Path(index.data_root, path)) not in unreadable],
-            "missing": [path for path in index.paths if path not in same]}
+            "missing": [path for path in index.paths if path not in same and not os.path.isabs(path)]}
 
 
 def find_unchanged(index, paths):

@@ -1,0 +1,127 @@
+"""A stored gallery that lives: enrol, rename, erase and expire people, in an index file and in Milvus alike.
+
+Each change is whole or did not happen, and those of several processes follow each other. Images of the gallery's own folder
+keep their paths relative to it; others are stored with their absolute paths.
+"""
+
+import os
+import time
+from collections import defaultdict
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+import torch
+
+from reid import ReidError
+from reid.cli import printable
+from reid.data.datasets import Records
+from reid.data.names import folder_pid, identity_name
+from reid.files import locked
+from reid.retrieval.index import GalleryIndex
+from reid.retrieval.stored import is_milvus
+
+WAIT = 60  # seconds for the change of another process
+NOBODY = "neither a person nor an image of the gallery; --list prints its people"
+DAY = 86400 * 10**9  # ns
+
+
+@contextmanager
+def changing(uri, open_gallery):
+    """Yield the gallery that `open_gallery()` returns, to be changed; at the end an index file is saved."""
+    folder = Path("index" if "://" in str(uri) else Path(uri).parent)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder, f"another process has been changing galleries here for {WAIT} s; try again", WAIT):
+        gallery = open_gallery()
+        yield gallery
+        if not is_milvus(uri):
+            gallery.save(uri)
+
+
+def enrol(gallery, new, name=None):
+    """Add the images of the GalleryIndex `new`, as the person `name`, or as the people whom their folders and names give.
+
+    An image that is there already is replaced. Returns text on what changed.
+    """
+    root = os.path.join(os.path.realpath(gallery.data_root), "") if gallery.data_root else None
+    paths = [os.path.realpath(file) for file in new.records().files()]
+    paths = [path.removeprefix(root).replace(os.sep, "/") for path in paths] if root else paths
+    pids = new.pids if name is None else torch.full_like(new.pids, folder_pid(name))
+    records = Records(Path(gallery.data_root), paths, pids, new.camids, new.seqs, new.frames)
+    more = GalleryIndex(new.embeddings, records, new.fingerprint, new.mirror, torch.stack([new.sizes, new.mtimes, new.contents]))
+    more.names = {} if name is None else {folder_pid(name): name}
+    known, like = len({*paths} & {*gallery.listing()[1]}), _likeness(gallery, more)
+    gallery.replace(more)
+    people = sorted({more.hit(row)[1] or "unlabelled" for row in range(len(more))})
+    who = ", ".join(people[:5]) + f" and {len(people) - 5:,} more" * (len(people) > 5)
+    return f"{len(paths) - known:,} images enrolled and {known:,} replaced: {who}{like}; {len(gallery):,} images in the gallery"
+
+
+def _likeness(gallery, more):
+    """Text on whom the images of one person resemble, where the gallery has a threshold."""
+    people = more.pids.unique()
+    if gallery.threshold is None or len(people) > 1 or not len(gallery):
+        return ""
+    hits = [hit for ranked in gallery.search(more.embeddings.float(), min(20, len(gallery))) for hit in ranked]
+    best = max((hit for hit in hits if hit.match and hit.path not in more.paths), key=lambda hit: hit.score, default=None)
+    if best is None:
+        return ", a new person"
+    return "" if best.pid == int(people[0]) else f", who resembles {best.name or best.path} ({best.score:.4f})"
+
+
+def erase(gallery, what=None, days=None):
+    """Erase the person or the path `what`, or the images whose files were modified more than `days` ago; return text.
+
+    The queries that an evaluation has stored with the gallery go, too.
+    """
+    parts = [part for part in (gallery, getattr(gallery, "queries", None)) if part is not None]
+    found = [(part, _older(part, days) if what is None else find(part, what)) for part in parts]
+    if what is not None and not any(rows for _, rows in found):
+        raise ReidError(f"{what}: {NOBODY}")
+    for part, rows in found:
+        if rows:
+            part.erase(rows)
+    what, unknown = what or f"older than {days:g} days", sum(written < 0 for written in gallery.listing()[3])
+    kept = f" ({unknown:,} of unknown age)" * (days is not None and unknown > 0)
+    return (f"{what}: {sum(len(rows) for _, rows in found):,} images erased, {len(gallery):,} left{kept}; the image files are "
+            "not deleted")
+
+
+def _older(gallery, days):
+    rows, _, _, times = gallery.listing()
+    return [row for row, written in zip(rows, times) if 0 <= written < time.time_ns() - int(days * DAY)]
+
+
+def rename(gallery, old, new):
+    """Give the images of the person or path `old` to the person `new`, who may be in the gallery already; return text."""
+    if not (rows := find(gallery, old)):
+        raise ReidError(f"{old}: {NOBODY}")
+    gallery.relabel(rows, folder_pid(new), new)
+    return f"{old}: {len(rows):,} images are now of {new}, who has {len(find(gallery, new)):,}"
+
+
+def find(gallery, what):
+    """Return the rows of the person of a name or, where nobody has it, of the images at a path or below it."""
+    rows, paths, pids, _ = gallery.listing()
+    people = {folder_pid(what), *(pid for pid, name in gallery.names.items() if name == what)}
+    found = [row for row, pid in zip(rows, pids) if pid in people]
+    if not found:
+        wanted = {os.path.abspath(what), os.path.realpath(what), os.path.abspath(os.path.join(gallery.data_root, what))}
+        root = os.path.abspath(gallery.data_root)
+        files = [os.path.join(root, path) if path else "" for path in paths]
+        found = [row for row, file in zip(rows, files)
+                 if any(file == place or file.startswith(os.path.join(place, "")) for place in wanted)]
+    return found
+
+
+def table(gallery):
+    """Return text: a line for each person, with the number of images and the dates of the oldest and the newest."""
+    people = defaultdict(list)
+    for _, path, pid, written in zip(*gallery.listing()):
+        people[gallery.names.get(pid) or identity_name(pid, path) or "(unlabelled)"].append(written)
+    lines = [f"{'person':<24}{'images':>8}  {'oldest':<10}  newest"]
+    for name, times in sorted(people.items()):
+        oldest, newest = (f"{datetime.fromtimestamp(found / 1e9):%Y-%m-%d}" if found >= 0 else "-"
+                          for found in (min(times), max(times)))
+        lines.append(f"{printable(name):<24}{len(times):>8,}  {oldest:<10}  {newest}")
+    return "\n".join(lines)

@@ -1,0 +1,64 @@
+"""The rows of a gallery index, and how they change in place."""
+
+import os
+
+import torch
+
+from reid import ReidError
+from reid.cli import ERASED
+from reid.data.paths import Paths
+
+STATS = ("sizes", "mtimes", "contents")  # of the image files, see `reid.data.paths.file_stats`
+COLUMNS = ("pids", "camids", "seqs", "frames", *STATS)  # int64 [N] each
+
+
+class Rows:
+    """What GalleryIndex is made of: embeddings [N, D], paths, COLUMNS and names of identities."""
+
+    def extend(self, other):
+        """Append the rows of an index of the same network and `data_root`."""
+        self._set_rows([*self.paths, *other.paths], lambda name: torch.cat([getattr(self, name), getattr(other, name)]))
+        self.names |= other.names
+
+    def listing(self):
+        """Row, path, identity and modification time (ns, -1 for unknown) of every image, as lists."""
+        return list(range(len(self))), list(self.paths), self.pids.tolist(), self.mtimes.tolist()
+
+    def replace(self, other):
+        """Append the rows of another index, in the place of those of the same paths."""
+        new = set(other.paths)
+        bad = [row for row in self.bad if os.path.relpath(row[0], self.data_root or ".") not in new]
+        self.erase([row for row, path in enumerate(self.paths) if path in new])
+        self.bad = bad
+        self.extend(other)
+
+    def erase(self, rows):
+        """Drop some rows, and names that no row has any more. Files of the index's own folder are not taken again."""
+        self._require_plain("erase")
+        own = [row for row in rows if self.paths[row] and not os.path.isabs(self.paths[row])]
+        self.bad += [(os.path.join(self.data_root, self.paths[row]), ERASED, int(self.sizes[row]), int(self.mtimes[row]))
+                     for row in own]
+        kept = torch.ones(len(self), dtype=torch.bool)
+        kept[rows] = False
+        self._set_rows([path for path, stays in zip(self.paths, kept.tolist()) if stays], lambda name: getattr(self, name)[kept])
+        self.forget_names()
+
+    def relabel(self, rows, pid, name):
+        """Give some rows another identity, under a name."""
+        self.pids = self.pids.index_fill(0, torch.tensor(rows), pid)
+        self.names = {**self.names, pid: name}
+        self.forget_names()
+
+    def forget_names(self):
+        present = set(self.pids.tolist())
+        self.names = {pid: name for pid, name in self.names.items() if pid in present}
+
+    def _set_rows(self, paths, column):
+        self.paths = Paths.of(paths)
+        for name in ("embeddings", *COLUMNS):
+            setattr(self, name, column(name))
+        self._search, self._statistics, self._copy = {}, None, None
+
+    def _require_plain(self, method):
+        if self.normalised:
+            raise ReidError(f"{method}: not of a copy without camera statistics; use the index that it was made of")

@@ -1,0 +1,71 @@
+"""data_prep.py --mot: boxes of a tracker become a folder of crops for each track."""
+
+import pytest
+from PIL import Image
+
+from reid import ReidError
+from reid.data.datasets import read_folder
+from reid.data.mot import read_mot
+
+LINES = """1,7,10,20,30,60,0.9,-1,-1,-1
+1,8,100.4,20,20,40,1
+2,7,-5,20,30,60,0.9
+2,-1,50,50,10,10,0.3
+2,9,500,20,30,60,0.9
+3,7,10,20,30,60,0
+4,7,10,20,30,60,0.5
+"""
+
+
+@pytest.fixture
+def video(tmp_path):
+    """Two frames of 200 x 100 pixels: the first 200 red, the second green; and the boxes of a tracker."""
+    (tmp_path / "cam2").mkdir()
+    for number, colour in ((1, (200, 0, 0)), (2, (0, 200, 0))):
+        Image.new("RGB", (200, 100), colour).save(tmp_path / f"cam2/frame_{number:06d}.png")
+    (tmp_path / "det.txt").write_text(LINES)
+    return tmp_path
+
+
+def test_tracks_are_folders_of_crops_with_camera_and_frame(video, prep):
+    status, out, err = prep("--mot", video / "det.txt", "--frames", video / "cam2", output=video / "tracks")
+    assert (status, err) == (0, "")
+    records = read_folder(video / "tracks")
+    assert records.paths == ["track_c2_0007/200007_c2s1_000001_00.jpg", "track_c2_0007/200007_c2s1_000002_00.jpg",
+                             "track_c2_0008/200008_c2s1_000001_01.jpg"]
+    assert records.camids.tolist() == [2, 2, 2] and records.frames.tolist() == [1, 2, 1]
+    assert records.pids.tolist() == [200007, 200007, 200008]
+    sizes = [Image.open(file).size for file in records.files()]
+    assert sizes == [(30, 60), (25, 60), (20, 40)]
+    red, green, _ = Image.open(records.files()[1]).getpixel((5, 5))
+    assert green > 190 and red < 10
+    assert "5 files, 3 images taken, 2 left out" in out and "1 boxes outside of their frame: frame 2, track 9" in out
+    assert "1 boxes of a frame that is not there: frame 4" in out and "2 tracks of 1 to 2 crops" in out
+    status, _, err = prep("--mot", video / "det.txt", "--frames", video / "cam2", output=video / "tracks")
+    assert status == 1 and "exists; choose another --output" in err
+
+
+@pytest.mark.parametrize("text, reason", [
+    ("1,7,10,20,30\n", "line 1: give frame, track id"), ("1,7,1,1,9,9\nx,7,1,1,9,9\n", "line 2: give frame"),
+    ("1,7.5,1,1,9,9\n", "line 1"), ("1,7,nan,1,9,9\n", "line 1"), ("1,7,1,1,inf,9\n", "line 1"), ("1,999999,1,1,9,9\n", "line 1"),
+    ("1,-1,1,1,9,9\n", "run a tracker"), ("", "run a tracker"), ("9,7,1,1,9,9\n", "none of its frames"),
+    ("1,7,300,1,9,9\n", "not one box could be cut"),
+])
+def test_bad_boxes_are_one_clear_error(video, prep, text, reason):
+    (video / "det.txt").write_text(text)
+    status, _, err = prep("--mot", video / "det.txt", "--frames", video / "cam2", output=video / "tracks")
+    assert status == 1 and reason in err and not (video / "tracks").exists()
+
+
+def test_both_options_are_needed(video, prep):
+    status, _, err = prep("--mot", video / "det.txt")
+    assert status == 1 and "give both" in err
+    status, _, err = prep("--mot", video / "det.txt", "--frames", video / "nowhere")
+    assert status == 1 and "ffmpeg" in err
+
+
+def test_lines_without_a_track_are_left_out(video):
+    assert {frame: len(found) for frame, found in read_mot(video / "det.txt").items()} == {1: 2, 2: 2, 4: 1}
+    with pytest.raises(ReidError, match="no boxes"):
+        (video / "empty.txt").write_text("\n\n")
+        read_mot(video / "empty.txt")

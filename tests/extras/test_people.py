@@ -1,0 +1,185 @@
+"""The folder of people: what was moved by hand stays, numbers and names stay, foreign files stay, a killed run goes on."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from reid import ReidError
+from reid.data.datasets import make_records
+from reid.extras import people as module
+from reid.extras.people import check_folder, write_people
+from reid.retrieval.index import GalleryIndex
+
+CENTRES = F.normalize(torch.randn(6, 32, generator=torch.Generator().manual_seed(3)))
+
+
+def make_index(root, names):
+    """Crops such as a1.png: the letter is the person, an upper case one is half way between two people."""
+    generator = torch.Generator().manual_seed(0)
+    noise = dict(zip(sorted(names), 0.05 * torch.randn(len(names), 32, generator=generator)))
+    for number, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 16), (9 * number, 50, 90)).save(root / name)
+    embeddings = [CENTRES[ord(name.rpartition("/")[2][0]) - ord("a")] + noise[name] for name in names]
+    return GalleryIndex(F.normalize(torch.stack(embeddings)), make_records(root, list(names), False), "f" * 16, True)
+
+
+NAMES = ["a1.png", "a2.png", "a3.png", "b1.png", "b2.png", "c1.png", "in/c2.png", "d1.png"]
+
+
+def tree(folder):
+    """{top folder: names of its links}, each of which leads to the crop of its name."""
+    found = {}
+    for parent, _, files in os.walk(folder):
+        for name in files:
+            if os.path.islink(link := os.path.join(parent, name)):
+                assert os.path.exists(link) and os.path.basename(os.path.realpath(link)) == name
+                found.setdefault(os.path.relpath(parent, folder).split(os.sep)[0], set()).add(name)
+    return found
+
+
+@pytest.fixture
+def crops(tmp_path):
+    return make_index(tmp_path / "crops", NAMES)
+
+
+@pytest.fixture
+def out(tmp_path, crops):
+    write_people(tmp_path / "people", crops, 0.5)
+    return tmp_path / "people"
+
+
+FIRST = {"0001": {"a1.png", "a2.png", "a3.png"}, "0002": {"b1.png", "b2.png"}, "0003": {"c1.png", "c2.png"},
+         "singles": {"d1.png"}}
+
+
+def test_a_folder_for_each_person_with_page_and_sheets(out, crops):
+    assert tree(out) == FIRST
+    assert not os.path.isabs(os.readlink(out / "0001/a1.png"))
+    page = (out / "people.html").read_text()
+    assert page.count("data:image/jpeg") == 7 and 'href="0002/"' in page and "http" not in page.replace("http-equiv", "")
+    assert sorted(path.name for path in (out / "sheets").iterdir()) == ["0001.jpg", "0002.jpg", "0003.jpg"]
+    record = json.loads((out / "people.json").read_text())
+    assert record["complete"] and [person["number"] for person in record["people"]] == [1, 2, 3]
+    assert record["people"][2]["crops"] == {"c1.png": ["0003/c1.png"], "in/c2.png": ["0003/c2.png"]}
+    before = {path: path.lstat().st_mtime_ns for path in out.rglob("*") if path.is_symlink() or path.suffix == ".jpg"}
+    assert "0 people new or changed, 0 contact sheets" in write_people(out, crops, 0.5)
+    assert before == {path: path.lstat().st_mtime_ns for path in before}
+
+
+def test_numbers_and_names_stay_when_crops_are_added(tmp_path, out):
+    os.rename(out / "0002", out / "ben")
+    names = ["a0.png", *(f"e{i}.png" for i in range(6)), "d2.png", *NAMES[1:]]  # a1 is gone
+    os.remove(tmp_path / "crops/a1.png")
+    write_people(out, make_index(tmp_path / "crops", names), 0.5)
+    assert tree(out) == {"0001": {"a0.png", "a2.png", "a3.png"}, "ben": {"b1.png", "b2.png"}, "0003": {"c1.png", "c2.png"},
+                         "0004": {f"e{i}.png" for i in range(6)}, "0005": {"d1.png", "d2.png"}}
+    people = json.loads((out / "people.json").read_text())["people"]
+    assert [(person["number"], person["name"], person["hand"]) for person in people] == [
+        (1, "", False), (2, "ben", True), (3, "", False), (4, "", False), (5, "", False)]
+
+
+def test_what_was_merged_and_split_by_hand_stays(out, crops):
+    os.rename(out / "0002/b1.png", out / "0001/b1.png")  # one by one
+    os.rename(out / "0002/b2.png", out / "0001/b2.png")
+    (out / "0004_anna").mkdir()
+    (out / "0005_anna").mkdir()  # two people of one name
+    os.rename(out / "0003/c1.png", out / "0004_anna/c1.png")
+    os.rename(out / "0003/c2.png", out / "0005_anna/c2.png")
+    expected = {"0001": FIRST["0001"] | FIRST["0002"], "0004_anna": {"c1.png"}, "0005_anna": {"c2.png"}, "singles": {"d1.png"}}
+    for _ in range(3):
+        write_people(out, crops, 0.5)
+        assert tree(out) == expected
+    people = json.loads((out / "people.json").read_text())["people"]
+    assert [person["name"] for person in people] == ["", "anna", "anna"]
+
+
+def test_a_folder_moved_into_another_is_merged_and_its_links_repaired(out, crops):
+    shutil.move(out / "0002", out / "0001/0002")
+    assert not os.path.exists(out / "0001/0002/b1.png")
+    for _ in range(2):
+        write_people(out, crops, 0.5)
+        assert tree(out) == {"0001": FIRST["0001"] | FIRST["0002"], "0003": FIRST["0003"], "singles": {"d1.png"}}
+
+
+@pytest.mark.parametrize("take_out", ["delete", "to singles"])
+def test_a_crop_that_was_taken_out_of_a_folder_stays_out(out, crops, take_out):
+    if take_out == "delete":
+        os.remove(out / "0001/a2.png")
+    else:
+        os.rename(out / "0001/a2.png", out / "singles/a2.png")
+    for _ in range(2):
+        write_people(out, crops, 0.5)
+        assert tree(out) == FIRST | {"0001": {"a1.png", "a3.png"}, "singles": {"d1.png", "a2.png"}}
+
+
+def test_a_folder_that_was_deleted_is_made_again(out, crops):
+    shutil.rmtree(out / "0001")
+    write_people(out, crops, 0.5)
+    assert tree(out) == FIRST
+
+
+def test_foreign_files_stay(out, tmp_path, crops):
+    (out / "0002/note.txt").write_text("mine")
+    (out / "0004").write_text("mine")
+    os.symlink("nowhere", out / "0001/other.png")
+    os.symlink(tmp_path, out / "elsewhere")
+    names = [name for name in NAMES if name[0] != "b"] + ["e1.png", "e2.png"]
+    write_people(out, make_index(tmp_path / "crops", names), 0.5)
+    assert (out / "0002/note.txt").read_text() == (out / "0004").read_text() == "mine"
+    assert os.readlink(out / "0001/other.png") == "nowhere" and os.readlink(out / "elsewhere") == str(tmp_path)
+    assert not (out / "0002/b1.png").is_symlink() and {path.name for path in (out / "0005").iterdir()} == {"e1.png", "e2.png"}
+
+
+@pytest.mark.parametrize("step", (0, 1, 3, 5, 7, 8))
+def test_a_run_that_is_killed_at_any_time_goes_on(tmp_path, out, monkeypatch, step):
+    """Crops were added and moved by hand; any operation on links may be the last one."""
+    os.rename(out / "0002", out / "ben")
+    os.rename(out / "ben/b1.png", out / "0003/b1.png")
+    index = make_index(tmp_path / "crops", [*NAMES, "d2.png", "a4.png", "e1.png", "e2.png"])
+    left = [step]
+
+    def counted(function):
+        def call(*args, **options):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            return function(*args, **options)
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("rename", "symlink", "rmdir"):
+            patch.setattr(os, name, counted(getattr(os, name)))
+        with pytest.raises(KeyboardInterrupt):
+            write_people(out, index, 0.5)
+    assert not json.loads((out / "people.json").read_text())["complete"]
+    write_people(out, index, 0.5)
+    assert tree(out) == {"0001": FIRST["0001"] | {"a4.png"}, "ben": {"b2.png"}, "0003": {"b1.png", "c1.png", "c2.png"},
+                         "0004": {"d1.png", "d2.png"}, "0005": {"e1.png", "e2.png"}}
+    people = json.loads((out / "people.json").read_text())["people"]
+    assert [(person["folder"], person["hand"]) for person in people] == [
+        ("0001", False), ("ben", True), ("0003", True), ("0004", False), ("0005", False)]
+
+
+def test_folders_that_are_not_for_people_are_refused(tmp_path, out):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/thesis.txt").write_text("mine")
+    (tmp_path / "forged").mkdir()
+    (tmp_path / "forged/people.json").write_text("{}")
+    for folder in ("full", "forged", "full/thesis.txt", "crops", "crops/people", "."):
+        with pytest.raises(ReidError, match="--group"):
+            check_folder(tmp_path / folder, tmp_path / "crops")
+    check_folder(out, tmp_path / "crops")
+
+
+def test_sheets_are_bounded_and_follow_the_people(out, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "DRAWN", 1)
+    monkeypatch.setattr(module, "LISTED", 2)
+    write_people(out, make_index(tmp_path / "crops", NAMES), 0.5)
+    assert [path.name for path in (out / "sheets").iterdir()] == ["0001.jpg"]
+    assert "The 2 people with the most crops" in (out / "people.html").read_text()

@@ -1,0 +1,167 @@
+"""A gallery that lives: enrol, rename, erase, expire and list, in the index file and in Milvus alike; concurrent writers."""
+
+import os
+import threading
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from reid import ReidError
+from reid.cli import left_out_status
+from reid.data.datasets import read_folder
+from reid.data.names import folder_pid
+from reid.retrieval import enrol
+from reid.retrieval.index import GalleryIndex
+from reid.retrieval.stored import differences
+
+DIM, PRINT, RUN = 16, "f" * 16, "calm-fox-1"
+CENTRES = F.normalize(torch.randn(9, DIM, generator=torch.Generator().manual_seed(1)))
+
+
+class Network:
+    fingerprint, mirror, dim, device = PRINT, True, DIM, "cpu"
+
+
+def embedded(folder):
+    """The index of a folder whose images p0_... show person 0."""
+    records = read_folder(folder)
+    noise = 0.05 * torch.randn(len(records), DIM, generator=torch.Generator().manual_seed(len(str(folder))))
+    people = [int(path.rpartition("/")[2][1]) for path in records.paths]
+    return GalleryIndex(F.normalize(CENTRES[people] + noise).half(), records, PRINT, True)
+
+
+def crops(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 8), (9 * len(name), 3, 7)).save(folder / name)
+    return folder
+
+
+def stored(tmp_path, kind, index):
+    """(uri, function that opens it) of an index file or a Milvus file with the rows of `index`."""
+    if kind == "file":
+        uri = tmp_path / "index/door.pt"
+        index.save(uri)
+        return uri, lambda: GalleryIndex.load(uri, PRINT)
+    pytest.importorskip("milvus_lite", reason="milvus-lite is not installed: pip install -e '.[milvus]'")
+    from reid.extras import milvus
+
+    uri = str(tmp_path / "door.db")
+    gallery = milvus.create_gallery(uri, RUN, PRINT, True, DIM, index.data_root)
+    gallery.write(index.embeddings, index.records())
+    gallery.collection.set(threshold=index.threshold)
+    return uri, lambda: milvus.open_gallery(uri, RUN, PRINT)
+
+
+def state(gallery):
+    """{path's last two parts: name of the person} of every image of a gallery."""
+    return {"/".join(path.split("/")[-2:]): gallery.hit(row)[1] for row, path, *_ in zip(*gallery.listing())}
+
+
+@pytest.mark.parametrize("kind", ["file", "milvus"])
+def test_enrol_rename_erase_and_expire(tmp_path, kind):
+    folder = crops(tmp_path / "crops", "ben/p1_a.png", "ben/p1_b.png", "p2_c1.png")
+    index = embedded(folder)
+    index.threshold = 0.7
+    uri, opened = stored(tmp_path, kind, index)
+
+    def change(function, *args, **options):
+        with enrol.changing(uri, opened) as gallery:
+            text = function(gallery, *args, **options)
+        return text, state(opened())
+
+    start = {"ben/p1_a.png": "ben", "ben/p1_b.png": "ben", "p2_c1.png": ""}
+    new = embedded(crops(tmp_path / "door", "p3_a.png", "p3_b.png"))
+    text, found = change(enrol.enrol, new, "anna")
+    assert "2 images enrolled and 0 replaced: anna, a new person; 5 images" in text
+    assert found == start | {"door/p3_a.png": "anna", "door/p3_b.png": "anna"}
+    hits = opened().search(CENTRES[3:4], 3)[0]
+    assert hits.names[:2] == ["anna", "anna"] and os.path.isabs(hits[0].path)
+
+    text, found = change(enrol.enrol, embedded(crops(tmp_path / "gate", "p3_c.png")), "stranger")
+    assert "who resembles anna (" in text and found["gate/p3_c.png"] == "stranger"
+    text, found = change(enrol.rename, "stranger", "anna")
+    assert "1 images are now of anna, who has 3" in text and found["gate/p3_c.png"] == "anna"
+    text, found = change(enrol.enrol, embedded(crops(tmp_path / "later", "p3_d.png")), "anna")
+    assert "replaced: anna; 7 images" in text
+    text, found = change(enrol.enrol, embedded(folder))  # by folders; what is there is replaced, with the same paths
+    assert "0 images enrolled and 3 replaced: ben, unlabelled" in text and len(found) == 7
+
+    text, found = change(enrol.erase, str(tmp_path / "gate/p3_c.png"))
+    assert "1 images erased" in text and "gate/p3_c.png" not in found
+    os.utime(folder / "p2_c1.png", (time.time() - 40 * 86400,) * 2)
+    change(enrol.enrol, embedded(folder))
+    text, found = change(enrol.erase, days=30)
+    assert "older than 30 days: 1 images erased" in text and "p2_c1.png" not in found
+    assert [line.split()[:2] for line in enrol.table(opened()).splitlines()[1:]] == [["anna", "3"], ["ben", "2"]]
+    text, found = change(enrol.erase, "anna")
+    assert found == {"ben/p1_a.png": "ben", "ben/p1_b.png": "ben"} and "anna" not in opened().names.values()
+    assert (tmp_path / "door/p3_a.png").exists() and opened().threshold == 0.7
+    with pytest.raises(ReidError, match="anna: neither a person nor an image"):
+        change(enrol.erase, "anna")
+    text, found = change(enrol.erase, "ben")
+    assert not found and len(opened()) == 0
+
+
+def test_an_index_of_a_folder_is_still_of_it_after_changes_and_when_brought_up_to_date(tmp_path):
+    """Enrolled images of elsewhere are not missing from the folder, erased ones are not new, and --save_index keeps both so."""
+    folder = crops(tmp_path / "crops", "anna/p1_a.png", "ben/p2_a.png", "ben/p2_b.png")
+    uri, opened = stored(tmp_path, "file", embedded(folder))
+    with enrol.changing(uri, opened) as gallery:
+        enrol.enrol(gallery, embedded(crops(tmp_path / "door", "p3_a.png")), "carl")
+        enrol.erase(gallery, "anna")
+    assert not any(differences(opened()).values()) and left_out_status(opened().bad) == 0
+
+    class Extractor(Network):
+        def embed_records(self, files, *_):
+            return torch.zeros(len(files), DIM), torch.arange(len(files)), []
+
+    crops(folder, "ben/p2_c.png")
+    os.remove(folder / "ben/p2_b.png")
+    new = GalleryIndex.build(Extractor(), read_folder(folder), old=opened())
+    assert state(new) == {"ben/p2_a.png": "ben", "ben/p2_c.png": "ben", "door/p3_a.png": "carl"} and new.kept == 1
+    assert not any(differences(new).values())
+    enrol.enrol(new, embedded(folder))  # on purpose
+    assert "anna/p1_a.png" in state(new) and not new.bad
+
+
+def test_a_change_that_fails_leaves_the_index_as_it_was(tmp_path):
+    uri, opened = stored(tmp_path, "file", embedded(crops(tmp_path / "crops", "p1_a.png")))
+    before = uri.read_bytes()
+    with pytest.raises(KeyboardInterrupt), enrol.changing(uri, opened) as gallery:
+        enrol.erase(gallery, days=-1)
+        raise KeyboardInterrupt
+    assert uri.read_bytes() == before
+
+
+def test_concurrent_writers_lose_nothing(tmp_path):
+    uri, opened = stored(tmp_path, "file", embedded(crops(tmp_path / "crops", "p0_a.png")))
+    folders = [crops(tmp_path / f"w{i}", f"p{i}_a.png") for i in range(1, 9)]
+
+    def work(i, folder):
+        with enrol.changing(uri, opened) as gallery:
+            enrol.enrol(gallery, embedded(folder), f"person {i}")
+
+    threads = [threading.Thread(target=work, args=item) for item in enumerate(folders)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(opened()) == 9 and sorted(opened().names.values()) == [f"person {i}" for i in range(8)]
+
+
+def test_another_writer_that_does_not_end_is_one_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(enrol, "WAIT", 0)
+    uri, opened = stored(tmp_path, "file", embedded(crops(tmp_path / "crops", "p0_a.png")))
+    with enrol.changing(uri, opened), pytest.raises(ReidError, match="another process"), enrol.changing(uri, opened):
+        pass
+
+
+def test_erasing_reaches_the_queries_of_an_evaluation(tmp_path):
+    index = embedded(crops(tmp_path / "crops", "anna/p1_a.png", "ben/p2_a.png"))
+    index.queries = embedded(crops(tmp_path / "queries", "anna/p1_b.png"))
+    assert enrol.erase(index, "anna").startswith("anna: 2 images erased, 1 left")
+    assert index.pids.tolist() == [folder_pid("ben")] and len(index.queries) == 0
