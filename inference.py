@@ -172,8 +172,7 @@ def main(args):
 def check_arguments(args):
     """Raise ReidError for arguments that cannot work, before any work is done; give --gallery_uri its default."""
     check_ranges(args, {"topk": (1, 1 << 40), "positions": (1, 1 << 40), "cameras": (-1, 1 << 40), "batch_size": (1, 1 << 16),
-                        "older_than": (1e-6, 1e6), "threshold": (-1, 1),
-                        "port": (0, 65535)})
+                        "older_than": (1e-6, 1e6), "threshold": (-1, 1), "port": (0, 65535)})
     check_network(args)
     if args.network and args.export:
         raise ReidError("--export: writes the network of a run; leave out --network")
@@ -194,7 +193,7 @@ def check_arguments(args):
     if args.frames and args.frames[0] > args.frames[1]:
         raise ReidError(f"--frames {args.frames[0]} {args.frames[1]}: give the first frame, then the last one")
     uri = args.gallery_uri = args.gallery_uri or default_uri(args.exp_name, args.gallery)
-    if args.gallery and not (args.data_root or args.query_paths or args.save_index or args.serve):
+    if args.gallery and not (args.data_root or args.query_paths or args.save_index or args.serve or args.group):
         raise ReidError("--gallery: give --query_paths, the images to look for, or --save_index, to keep the gallery only")
     if args.gallery and args.spacetime and not args.data_root:
         raise ReidError("--spacetime: learned on a dataset by eval.py; give its --data_root beside --gallery")

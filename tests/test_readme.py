@@ -195,6 +195,27 @@ def test_every_python_block_of_a_page_runs(page, request):
         run_python(code, page, namespace)
 
 
+def test_every_command_of_the_page_on_people_runs(shell, people):
+    """A tracker's boxes in two frames that are drawn here; the same crops are anna's."""
+    image, folder = next((people / "gallery").glob("00*/*.jpg")), shell.folder
+    for name in ("cam2", "my/anna"):
+        (folder / name).mkdir()
+    shutil.copy(image, folder / "my/anna")
+    for number in (1, 2):
+        frame = Image.new("RGB", (320, 180))
+        frame.paste(Image.open(image).resize((60, 120)), (10 * number, 20))
+        frame.save(folder / f"cam2/{number:06d}.jpg")
+    (folder / "det.txt").write_text("1,7,10,20,60,120,0.9\n2,7,20,20,60,120,0.9\n")
+    if not (folder / "data/market-1501-grouped").exists():  # the test of README.md makes it
+        (folder / "data/market-1501-grouped").symlink_to(people)
+    for mark, language, code in blocks((ROOT / "docs/people.md").read_text()):
+        if language == "bash" and is_tested(mark):
+            shell.run(commands(code))
+    found = {path.parent.name for path in (folder / "people").glob("*/*.jpg")}
+    assert "sheets" in found and found & {"0001", "singles"}
+    assert len(list((folder / "tracks/track_c2_0007").iterdir())) == 2 and (folder / "index/door.pt").exists()
+
+
 def options(module):
     return {option for action in module.get_args_parser()._actions for option in action.option_strings}
 
