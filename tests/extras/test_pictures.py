@@ -135,7 +135,7 @@ def test_captions_are_no_wider_than_their_tile(crop, tmp_path):
 
 @given(st.text(max_size=300), st.integers(20, 300), st.sampled_from([12, 14, 18]))
 def test_ellipsis_fits(text, width, size):
-    font = pictures._font(size)
+    font = pictures.font(size)
     short = ellipsis(text, font, width)
     assert font.getlength(short) <= max(width, font.getlength("…"))
     if "…" in short and "…" not in text:
