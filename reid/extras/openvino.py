@@ -74,7 +74,9 @@ class CompiledGraph:
                 if streams not in self._compiled:
                     hints = self._hints | {"NUM_STREAMS": streams}
                     self._compiled[streams] = self._core.compile_model(self.graph, "CPU", hints)
-            requests[streams] = self._compiled[streams].create_infer_request()
+                requests[streams] = self._compiled[streams].create_infer_request()
+                # Two first calls at once can wait for each other forever: OpenVINO sets up its use of NumPy in them.
+                requests[streams].infer([images.contiguous().numpy()])
         return torch.from_numpy(requests[streams].infer([images.contiguous().numpy()])[0].copy())
 
 
