@@ -172,7 +172,7 @@ def main(args):
 def check_arguments(args):
     """Raise ReidError for arguments that cannot work, before any work is done; give --gallery_uri its default."""
     check_ranges(args, {"topk": (1, 1 << 40), "positions": (1, 1 << 40), "cameras": (-1, 1 << 40), "batch_size": (1, 1 << 16),
-                        "older_than": (1e-6, 1e6), "threshold": (-1, 1), "port": (0, 65535)})
+                        "frames": (-1, 1 << 62), "older_than": (1e-6, 1e6), "threshold": (-1, 1), "port": (0, 65535)})
     check_network(args)
     if args.network and args.export:
         raise ReidError("--export: writes the network of a run; leave out --network")
@@ -190,6 +190,8 @@ def check_arguments(args):
         check_folder(args.group, args.gallery or Path(args.data_root or DATA_ROOT, "gallery"))
     if args.positions and min(args.positions) > args.topk:
         raise ReidError(f"--positions {min(args.positions)}: beyond --topk {args.topk}, so nothing would be drawn")
+    if (args.serve or args.export) and not (args.output is args.json is None):
+        raise ReidError("--output and --json are of ranked lists, which --serve and --export do not make: leave them out")
     if args.frames and args.frames[0] > args.frames[1]:
         raise ReidError(f"--frames {args.frames[0]} {args.frames[1]}: give the first frame, then the last one")
     uri = args.gallery_uri = args.gallery_uri or default_uri(args.exp_name, args.gallery)

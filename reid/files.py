@@ -67,7 +67,7 @@ def check_outputs(outputs, inputs=(), overwrite=False):
     """
     read, taken = set(map(_identity, filter(None, inputs))) - {None}, set()
     for option, path, kind in outputs:
-        if not path:
+        if path is None or path is False:
             continue
         path, name = Path(path), f"--{option} {path}"
         if path.is_dir() or path.suffix.lower() not in SUFFIXES.get(kind, (path.suffix.lower(),)):
@@ -78,8 +78,9 @@ def check_outputs(outputs, inputs=(), overwrite=False):
         sheet = re.compile(re.escape(path.stem) + r"(-\d{3,})?" * (kind == PICTURE) + re.escape(path.suffix))
         for old in path.parent.iterdir() if path.parent.is_dir() else ():
             if sheet.fullmatch(old.name):
-                folders = {*old.parent.resolve().joinpath(old.name).parents, *old.resolve().parents}
-                if read & set(map(_identity, {old, *folders})) and (kind == PICTURE or not is_ours(old, kind)):
+                both = Path(os.path.realpath(old)), Path(os.path.realpath(old.parent), old.name)  # the file, and a link to it
+                places = {_identity(place) for file in both for place in (file, *file.parents)}
+                if read & places and (kind == PICTURE or not is_ours(old, kind)):
                     raise ReidError(f"{name}: {old} is read by the same command; choose another name")
                 check_output(old, kind, overwrite)
 

@@ -263,13 +263,15 @@ def test_outputs_are_no_inputs_and_differ(tmp_path, monkeypatch):
     for path in ("gallery/0001/a.png", "link.png", "elsewhere/0001/a.png"):
         assert "is read by the same command" in refused(("output", path, storage.PICTURE), inputs=["gallery"])
         assert "is read by the same command" in refused(("gallery_uri", path, "reid-index"), inputs=["elsewhere"])
+    Path("loop.json").symlink_to("loop.json")
+    storage.check_outputs([("json", "loop.json", storage.RESULTS)])
     picture("r-001.png", mark=False)
     assert "r-001.png: exists" in refused(("output", "r.png", storage.PICTURE), overwrite=False)  # a numbered sheet
     Path("link.json").symlink_to("r.json")
     outputs = ("json", "r.json", storage.RESULTS), ("gallery_uri", "link.json", "reid-index")
     assert "two outputs of this command" in refused(*outputs)
     for path, kind in (("folder.html", storage.REPORT), ("new.txt", storage.RESULTS), ("new", storage.PICTURE),
-                       ("gallery", "reid-index")):
+                       ("gallery", "reid-index"), ("", storage.RESULTS)):
         assert "give a file that ends in" in refused(("option", path, kind))
     storage.check_outputs([("json", "r.json", storage.RESULTS), ("report", "new/r.html", storage.REPORT), ("output", None, "")],
                           ["."])

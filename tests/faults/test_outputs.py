@@ -104,3 +104,9 @@ def test_random_outputs_change_nothing_that_is_not_named(here, furnished, tmp_pa
         shutil.rmtree(folder)
 
     run()
+
+
+def test_outputs_that_would_not_be_written_are_refused(here):
+    for mode, output in (("--serve", "--json=r.json"), ("--serve", "--output=r.png"), ("--export=onnx", "--json=r.json")):
+        assert "leave them out" in here.refused("inference", mode, output)
+    assert "--frames" in here.refused("inference", "--frames", 0, 1 << 70)
