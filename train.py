@@ -41,7 +41,8 @@ def get_args_parser():
     add("--data_root", nargs="+", default=["data/market-1501-grouped"], help="grouped dataset; several are trained on jointly")
     add("--held_out", type=float, default=0.1, help="share of the identities, 100 at most, that are not trained on: val/mAP and "
         "val/rank1 look for each of their images among the others, and val/mAP chooses best.pth. So few identities are easier to "
-        "find than a test set's: compare only runs with the same ones. With fewer than two, val/accuracy of val/ chooses")
+        "find than a test set's: compare only runs with the same ones. With fewer than two, val/accuracy of val/ chooses. The "
+        "classifier has outputs for all identities")
     add("--train_all", action="store_true", help="train on all identities and on val/, without validation; the last epoch is "
         "the best")
     add("--batch_size", type=int, default=64, help="over all GPUs")
@@ -173,14 +174,14 @@ def validate(trainer, cache, val_set):
     if not distributed.total(embeddings).isfinite().all():
         raise ReidError("validation: NaN or infinite embeddings; lower --lr (best.pth and last.pth are as before)")
     labels, camids = val_set.labels.to(trainer.device), val_set.camids.to(trainer.device)
-    trained, metrics = labels < len(model.config["classes"]), {}
-    if not trained.all():
-        found, labelled = F.normalize(embeddings[~trained]), (labels[~trained] + 1, camids[~trained])  # 0 would be a distractor
+    held_out, metrics = val_set.held_out.to(trainer.device), {}
+    if held_out.any():
+        found, labelled = F.normalize(embeddings[held_out]), (labels[held_out] + 1, camids[held_out])  # 0 would be a distractor
         files = torch.arange(len(found))
         result = evaluate(found, found, *labelled, *labelled, files, files)
         metrics = {"val/mAP": result.mAP, "val/rank1": result.rank[1]}
-    if trained.any():
-        logits, truth = model.classifier(embeddings[trained]), labels[trained]
+    if not held_out.all():
+        logits, truth = model.classifier(embeddings[~held_out]), labels[~held_out]
         metrics["val/accuracy"] = (logits.argmax(1) == truth).float().mean().item()
         metrics["val/loss"] = F.cross_entropy(logits, truth).item()
     return metrics
@@ -199,14 +200,14 @@ def train_epoch(trainer, batches, epoch, first, stop):
     return done
 
 
-def describe(train_set, val_set, classes, batches):
+def describe(train_set, val_set, batches):
     """Return text on the images of a run. batches: rows int64 [steps, identities of a batch, images of each]."""
     pairs = ((batches[..., None] != batches[..., None, :]).sum() / 2 / len(batches)).item()
-    text = (f"{len(train_set.files):,} images of {classes:,} identities, {len(batches):,} steps an epoch, {pairs:.4g} pairs of "
-            "images of one identity in a batch")
+    text = (f"{len(train_set.files):,} images of {len(train_set.labels.unique()):,} identities, {len(batches):,} steps an epoch, "
+            f"{pairs:.4g} pairs of images of one identity in a batch")
     if not val_set:
         return f"{text}, no validation"
-    held = val_set.labels[val_set.labels >= classes]
+    held = val_set.labels[val_set.held_out]
     return (f"{text}, validation on {len(held):,} images of {len(held.unique())} held-out identities and "
             f"{len(val_set.labels) - len(held):,} images of the others")
 
@@ -241,7 +242,7 @@ def main(args):
     files += val_set.files if val_set else []
     cache = ImageCache(files, (args.height, args.width), device, args.cache, args.num_data_loaders)
     if rank == 0:
-        print(f"{run.name}: {describe(train_set, val_set, len(classes), batches.view(steps, -1, args.num_instances))}"
+        print(f"{run.name}: {describe(train_set, val_set, batches.view(steps, -1, args.num_instances))}"
               f"{f', {len(crops):,} crops without identities' if crops else ''}; images on {cache.where}; {trainer.describe()}",
               flush=True)
     stop = StopSignal(second_kills=world_size == 1)  # of several processes, torchrun ends all

@@ -178,21 +178,23 @@ def _not_an_image(entry, regular):
 
 
 class LabelledImages(NamedTuple):
-    """Images of a training set or of its validation: N files, labels int64 [N] and cameras int64 [N].
+    """Images of a training set or of its validation: N files, labels int64 [N], cameras int64 [N] and held_out bool [N].
 
-    A label is the position of the identity in the sorted list of classes; those of identities that are held out follow.
+    A label is the position of the identity in the sorted list of classes. held_out: whether its identity is not trained on.
     """
 
     files: list[Path]
     labels: torch.Tensor
     camids: torch.Tensor
+    held_out: torch.Tensor
 
 
 def load_training_set(roots, train_all=False, held_out=0.1):
     """Return (train, val or None, classes) of one or several grouped datasets: LabelledImages and the sorted classes.
 
     train_all: train on all images of train/ and val/, without a validation. Otherwise validate on the images of val/ and on
-    all those of a share `held_out` of the identities (`_hold_out`), which are no classes.
+    all those of a share `held_out` of the identities (`_hold_out`), which are classes without training images: so the
+    classifier fits a checkpoint that was trained on all of them.
     classes: the ids or, for several roots, whose ids are kept apart, "<name of the root>/<id>". Junk and distractors are
     left out. Raises ReidError for roots of the same name, for identities in val/ that train/ does not have, and where there
     is nothing to validate on.
@@ -216,14 +218,15 @@ def load_training_set(roots, train_all=False, held_out=0.1):
     held = set() if train_all else _hold_out(images["train"], held_out)
     if not (train_all or held or images["val"]):
         raise ReidError(f"{Path(roots[0]) / 'val'}: no images to validate on; train without validation with --train_all")
-    label = {name: i for i, name in enumerate([*sorted(people - held), *sorted(held)])}
+    label = {name: i for i, name in enumerate(sorted(people))}
 
     def labelled(part):
-        columns = torch.tensor([(label[name], camid) for _, name, camid in part], dtype=torch.int64).reshape(-1, 2).T
-        return LabelledImages([file for file, *_ in part], *columns)
+        rows = [(label[name], camid, name in held) for _, name, camid in part]
+        labels, camids, unseen = torch.tensor(rows, dtype=torch.int64).reshape(-1, 3).T
+        return LabelledImages([file for file, *_ in part], labels, camids, unseen.bool())
     train = labelled([row for row in images["train"] if row[1] not in held])
     val = images["val"] + [row for row in images["train"] if row[1] in held]
-    return train, labelled(val) if val else None, sorted(people - held)
+    return train, labelled(val) if val else None, sorted(people)
 
 
 def _hold_out(images, share):

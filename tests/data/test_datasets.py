@@ -169,7 +169,7 @@ def test_an_empty_val_is_no_error_where_something_else_validates_or_nothing_has_
         load_training_set([str(small)])
     make(small, *(f"train/{pid}/{pid}_c{camera}.jpg" for pid in (20, 21) for camera in (1, 2)))
     train, val, classes = load_training_set([str(small)], held_out=0.5)
-    assert len(classes) == 2 and len(train.files) + len(val.files) == 7
+    assert len(classes) == 4 and len(train.labels.unique()) == 2 and len(train.files) + len(val.files) == 7
 
 
 def test_identities_that_are_held_out(tmp_path):
@@ -178,11 +178,12 @@ def test_identities_that_are_held_out(tmp_path):
          "train/one/a_c1_1.jpg", "train/one/a_c1_2.jpg", "train/alone/a.jpg", "train/phone/a.jpg", "train/phone/b.jpg",
          *(f"val/{pid}/{pid}_c3_9.jpg" for pid in range(1, 9)))
     train, val, classes = load_training_set([str(tmp_path)], held_out=0.5)
-    held = {file.parent.name for file, label in zip(val.files, val.labels.tolist()) if label >= len(classes)}
-    assert len(held) == 6 and len(classes) == 5 and not held & {"one", "alone"}
+    held = {file.parent.name for file, unseen in zip(val.files, val.held_out) if unseen}
+    assert len(held) == 6 and len(classes) == 11 and not held & {"one", "alone"}
     images = set(tmp_path.rglob("*.jpg"))
     assert set(val.files) == {file for file in images if file.parent.name in held or file.parent.parent.name == "val"}
-    assert set(train.files) == images - set(val.files) and set(train.labels.tolist()) == set(range(5))
+    assert set(train.files) == images - set(val.files) and len(set(train.labels.tolist())) == 5
+    assert not train.held_out.any() and not set(train.labels.tolist()) & set(val.labels[val.held_out].tolist())
     assert val.camids.tolist() == [read_path(f"{file.parent.name}/{file.name}", True).camid for file in val.files]
-    assert load_training_set([str(tmp_path)], held_out=0.5)[2] == classes  # the same in every run
-    assert len(load_training_set([str(tmp_path)], held_out=0.1)[2]) == 11  # a single one would always find itself
+    assert load_training_set([str(tmp_path)], held_out=0.5)[1].files == val.files  # the same in every run
+    assert not load_training_set([str(tmp_path)], held_out=0.1)[1].held_out.any()  # a single one would always find itself

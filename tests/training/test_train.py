@@ -52,7 +52,7 @@ def test_writes_everything(undisturbed):
     assert last["training"]["epoch"] == 2 and last["args"]["ema"] == 0.9
     assert best["state_dict"]["body.conv0.weight"].dtype == torch.float16
     assert 0 <= best["metrics"]["val/accuracy"] <= 1 and 0 < best["metrics"]["val/mAP"] <= 1
-    assert len(best["config"]["classes"]) == 4  # those that are held out are no classes
+    assert len(best["config"]["classes"]) == 6  # the two that are held out, too
     assert len(list((folder / "runs" / "whole").glob("events.out.tfevents.*"))) == 1
     assert (folder / "mlflow.db").exists()
     assert "eval.py --exp_name whole" in out

@@ -24,7 +24,7 @@ class Angles(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.config = {"embedding_size": 2, "classes": [4, 7]}
+        self.config = {"embedding_size": 2, "classes": [4, 7, 8, 9]}
         self.neck = self.classifier = torch.nn.Identity()
 
     def features(self, degrees):
@@ -35,7 +35,7 @@ class Angles(torch.nn.Module):
 def validate(images, device="cpu"):
     """Validate on (label, camera, degrees) of images; three training images come before them in the cache."""
     labels, camids, degrees = zip(*images)
-    val_set = LabelledImages(list(labels), torch.tensor(labels), torch.tensor(camids))
+    val_set = LabelledImages(list(labels), torch.tensor(labels), torch.tensor(camids), torch.tensor(labels) >= 2)
     trainer = SimpleNamespace(best_model=Angles(), device=torch.device(device), autocast=nullcontext)
     trainer.embed = partial(Trainer.embed, trainer)
     return train.validate(trainer, torch.tensor([math.nan] * 3 + [*degrees]).to(device), val_set)
@@ -99,9 +99,10 @@ def test_retrieval_chooses_the_best_weights_and_accuracy_only_among_equals(tmp_p
 def test_images_and_pairs_are_counted():
     """A batch of two identities of three images: 3 + 3 pairs; of one with an image twice, and one with one three times: 2."""
     labels = torch.arange(9) // 3
-    train_set, rows = LabelledImages([None] * 9, labels, labels), torch.tensor([[[0, 1, 2], [3, 4, 5]], [[6, 6, 7], [8, 8, 8]]])
-    val_set = LabelledImages([None] * 5, torch.tensor([0, 3, 3, 4, 4]), labels[:5])
-    assert train.describe(train_set, val_set, 3, rows) == (
+    rows, found = torch.tensor([[[0, 1, 2], [3, 4, 5]], [[6, 6, 7], [8, 8, 8]]]), torch.tensor([0, 3, 3, 4, 4])
+    train_set = LabelledImages([None] * 9, labels, labels, labels < 0)
+    val_set = LabelledImages([None] * 5, found, labels[:5], found > 2)
+    assert train.describe(train_set, val_set, rows) == (
         "9 images of 3 identities, 2 steps an epoch, 4 pairs of images of one identity in a batch, validation on 4 images of 2 "
         "held-out identities and 1 images of the others")
-    assert train.describe(train_set, None, 3, rows).endswith("in a batch, no validation")
+    assert train.describe(train_set, None, rows).endswith("in a batch, no validation")
