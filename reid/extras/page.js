@@ -217,7 +217,6 @@ function row(query, place) {
   if (!query.path) tools.append(button("Draw boxes", `${place} boxes`, () => draw(place)));
   if (queries.length > 1) tools.append(button("Remove", `${place} remove`, () => go(queries.filter((one) => one !== query))));
   own.append(tools);
-  if (info.writable && !query.path && answer.hits) own.append(enrolment(query, place));
   const cards = (answer.hits || []).map((hit) => card(query, place, hit));
   const results = make("div", { className: "results" });
   if (answer.error) results.append(errorLine(answer.error));
@@ -356,24 +355,7 @@ async function take(files) {  // images wider than high are frames of a camera
   if (taken.length) go(taken);
 }
 
-// Enrol and save
-
-function enrolment(query, place) {
-  const name = make("input", { placeholder: "name", ariaLabel: "name of this person", required: true, maxLength: 60 });
-  name.dataset.key = `${place} name`;
-  const entry = make("form", { className: "enrol" }, name, make("button", { className: "plain", textContent: "Enrol" }));
-  entry.onsubmit = async (event) => {
-    event.preventDefault();
-    try {
-      const { message } = await ask(`people?name=${encodeURIComponent(name.value)}`, { method: "POST", body: form(query) });
-      await search();
-      $("status").textContent = message;
-    } catch (error) {
-      entry.replaceWith(errorLine(error.message));
-    }
-  };
-  return entry;
-}
+// Save
 
 function download(name, type, content) {
   const link = make("a", { download: name, href: URL.createObjectURL(content instanceof Blob ? content : new Blob([content], { type })) });

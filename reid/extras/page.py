@@ -150,7 +150,7 @@ def _add_pages(app, searcher, decoders, topk_limit):
         gallery = searcher.gallery
         info = {"images": len(gallery.index), "cameras": gallery.cameras, "model": searcher.extractor.describe(),
                 "threshold": gallery.index.threshold, "topk_limit": topk_limit, "upload_limit": UPLOAD_LIMIT,
-                "version": gallery.version, "writable": False}
+                "version": gallery.version}
         return _html(page.replace("{{info}}", json.dumps(info).replace("<", "\\u003c")), policy)
 
     @app.get("/docs", include_in_schema=False)
