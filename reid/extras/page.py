@@ -19,7 +19,7 @@ from reid import ReidError, __version__, images
 from reid.cli import printable
 from reid.extras.searcher import Job, Searcher
 from reid.extras.server import IMAGES, UPLOAD_LIMIT, Uploads, harden
-from reid.retrieval.crops import cut
+from reid.retrieval.crops import cut, load_batch
 
 LAST = 1 << 62  # frame number above all others
 NUMBER = r"-?\d{1,6}(\.\d{1,6})?"
@@ -192,7 +192,7 @@ def _decode(name, content, boxes, size):
     for box, crop in zip(boxes, crops):
         if not crop.numel():
             raise HTTPException(400, f"box {box}: empty, or outside of the image")
-    return images.resize(crops, size)
+    return load_batch(crops, range(len(crops)), size)[0]  # large boxes one by one
 
 
 def _stamp(file):

@@ -53,14 +53,18 @@ def to_pixels(source):
 
 
 def cut(frame, boxes, channels="rgb"):
-    """Cut boxes [N, 4] (x1, y1, x2, y2) out of a frame: RGB, uint8 tensors [3, h, w], empty for an empty box or NaN."""
+    """Cut boxes [N, 4] (x1, y1, x2, y2) out of a frame: RGB, uint8 tensors [3, h, w], empty for an empty box or NaN.
+
+    They are views of one frame, because copies of many large boxes take gigabytes.
+    """
     try:
         boxes = np.array(boxes.detach().cpu().numpy() if isinstance(boxes, torch.Tensor) else boxes, dtype=np.float64)
         boxes = boxes.reshape(-1, 4) if boxes.ndim == 2 and boxes.shape[1] == 4 else boxes.reshape(0, 4)
     except (ValueError, TypeError) as error:
         raise ReidError(f"boxes ({first_line(error)}): give [N, 4] as x1, y1, x2, y2") from error
     pixels = to_pixels(frame)
-    order = [2, 1, 0] if channels == "bgr" and isinstance(frame, (np.ndarray, torch.Tensor)) else [0, 1, 2]
+    if channels == "bgr" and isinstance(frame, (np.ndarray, torch.Tensor)):
+        pixels = pixels.flip(0)
     boxes[np.isnan(boxes).any(1)] = 0
     boxes = boxes.clip(0, [pixels.shape[2], pixels.shape[1]] * 2).astype(int).tolist()
-    return [pixels[order, y1:y2, x1:x2] for x1, y1, x2, y2 in boxes]
+    return [pixels[:, y1:y2, x1:x2] for x1, y1, x2, y2 in boxes]

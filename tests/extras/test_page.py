@@ -11,11 +11,12 @@ from PIL import Image
 
 pytest.importorskip("fastapi", reason="fastapi is not installed")
 
-from page_lab import Site, embedding, hits, listed, paths
+from page_lab import SIZE, Site, embedding, hits, listed, paths
 
-from reid import ReidError
+from reid import ReidError, images
 from reid.data.paths import content_number
 from reid.extras import searcher
+from reid.extras.page import _decode
 from reid.retrieval.index import GalleryIndex
 from reid.retrieval.ranked import Query, ranked_lists, rerank_lists
 
@@ -49,6 +50,16 @@ def test_boxes_of_a_frame(site, index, gallery):
     assert [ranking["hits"][0]["path"] for ranking in found] == [index.paths[3], index.paths[20]]
     embedded = torch.tensor(site.post(out.getvalue(), path="/embed", box=boxes).json()["embeddings"])
     assert torch.allclose(embedded, index.embeddings[[3, 20]].float(), atol=1e-3)
+
+
+def test_large_boxes_are_resized_one_by_one(monkeypatch):
+    """Else 64 boxes of 48 MB each wait in memory."""
+    out, resize, most = io.BytesIO(), images.resize, []
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (600, 800, 3), dtype=np.uint8)).save(out, "PNG")
+    expected = resize([images.decode(out.getvalue())] * 3, SIZE)
+    monkeypatch.setattr(images, "resize", lambda batch, size: most.append(sum(map(torch.numel, batch))) or resize(batch, size))
+    assert torch.equal(_decode("a.png", out.getvalue(), ["0,0,800,600"] * 3, SIZE), expected)
+    assert max(most) == 3 * 600 * 800
 
 
 def test_embed(site, crop, gallery, index):

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from reid import ReidError, images
-from reid.retrieval.crops import load_batch
+from reid.retrieval.crops import cut, load_batch
 
 
 def test_every_kind_of_input(extractor, crops, tmp_path):
@@ -66,6 +66,16 @@ def test_boxes_of_a_frame_equal_their_crops(extractor, frame):
     gray = frame[..., 0]
     expected = extractor.embed([np.dstack([gray] * 3)[20:90, 10:40]])
     assert torch.equal(extractor.embed(gray, boxes=boxes[1:2]), expected)
+
+
+@pytest.mark.parametrize("channels", ["rgb", "bgr"])
+def test_boxes_share_the_memory_of_one_frame(channels):
+    """Else many boxes of a large frame take gigabytes."""
+    frame = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    crops = cut(frame, [[0, 0, 30, 20]] * 3 + [[5, 2, 9, 12]], channels)
+    assert len({crop.untyped_storage().data_ptr() for crop in crops}) == 1
+    expected = torch.from_numpy(frame[..., ::-1].copy() if channels == "bgr" else frame).permute(2, 0, 1)
+    assert torch.equal(crops[0], expected) and torch.equal(crops[3], expected[:, 2:12, 5:9])
 
 
 def test_empty_boxes_and_crops_get_a_row_of_nan(extractor, frame):
