@@ -148,5 +148,6 @@ dead=tensorboard
 ! kill -0 "${groups[0]}" 2>/dev/null || dead=mlflow
 last=$(tail -n 3 -- "$logs/$dead")
 [[ ! $STORE =~ ://[^/]*:(.+)@ ]] || last=${last//"${BASH_REMATCH[1]}"/***}  # without the password of the store
+[[ ! $STORE =~ \?(.+) ]] || last=${last//"${BASH_REMATCH[1]}"/***}
 printf '%s\n' "$last" >&2
 die "$dead has stopped by itself (its last lines are above)"

@@ -68,8 +68,9 @@ def left_out_status(bad):
 
 
 def without_secrets(text):
-    """Return `text` with *** for the user part and the query of an address in it: both may hold passwords and tokens."""
-    return re.sub(r"\?\S.*", "?***", re.sub("//.*@", "//***@", str(text)))
+    """Return `text` with *** for the user part, the query and the fragment of an address in it: they may hold passwords."""
+    text = re.sub(r"[^\s/]*:(?!//\*)[^\s@]*@", "***@", re.sub("//.*@", "//***@", str(text)))  # also of an address without its //
+    return re.sub(r"([#;])[^\s=]*=.*|\?\S.*", lambda found: f"{found[1] or '?'}***", text)
 
 
 def first_line(error):

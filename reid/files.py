@@ -83,6 +83,8 @@ def check_outputs(outputs, inputs=(), overwrite=False):
                 if read & places and (kind == PICTURE or not is_ours(old, kind)):
                     raise ReidError(f"{name}: {old} is read by the same command; choose another name")
                 check_output(old, kind, overwrite)
+        if kind == PICTURE and read & set(map(_identity, path.resolve().parents)):
+            raise ReidError(f"{name}: lies in a folder whose images are read, and would be one of them; choose another folder")
 
 
 def _identity(path):

@@ -346,6 +346,7 @@ def test_control_characters_are_not_printed(text, shown):
 @pytest.mark.parametrize("text, shown", [
     ("http://h/m.zip", "http://h/m.zip"), ("http://h:1/m.zip?token=s3 cret", "http://h:1/m.zip?***"),
     ("postgresql://u:s3/cr@et@h/db", "postgresql://***@h/db"), ("no connection to 'htp://u:s3cret@h'", "no connection to 'htp://***@h'"),
-    ("is it right? Try again", "is it right? Try again")])
+    ("u:s3cret@h/m.zip", "***@h/m.zip"), ("https:/u:s3cret@h", "***@h"), ("http://h/m.zip#token=s3cret", "http://h/m.zip#***"),
+    ("http://h/m.zip;token=s3cret", "http://h/m.zip;***"), ("is it right; lr=1? Try again", "is it right; lr=1? Try again")])
 def test_secrets_of_addresses_are_masked(text, shown):
     assert without_secrets(text) == shown

@@ -3,6 +3,8 @@
 import hashlib
 import os
 import re
+import unicodedata
+from pathlib import PurePath
 from typing import NamedTuple
 
 from reid import ReidError
@@ -102,6 +104,7 @@ def folder_pid(folder):
         if int(folder):
             return int(folder)
         folder = "0"
+    folder = unicodedata.normalize("NFC", folder)  # a Mac writes é as two characters
     digest = hashlib.blake2b(folder.encode("utf-8", "surrogateescape"), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 2) | (1 << 61)
 
@@ -119,9 +122,9 @@ def reserved(name):
 def read_path(path, grouped):
     """Return the Name of an image from its POSIX path below a folder of people.
 
-    grouped: the identity is that of the folder (FOLDER_RULE); otherwise that of the file name or, where it has none, of the
-    folder, and folders that could mean two things give neither. The camera of a folder comes before that of the name. Raises
-    ReidError like `read_folders`.
+    grouped: the identity is that of the folder (FOLDER_RULE). Otherwise a file name with a sequence (0007_c2s1_...) gives it,
+    then a folder, except a date or a clip, then any file name; and folders that could mean two things give neither. The camera
+    of a folder comes before that of the name. Raises ReidError like `read_folders`.
     """
     parsed = parse_name(path.rpartition("/")[2]) or Name(UNKNOWN_PID, UNKNOWN)
     try:
@@ -131,7 +134,8 @@ def read_path(path, grouped):
             raise
         folder, camid = "", UNKNOWN
     pid = parsed.pid
-    if folder and (grouped or pid == UNKNOWN_PID) and not (reserved(parsed) and re.fullmatch(rf"0*{pid}", folder)):
+    by_folder = grouped or pid == UNKNOWN_PID or (parsed.seq == UNKNOWN and not is_clip(folder))
+    if folder and by_folder and not (reserved(parsed) and re.fullmatch(rf"0*{pid}", folder)):
         pid = folder_pid(folder)
     elif pid == DISTRACTOR and not reserved(parsed):
         pid = folder_pid("0")
@@ -151,7 +155,7 @@ def identity_name(pid, path):
     """Name an identity: "" if unlabelled, its number, or the folder's name in `path` from which `folder_pid` derived it."""
     if pid < 1 << 61:
         return "" if pid == UNKNOWN_PID else str(pid)
-    folders = [folder for folder in path.split("/")[:-1] if folder_pid(folder) == pid]
+    folders = [folder for folder in PurePath(path).parts[:-1] if folder_pid(folder) == pid]
     return folders[0] if folders else "0" if pid == folder_pid("0") else ""
 
 

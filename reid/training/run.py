@@ -104,7 +104,7 @@ class Run:
         files: the paths of the training images, those without identities included. Raises ReidError if they, or the embeddings
         of a teacher, are not those that the run was started with.
         """
-        names = [f"{Path(file).parent.name}/{Path(file).name}" for file in files]
+        names = [f"{Path(file).parent.name}/{Path(file).name} of {os.path.getsize(file)} bytes" for file in files]
         targets = [] if trainer.teacher is None or trainer.teacher.embeddings is None else [trainer.teacher.embeddings]
         self.images = [len(names), checksum(names + targets)]
         if not self.state:

@@ -195,8 +195,8 @@ class Tracker:
 def log_evaluation(run_name, metrics, report=None):
     """Add the scores of an evaluation, {name: float}, and its report (a path or None) to a run in MLflow and TensorBoard.
 
-    A run without `runs/<run_name>` was not trained in this folder, and nothing is logged. A server gets the path of the report
-    only, because images are in it. What goes wrong is a warning.
+    A run without `runs/<run_name>` was not trained in this folder, and nothing is logged. A store of artifacts that is no folder
+    gets the path of the report only, because images are in it. What goes wrong is a warning.
     """
     folder = Path("runs") / run_name
     if not folder.is_dir():
@@ -221,7 +221,7 @@ def log_evaluation(run_name, metrics, report=None):
         client.log_batch(run_id, [Metric(name, value, now, 0) for name, value in metrics.items()])
         if report:
             client.set_tag(run_id, "report", report)
-        if report and not uri.startswith("http"):
+        if report and re.match(r"file:|/|\.|[^:]*$", runs[0].info.artifact_uri):
             client.log_artifact(run_id, report)
     except Exception as error:  # those of SQLAlchemy, requests and database drivers, too
         print(f"warning: the scores of {run_name} are not logged in MLflow ({_reason(error, uri)})", file=sys.stderr)

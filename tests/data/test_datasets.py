@@ -1,6 +1,7 @@
 """File names, folders and the training set."""
 
 import string
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from reid import ReidError
 from reid.data.datasets import load_training_set, read_folder, read_split
-from reid.data.names import UNKNOWN_PID, Name, folder_pid, parse_name, read_file, read_path
+from reid.data.names import UNKNOWN_PID, Name, folder_pid, identity_name, parse_name, read_file, read_path
 
 
 @pytest.mark.parametrize("name, expected", [
@@ -48,6 +49,16 @@ def test_folder_pid_is_the_number_or_a_stable_hash():
     for name in ("anna", "0", "-1", "-7"):
         assert 2**61 <= folder_pid(name) < 2**62
     assert folder_pid("0") == folder_pid("0000") != folder_pid("-1")
+    assert folder_pid("Zo\u00eb") == folder_pid("Zoe\u0308")  # composed, and as a Mac writes it
+    assert identity_name(folder_pid("anna"), Path("people/anna/7_c1.jpg")) == "anna"
+
+
+@pytest.mark.parametrize("path, identity", [
+    ("anna/7_c1.jpg", "anna"), ("anna/cam2/7.jpg", "anna"),
+    ("7_c1.jpg", "7"), ("cam2/7_c1.jpg", "7"), ("2026-11-26/7_c1.jpg", "7"),
+    ("door/0007_c2s1_000451_03.jpg", "7"), ("0007/0007_c1.jpg", "7")])
+def test_without_a_split_a_folder_comes_before_a_number_without_sequence(path, identity):
+    assert identity_name(read_path(path, False).pid, path) == identity
 
 
 def make(folder, *names):
