@@ -3,8 +3,12 @@
 import hashlib
 import itertools
 import os
+import stat
+from pathlib import Path
 
 import torch
+
+from reid.images import MAX_BYTES
 
 
 class Paths:
@@ -34,14 +38,15 @@ class Paths:
 def file_stats(files):
     """Size in bytes, modification time in ns and a 63-bit hash of the content of each file, int64 [3, N].
 
-    All three are -1 for a file that cannot be read.
+    All three are -1 for a file that cannot be read, the hash also for what is no file or too large for an image.
     """
     stats = []
     for file in files:
         try:
-            with open(file, "rb") as opened:
-                found, content = os.fstat(opened.fileno()), opened.read()
-            stats.append((found.st_size, found.st_mtime_ns, content_number(content)))
+            found, content = os.stat(file), -1
+            if stat.S_ISREG(found.st_mode) and found.st_size <= MAX_BYTES:  # a pipe would wait, a device never end
+                content = content_number(Path(file).read_bytes())
+            stats.append((found.st_size, found.st_mtime_ns, content))
         except OSError:
             stats.append((-1, -1, -1))
     return torch.tensor(stats, dtype=torch.int64).reshape(-1, 3).T.contiguous()
