@@ -173,6 +173,9 @@ def check_arguments(args):
     """Raise ReidError for arguments that cannot work, before any work is done; give --gallery_uri its default."""
     check_ranges(args, {"topk": (1, 1 << 40), "positions": (1, 1 << 40), "cameras": (-1, 1 << 40), "batch_size": (1, 1 << 16),
                         "frames": (-1, 1 << 62), "older_than": (1e-6, 1e6), "threshold": (-1, 1), "port": (0, 65535)})
+    for option, value in vars(args).items():
+        if any(isinstance(text, str) and not text.strip() for text in (value if isinstance(value, list) else [value])):
+            raise ReidError(f"--{option}: has an empty value; is a shell variable unset? Give a value, or leave the option out")
     check_network(args)
     if args.network and args.export:
         raise ReidError("--export: writes the network of a run; leave out --network")

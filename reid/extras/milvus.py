@@ -316,6 +316,7 @@ class MilvusGallery:
         records = Records(Path(self.data_root), [rows[i]["path"] for i in order], pids, camids, seqs, frames)
         index = GalleryIndex(torch.cat(embeddings)[order], records, self.fingerprint, self.mirror, stats)
         index.threshold, index.false_accept_rate = self.threshold, self.false_accept_rate
+        index.data_root = self.data_root  # "" stays: of an index without a folder
         return index
 
     def recall(self, k=10, sample=100, limit=200_000):

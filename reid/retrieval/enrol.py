@@ -101,11 +101,11 @@ def rename(gallery, old, new):
 
 
 def find(gallery, what):
-    """Return the rows of the person of a name or, where nobody has it, of the images at a path or below it."""
+    """Return the rows of the person of a name, as `table` has it, or, where nobody has it, of the images at a path or below."""
     rows, paths, pids, _ = gallery.listing()
-    people = {folder_pid(what), *(pid for pid, name in gallery.names.items() if name == what)}
-    found = [row for row, pid in zip(rows, pids) if pid in people]
-    if not found:
+    number, shown = folder_pid(what), printable(what)  # 0007 is the number 7
+    found = [row for row, path, pid in zip(rows, paths, pids) if pid == number or _person(gallery, path, pid) == shown]
+    if not found and what:  # the path "" would be the working folder
         wanted = {os.path.abspath(what), os.path.realpath(what), os.path.abspath(os.path.join(gallery.data_root, what))}
         root = os.path.abspath(gallery.data_root)
         files = [os.path.join(root, path) if path else "" for path in paths]
@@ -114,14 +114,19 @@ def find(gallery, what):
     return found
 
 
+def _person(gallery, path, pid):
+    """Name the person of an image as `table` prints it."""
+    return printable(gallery.names.get(pid) or identity_name(pid, path) or "(unlabelled)")
+
+
 def table(gallery):
     """Return text: a line for each person, with the number of images and the dates of the oldest and the newest."""
     people = defaultdict(list)
     for _, path, pid, written in zip(*gallery.listing()):
-        people[gallery.names.get(pid) or identity_name(pid, path) or "(unlabelled)"].append(written)
+        people[_person(gallery, path, pid)].append(written)
     lines = [f"{'person':<24}{'images':>8}  {'oldest':<10}  newest"]
     for name, times in sorted(people.items()):
         oldest, newest = (f"{datetime.fromtimestamp(found / 1e9):%Y-%m-%d}" if found >= 0 else "-"
                           for found in (min(times), max(times)))
-        lines.append(f"{printable(name):<24}{len(times):>8,}  {oldest:<10}  {newest}")
+        lines.append(f"{name:<24}{len(times):>8,}  {oldest:<10}  {newest}")
     return "\n".join(lines)

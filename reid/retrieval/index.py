@@ -132,7 +132,7 @@ class GalleryIndex(Rows):
         self._require_plain("select")
         stats = [getattr(self, name)[rows] for name in STATS]
         index = GalleryIndex(self.embeddings[rows], self.records().select(rows), self.fingerprint, self.mirror, stats)
-        index.device = self.device
+        index.device, index.data_root = self.device, self.data_root  # "" stays: of an index without a folder
         return index
 
     @property

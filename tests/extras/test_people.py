@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from reid import ReidError
 from reid.data.datasets import make_records
 from reid.extras import people as module
 from reid.extras.people import check_folder, write_people
+from reid.retrieval.enrol import enrol
 from reid.retrieval.index import GalleryIndex
 
 CENTRES = F.normalize(torch.randn(6, 32, generator=torch.Generator().manual_seed(3)))
@@ -175,6 +177,16 @@ def test_folders_that_are_not_for_people_are_refused(tmp_path, out):
         with pytest.raises(ReidError, match="--group"):
             check_folder(tmp_path / folder, tmp_path / "crops")
     check_folder(out, tmp_path / "crops")
+
+
+def test_an_index_without_a_folder_is_grouped(tmp_path, crops, monkeypatch):
+    """Such as --add makes: data_root is "", and paths are absolute."""
+    index = GalleryIndex.empty(SimpleNamespace(dim=32, fingerprint="f" * 16, mirror=True), 0.5)
+    enrol(index, crops)
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert "7 crops of 3 people" in write_people("people", index)
+        assert tree(tmp_path / "people") == FIRST
 
 
 def test_sheets_are_bounded_and_follow_the_people(out, tmp_path, monkeypatch):

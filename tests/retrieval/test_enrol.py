@@ -165,3 +165,34 @@ def test_erasing_reaches_the_queries_of_an_evaluation(tmp_path):
     index.queries = embedded(crops(tmp_path / "queries", "anna/p1_b.png"))
     assert enrol.erase(index, "anna").startswith("anna: 2 images erased, 1 left")
     assert index.pids.tolist() == [folder_pid("ben")] and len(index.queries) == 0
+
+
+@pytest.mark.parametrize("kind", ["file", "milvus"])
+def test_a_person_is_erased_by_the_name_that_the_table_has(tmp_path, kind):
+    """File names of Market-1501 have people 0 and -1, which no folder's name gives; others have none at all."""
+    names = ["anna/cam1/0_c1s1_000001_00.png", "-1_c1s1_000001_00.png", "0007_c1s1_000001_00.png", "street.png"]
+    records = read_folder(crops(tmp_path / "crops", *names))
+    uri, opened = stored(tmp_path, kind, GalleryIndex(CENTRES[:4].half(), records, PRINT, True))
+    with enrol.changing(uri, opened) as gallery:
+        enrol.rename(gallery, "0007", "a\x1bb")
+        shown = [line.rsplit(None, 3)[0] for line in enrol.table(gallery).splitlines()[1:]]
+        assert sorted(shown) == ["(unlabelled)", "-1", "0", "a\\x1bb"]
+        for left, name in enumerate(shown[::-1]):
+            assert f"1 images erased, {len(shown) - left - 1} left" in enrol.erase(gallery, name)
+
+
+@pytest.mark.parametrize("options", [["--rename", "", "eve"], ["--rename", "eve", " "], ["--remove", ""], ["--add", ""],
+                                     ["--add", "door", "--name", ""], ["--group", ""]])
+def test_an_empty_value_is_refused(options):
+    """As an unset shell variable gives: it must neither mean everybody nor start a plain search."""
+    import inference as script
+
+    with pytest.raises(ReidError, match="empty value"):
+        script.check_arguments(script.get_args_parser().parse_args(options))
+
+
+def test_an_empty_name_is_nobody(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    index = embedded(crops(tmp_path / "crops", "anna/p1_a.png"))
+    with pytest.raises(ReidError, match="neither a person nor an image"):
+        enrol.rename(index, "", "eve")
