@@ -38,6 +38,39 @@ def check_folder(folder, gallery):
     record = folder / RECORD
     if folder.is_dir() and any(folder.iterdir()) and not (record.is_file() and is_ours(record, PEOPLE)):
         raise ReidError(f"--group {folder}: holds other files and no {RECORD} of an earlier run; choose another folder")
+    _read_record(folder)
+
+
+def _read_record(folder):
+    """Return the record of the last run. One that is damaged, or names places outside of the folder, raises ReidError."""
+    file = folder / RECORD
+    if not file.exists():
+        return {"people": [], "singles": {}}
+    try:
+        record = json.loads(file.read_text())
+        people, alone = record["people"], record.get("alone", [])
+        numbers = [record.get("next", 1), *record.get("sheets", ()), *(person["number"] for person in people)]
+        crops = [record["singles"], *(person["crops"] for person in people)]
+        places = [place for part in crops for first, *more in part.values() for place in (first, *more)]
+        places += [person["folder"] + "/-" for person in people]
+        if not all(type(number) is int and 0 < number < 1 << 40 for number in numbers) \
+                or not all(isinstance(path, str) for path in alone):
+            raise TypeError("numbers of people, or paths of crops")
+        outside = [place for place in places if {"", ".", ".."} & {*place.split("/")} or "/" not in place
+                   or b"\0" in os.fsencode(place)]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ReidError(f"{file}: is damaged; restore it, or choose another folder") from error
+    if outside:
+        raise ReidError(f"{file}: names {outside[0]!r}, which is no place in this folder; restore it, or choose another folder")
+    _check_own(folder, {os.path.dirname(place) for place in places})
+    return record
+
+
+def _check_own(folder, places):
+    """Raise ReidError where one of the places, or a folder that it is in, is a link, through which other files would change."""
+    for own in {own for place in map(Path, places) for own in (place, *place.parents)} - {Path()}:
+        if os.path.islink(folder / own):
+            raise ReidError(f"{folder / own}: is a link, through which nothing is written; remove it or give it another name")
 
 
 def write_people(folder, index, threshold=None, camera_norm=True):
@@ -61,7 +94,7 @@ def write_people(folder, index, threshold=None, camera_norm=True):
         groups = group_index(index, threshold, together)
         people = tree.assign(groups, together)
         changed = tree.write(people)
-        drawn = _draw_sheets(folder, index, people, changed)
+        drawn = _draw_sheets(tree, people, changed)
         _write_page(folder, index, people, int((groups.bincount() == 1).sum()))
         tree.save(people, complete=True)
     crops = sum(len(person["rows"]) for person in people)
@@ -80,12 +113,13 @@ class Tree:
     def __init__(self, folder, index):
         self.folder, self.index = folder, index
         self.row_of = {path: row for row, path in enumerate(index.paths)}
-        record = json.loads((folder / RECORD).read_text()) if (folder / RECORD).exists() else {"people": [], "singles": {}}
+        record = _read_record(folder)
         self.complete, self.next = record.get("complete", True), record.get("next", 1)
         self.people = {person["number"]: person for person in record["people"]}
         parts = [(person["number"], person["crops"]) for person in record["people"]] + [(None, record["singles"])]
         self.former = {path: (number, places) for number, crops in parts for path, places in crops.items()}
-        self.hand = {person["folder"] for person in record["people"] if person["hand"]}
+        self.hand = {person["folder"] for person in record["people"] if person.get("hand")}
+        self.sheets = {*record.get("sheets", self.people)}  # numbers of the people who have one
         self.alone = {self.row_of[path] for path in record.get("alone", ()) if path in self.row_of}
         self.found = self._find()
 
@@ -167,6 +201,9 @@ class Tree:
     def write(self, people):
         """Move and make links; return the numbers of people whose crops differ from the last run's."""
         self._plan(people)
+        _check_own(self.folder, {os.path.dirname(place) for place in self.places.values()})
+        _check_own(self.folder, [RECORD, PAGE, SHEETS, *(_sheet(person["number"]) for person in people)])
+        self.sheets |= {person["number"] for person in people}
         self.save(people, complete=False)
         for row, place in self.places.items():
             old, link = self.found.get(row), self.folder / place
@@ -218,7 +255,8 @@ class Tree:
         listed = [{**{key: person[key] for key in ("number", "name", "folder", "hand")}, "crops": crops(person["rows"])}
                   for person in people]
         document = {"format": PEOPLE, "complete": complete, "gallery": self.index.data_root, "next": self.next, "people": listed,
-                    "singles": crops(sorted(single)), "alone": [self.index.paths[row] for row in sorted(self.alone & single)]}
+                    "singles": crops(sorted(single)), "sheets": sorted(self.sheets),
+                    "alone": [self.index.paths[row] for row in sorted(self.alone & single)]}
         with atomic_path(self.folder / RECORD, PEOPLE) as temporary:
             temporary.write_text(json.dumps(document, indent=1))
 
@@ -231,12 +269,16 @@ def _file(index, row):
     return Path(index.data_root, index.paths[row])
 
 
-def _draw_sheets(folder, index, people, changed):
+def _sheet(number):
+    return f"{SHEETS}/{number:04d}.jpg"
+
+
+def _draw_sheets(tree, people, changed):
     """Draw the contact sheets that are new or changed, of the DRAWN people with the most crops; return their number."""
     kept, drawn = set(), 0
     for person in sorted(people, key=lambda person: -len(person["rows"]))[:DRAWN]:
-        file = folder / SHEETS / f"{person['number']:04d}.jpg"
-        kept.add(file.name)
+        file = tree.folder / _sheet(person["number"])
+        kept.add(person["number"])
         if person["number"] in changed or not file.exists():
             rows = person["rows"][: COLUMNS * LINES]
             sheet = Image.new("RGB", (COLUMNS * 132 + 4, -(-len(rows) // COLUMNS) * 260 + 40), pictures.PAPER)
@@ -244,12 +286,13 @@ def _draw_sheets(folder, index, people, changed):
             font, title = pictures.font(18), f"{person['folder']}: {len(person['rows'])} crops{more}"
             ImageDraw.Draw(sheet).text((8, 8), pictures.ellipsis(title, font, sheet.width - 20), pictures.INK, font)
             for i, row in enumerate(rows):
-                sheet.paste(pictures.crop(_file(index, row)), (4 + i % COLUMNS * 132, 36 + i // COLUMNS * 260))
+                sheet.paste(pictures.crop(_file(tree.index, row)), (4 + i % COLUMNS * 132, 36 + i // COLUMNS * 260))
             pictures.save(sheet, file)
             drawn += 1
-    for file in (folder / SHEETS).glob("[0-9]*.jpg"):
-        if file.name not in kept and is_ours(file, PICTURE):
+    for file in (tree.folder / _sheet(number) for number in tree.sheets - kept):
+        if file.is_file() and not file.is_symlink() and is_ours(file, PICTURE):
             file.unlink()
+    tree.sheets = kept
     return drawn
 
 
@@ -260,7 +303,7 @@ def _write_page(folder, index, people, singles):
         rows = person["rows"]
         cameras = sorted({int(camid) for camid in index.camids[rows]} - {-1})
         thumbs = [_thumb(_file(index, rows[i * len(rows) // min(SHOWN, len(rows))])) for i in range(min(SHOWN, len(rows)))]
-        shown.append(person | {"cameras": cameras, "thumbs": thumbs, "sheet": f"{SHEETS}/{person['number']:04d}.jpg"})
+        shown.append(person | {"cameras": cameras, "thumbs": thumbs, "sheet": _sheet(person["number"])})
     html = render("people.html", title="People", people=shown, count=len(people), crops=len(index), singles=singles,
                   gallery=index.data_root)
     with atomic_path(folder / PAGE, REPORT) as temporary:

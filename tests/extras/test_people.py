@@ -179,6 +179,52 @@ def test_folders_that_are_not_for_people_are_refused(tmp_path, out):
     check_folder(out, tmp_path / "crops")
 
 
+@pytest.mark.parametrize("damage, message", [
+    (lambda text: text[:200], "is damaged"),
+    (lambda text: '{"format": "reid-people", "people": 5}', "is damaged"),
+    (lambda text: '{"format": "reid-people", "people": ' + 100000 * "[", "is damaged"),
+    (lambda text: text.replace('"next": 4', '"next": "4"'), "is damaged"),
+    (lambda text: text.replace('"alone": []', '"alone": [{}]'), "is damaged"),
+    (lambda text: text.replace('"folder": "0001"', '"folder": "../empty"'), "names '../empty/-'"),
+    (lambda text: text.replace('"0003/c1.png"', '"../keep-link"'), "names '../keep-link'"),
+    (lambda text: text.replace('"0003/c1.png"', '"/keep-link"'), "names '/keep-link'"),
+])
+def test_a_damaged_record_is_refused(tmp_path, out, crops, damage, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "keep-link").symlink_to("crops/a1.png")
+    before, text = tree(out), (out / "people.json").read_text()
+    assert damage(text) != text
+    (out / "people.json").write_text(damage(text))
+    for function, arguments in ((check_folder, (out, "")), (write_people, (out, crops, 0.5))):
+        with pytest.raises(ReidError, match=f"people.json: {message}.*choose another folder"):
+            function(*arguments)
+    assert tree(out) == before and (tmp_path / "empty").is_dir() and (tmp_path / "keep-link").is_symlink()
+
+
+@pytest.mark.parametrize("place", ["0001", "sheets", "sheets/0002.jpg", "people.html", "people.json"])
+def test_nothing_is_written_through_a_link_in_the_folder(tmp_path, out, place):
+    os.rename(out / place, tmp_path / "own")
+    (out / place).symlink_to(tmp_path / "own")
+    index = make_index(tmp_path / "crops", [*NAMES[1:], "a5.png", "b3.png"])
+    before = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(ReidError, match=f"{place}: is a link"):
+        write_people(out, index, 0.5)
+    assert before == {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
+    os.remove(out / place)
+    if place != "people.json":
+        write_people(out, index, 0.5)
+        assert {path: path.lstat().st_mtime_ns for path in (tmp_path / "own").rglob("*")}.items() <= before.items()
+
+
+def test_a_folder_that_is_a_link_and_other_pictures_in_it(tmp_path, out):
+    """Of the pictures in sheets/ only those of people in the record go."""
+    (tmp_path / "link").symlink_to(out)
+    for name in ("sheets/0099.jpg", "sheets/2024.jpg"):
+        shutil.copy(out / "sheets/0003.jpg", out / name)
+    write_people(tmp_path / "link", make_index(tmp_path / "crops", NAMES[:5]), 0.5)
+    assert {path.name for path in (out / "sheets").iterdir()} == {"0001.jpg", "0002.jpg", "0099.jpg", "2024.jpg"}
+
+
 def test_an_index_without_a_folder_is_grouped(tmp_path, crops, monkeypatch):
     """Such as --add makes: data_root is "", and paths are absolute."""
     index = GalleryIndex.empty(SimpleNamespace(dim=32, fingerprint="f" * 16, mirror=True), 0.5)
