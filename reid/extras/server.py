@@ -28,7 +28,7 @@ except ImportError as missing:
 IMAGES = 64  # images, or boxes, of a request
 UPLOAD_LIMIT, BODY_LIMIT, BODIES_LIMIT = 10 << 20, 64 << 20, 512 << 20  # bytes of an image, a request, all requests at once
 CONNECTIONS, ANSWERED = 512, 256  # open connections; those that are answered. More are closed at once, or get 503
-HEADER_SECONDS, BODY_SECONDS = 15, 120  # for the header of a request, and for its body
+HEADER_SECONDS, BODY_SECONDS = 15, 120  # for the header of a request; for its body, or reading an answer
 TOKEN_LENGTH = 16  # characters
 
 
@@ -131,17 +131,39 @@ class Uploads:
 
 
 class Protocol(H11Protocol):
-    """uvicorn's HTTP/1.1 with a limit of connections, and a time limit for the header of a request."""
+    """uvicorn's HTTP/1.1 with a limit of connections, and time limits for each header and for sending an answer."""
+
+    expiry = stalled = None  # timers
 
     def connection_made(self, transport):
         super().connection_made(transport)
         if len(self.connections) > CONNECTIONS:
             transport.abort()
-        self.loop.call_later(HEADER_SECONDS, self.expire)
+        self.await_header()
 
-    def expire(self):
-        if self.cycle is None:  # no request has arrived
-            self.transport.abort()
+    def on_response_complete(self):
+        self.await_header()  # first, because the next request may have arrived already
+        super().on_response_complete()
+
+    def await_header(self):
+        """Close the connection unless the header of another request arrives in time, whatever of its body was not read."""
+        if self.expiry:
+            self.expiry.cancel()
+        self.expiry = self.loop.call_later(HEADER_SECONDS, self.expire, self.cycle)
+
+    def expire(self, last):
+        if self.cycle is last:
+            self.transport.close()
+            if self.transport.get_write_buffer_size():  # the client reads the answer slowly, or not at all
+                self.loop.call_later(BODY_SECONDS, self.transport.abort)
+
+    def pause_writing(self):
+        super().pause_writing()
+        self.stalled = self.loop.call_later(BODY_SECONDS, self.transport.abort)
+
+    def resume_writing(self):
+        super().resume_writing()
+        self.stalled.cancel()
 
 
 def listen(host, port, token=None):

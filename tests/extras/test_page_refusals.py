@@ -203,6 +203,33 @@ def test_connections_without_a_request_are_closed(index, monkeypatch):
         assert running.get("/healthz").status_code == 200
 
 
+@pytest.mark.parametrize("first, status", [
+    (b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", b"200"),
+    (b"POST /search HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9\r\n\r\n", b"401"),
+], ids=["answered", "refused before its body"])
+def test_connections_without_a_further_request_are_closed(index, monkeypatch, first, status):
+    monkeypatch.setattr(server, "HEADER_SECONDS", 1)
+    with Site(index, token="sixteen letters!") as running, running.connect() as connection:
+        connection.sendall(first)
+        sent = connection.recv(1 << 16)
+        connection.sendall(b"GET /hea")  # which ends uvicorn's own limit; for the second request, a part of its body
+        sent += closed(connection)
+        assert sent.startswith(b"HTTP/1.1 " + status) and sent.count(b"HTTP/1.1") == 1
+
+
+def test_answers_that_are_not_read_end(index, monkeypatch):
+    monkeypatch.setattr(server, "BODY_SECONDS", 0.3)
+    with Site(index) as running, running.connect() as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" * 500)  # more than the buffers of the system hold
+        assert connection.recv(1) == b"H"
+        for _ in range(1000):
+            if not running.server.server_state.connections:
+                break
+            time.sleep(0.01)
+        else:
+            raise AssertionError("the connection is still open")
+
+
 def test_an_idle_connection_serves_a_second_request(index, monkeypatch):
     monkeypatch.setattr(server, "HEADER_SECONDS", 2)
     with Site(index) as running, requests.Session() as session:
