@@ -280,7 +280,9 @@ class GalleryIndex(Rows):
     def update(self, old):
         """Return text on how many rows `build` has taken over from `old`, embedded, and dropped."""
         dropped = len(set(old.paths) - set(self.paths))
-        return f"{self.kept:,} images kept, {len(self) - self.kept:,} embedded, {dropped:,} dropped"
+        erased = sum(reason == ERASED for _, reason, *_ in self.bad)
+        return (f"{self.kept:,} images kept, {len(self) - self.kept:,} embedded, {dropped:,} dropped"
+                + f", {erased:,} erased ones left out; --add enrols them again" * bool(erased))
 
     @classmethod
     def _restore(cls, part, path, command):

@@ -67,7 +67,7 @@ def check_current(gallery, uri, data_root, args):
     found = {kind: [path for part in parts for path in differences(part)[kind]] for kind in ("changed", "new", "missing")}
     if any(found.values()):
         counts = ", ".join(f"{len(paths):,} {kind}" for kind, paths in found.items() if paths)
-        raise ReidError(f"{uri}: its images are not those of {data_root} any more ({counts}, such as "
+        raise ReidError(f"{uri}: its images are not those of {data_root or 'the enrolled files'} any more ({counts}, such as "
                         f"{next(paths[0] for paths in found.values() if paths)}); "
                         + ("add them again" if gallery.split is None else f"bring it up to date: {save_command(args, gallery)}"))
 
