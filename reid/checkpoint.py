@@ -10,7 +10,7 @@ import torch
 
 from reid import ReidError
 from reid.files import checksum, is_ours, load, save
-from reid.images import PREPROCESSING
+from reid.images import PREPROCESSING, is_image
 from reid.model import build_model, check_config
 
 FORMAT, VERSION = "reid-checkpoint", 1
@@ -170,25 +170,26 @@ def _bare(key):
 def load_foreign(path, name, advice):
     """Return what a file of tensors of any origin holds; ReidError begins with `name`, and advises where there is no file."""
     if not Path(path).is_file():
-        raise ReidError(f"{name}: no such file; {advice}")
+        raise ReidError(f"{name}: {'is a folder' if Path(path).is_dir() else 'no such file'}; {advice}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen types
-        if re.search("Unsupported (global|class|operand)|TorchScript|safe_globals", str(error)):
+        if not is_image(path) and re.search("Unsupported (global|class|operand)|TorchScript|safe_globals", str(error)):
             raise ReidError(f"{name}: holds a whole model or other Python objects, which are not loaded since they could run any "
                             "code; where its code is, save its tensors alone: torch.save(model.state_dict(), FILE)") from error
         raise ReidError(f"{name}: not a file of tensors that torch.load reads with weights_only=True") from error
 
 
 def _read_state(path):
-    record = load_foreign(path, f"--weights {path}", "give imagenet, none or the path of a state dict")
+    record = load_foreign(path, f"--weights {path}", "give imagenet, none or the path of a state dict or best.pth")
     if isinstance(record, dict) and record.get("format") == FORMAT:
         return load_checkpoint(path)["state_dict"]
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(record, dict) and isinstance(record.get(key), dict):
             record = record[key]
-    if not isinstance(record, dict):
-        raise ReidError(f"--weights {path}: holds a {type(record).__name__}, not a state dict")
+    kind = record.get("format") if isinstance(record, dict) else type(record).__name__  # such as reid-index
+    if kind is not None:
+        raise ReidError(f"--weights {path}: holds a {kind}, not a state dict")
     return {str(key): value for key, value in record.items()}
 
 
