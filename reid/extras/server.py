@@ -13,6 +13,10 @@ from urllib.parse import urlsplit
 from reid import ReidError
 
 try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+try:
     import uvicorn
     from fastapi import HTTPException
     from fastapi.exceptions import RequestValidationError
@@ -27,9 +31,21 @@ except ImportError as missing:
 
 IMAGES = 64  # images, or boxes, of a request
 UPLOAD_LIMIT, BODY_LIMIT, BODIES_LIMIT = 10 << 20, 64 << 20, 512 << 20  # bytes of an image, a request, all requests at once
-CONNECTIONS, ANSWERED = 512, 256  # open connections; those that are answered. More are closed at once, or get 503
 HEADER_SECONDS, BODY_SECONDS = 15, 120  # for the header of a request; for its body, or reading an answer
 TOKEN_LENGTH = 16  # characters
+
+
+def connection_limit():
+    """Return how many connections may be open: 512, or fewer where the limit of open files (`ulimit -n`) is low.
+
+    64 files remain for everything else, and half the number of connections for those that are accepted to be closed.
+    """
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource else -1
+    return 512 if files < 0 else max(8, min(512, (files - 64) * 2 // 3))  # -1: no limit; macOS has a large number for it
+
+
+CONNECTIONS = connection_limit()  # open ones; more are closed at once
+ANSWERED = CONNECTIONS // 2  # open ones up to which requests are answered; beyond them they get 503
 
 
 def harden(app, policy, names, token=None):
@@ -192,7 +208,7 @@ def make_server(app):
 
     server = uvicorn.Server(uvicorn.Config(
         app, http=Protocol, ws="none", lifespan="off", log_level="error", access_log=False, server_header=False,
-        backlog=64,  # asyncio accepts so many connections before `Protocol` can close one
+        backlog=CONNECTIONS // 8 + 1,  # asyncio accepts so many connections at once, and again before `Protocol` can close them
         limit_concurrency=ANSWERED, timeout_graceful_shutdown=5, callback_notify=stop_if_changed, timeout_notify=1))
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a bad form is answered, not logged
     logging.getLogger("uvicorn.error").addFilter(  # no tracebacks of the requests that are cancelled when the server stops

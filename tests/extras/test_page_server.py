@@ -19,6 +19,13 @@ from reid.extras import server
 from reid.extras.page import create_app
 
 
+@pytest.mark.skipif(os.name != "posix", reason="limits as on POSIX")
+@pytest.mark.parametrize("files, connections", [(256, 128), (832, 512), (1 << 20, 512), (-1, 512), (10, 8)])
+def test_connections_leave_files_for_everything_else(monkeypatch, files, connections):
+    monkeypatch.setattr(server.resource, "getrlimit", lambda kind: (files, files))
+    assert server.connection_limit() == connections
+
+
 def test_listen():
     with server.listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
@@ -58,7 +65,9 @@ def test_the_token(index, crop):
 
 
 PROGRAM = """
+import resource
 import sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 import torch
 from page_lab import Colours, Site
 from reid.data.datasets import read_folder
@@ -87,8 +96,19 @@ def process(gallery, tmp_path):
 @pytest.mark.skipif(os.name != "posix", reason="signals as on POSIX")
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_stops_in_order(process, stop):
-    script, _ = process
+    """Also after more connections than files may be open, of which some are kept."""
+    script, port = process
+    connections, statuses = [], []
+    for _ in range(30):
+        connections += [socket.create_connection(("127.0.0.1", port), timeout=30) for _ in range(10)]
+        try:
+            statuses.append(requests.get(f"http://127.0.0.1:{port}/healthz", timeout=60).status_code)
+        except requests.ConnectionError:
+            statuses.append("closed")
+    assert (statuses[0], statuses[8], statuses[-1]) == (200, 503, "closed")  # by 11, 91 and 128 connections
     script.stop(stop).works()
+    for connection in connections:
+        connection.close()
     assert script.out.endswith("\nsearch page: stopped\ncleaned up\n") and script.err == ""
 
 
