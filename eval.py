@@ -23,7 +23,7 @@ from reid.retrieval.extract import add_arguments
 from reid.retrieval.group import THRESHOLD, evaluate_groups, group_index
 from reid.retrieval.index import GalleryIndex
 from reid.retrieval.protocol import PROTOCOLS, SPLITS
-from reid.retrieval.stored import FORMAT, check_current, check_replaceable, default_uri, is_milvus, save_command
+from reid.retrieval.stored import FORMAT, changing, check_current, check_replaceable, default_uri, is_milvus, save_command
 from reid.retrieval.tracklets import evaluate_tracklets
 
 
@@ -235,9 +235,10 @@ def save_index(index, uri, exp_name, overwrite=False):
     if is_milvus(uri):
         from reid.extras import milvus
 
-        milvus.save_index(index, uri, exp_name)
+        with changing(uri):
+            milvus.save_index(index, uri, exp_name)
     else:
-        index.save(uri, overwrite)
+        index.save_built(uri, overwrite)
     print(f"index saved: {uri}")
 
 

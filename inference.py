@@ -307,9 +307,10 @@ def build_gallery(args, extractor, rank, world_size):
     if rank == 0 and not len(index):
         raise ReidError(f"{args.gallery or args.data_root}: not one image of the gallery could be read")
     if rank == 0 and args.save_index:
+        what = f" ({index.update(old)})" if old is not None else ""
         if isinstance(index, GalleryIndex):
-            index.save(uri, args.overwrite)
-        print(f"index saved: {uri}" + (f" ({index.update(old)})" if old is not None else ""))
+            index.save_built(uri, args.overwrite)
+        print(f"index saved: {uri}{what}")
         if args.index_type != "FLAT":
             recall, compared = index.recall()
             print(f"{args.index_type}: recall@10 {100 * recall:.1f} % against exact search over {compared:,} images")

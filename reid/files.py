@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 import uuid
 import warnings
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 
 from reid import ReidError
-from reid.cli import first_line
+from reid.cli import first_line, printable
 
 try:
     import fcntl
@@ -170,8 +171,11 @@ def locked(path, message, wait=0):
         return
     with _opened(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT) as fd:
         end = time.monotonic() + wait
-        while (taken := _lock(fd)) is False and time.monotonic() < end:
+        if (taken := _lock(fd)) is False and wait:
+            print(printable(f"{path}: another process has locked it; waiting for {wait} s at most"), file=sys.stderr, flush=True)
+        while taken is False and time.monotonic() < end:
             time.sleep(0.05)
+            taken = _lock(fd)
         if taken is False or not (path.exists() and os.path.samestat(os.fstat(fd), path.stat())):  # just moved away
             raise ReidError(f"{path}: {message}")
         yield

@@ -17,11 +17,10 @@ from reid import ReidError
 from reid.cli import printable
 from reid.data.datasets import Records
 from reid.data.names import folder_pid, identity_name
-from reid.files import locked
+from reid.retrieval import stored
 from reid.retrieval.index import GalleryIndex
 from reid.retrieval.stored import is_milvus
 
-WAIT = 60  # seconds for the change of another process
 NOBODY = "neither a person nor an image of the gallery; --list prints its people"
 DAY = 86400 * 10**9  # ns
 
@@ -29,9 +28,7 @@ DAY = 86400 * 10**9  # ns
 @contextmanager
 def changing(uri, open_gallery):
     """Yield the gallery that `open_gallery()` returns, to be changed; at the end an index file is saved."""
-    folder = Path("index" if "://" in str(uri) else Path(uri).parent)
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder, f"another process has been changing galleries here for {WAIT} s; try again", WAIT):
+    with stored.changing(uri):
         gallery = open_gallery()
         yield gallery
         if not is_milvus(uri):

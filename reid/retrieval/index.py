@@ -18,7 +18,7 @@ from reid.retrieval.camera import CameraStatistics
 from reid.retrieval.ranked import ranked_lists
 from reid.retrieval.rows import COLUMNS, STATS, Rows
 from reid.retrieval.search import ExactSearch, merge_shards
-from reid.retrieval.stored import FORMAT, VERSION, check_replaceable, find_unchanged, same_folder
+from reid.retrieval.stored import FORMAT, VERSION, changing, check_replaceable, find_unchanged, same_folder
 
 PLAIN = {"data_root": str, "split": (str, type(None)), "bad": list, "fingerprint": str, "preprocessing": str, "mirror": bool,
          "names": dict, **dict.fromkeys(("threshold", "camera_threshold", "false_accept_rate"), (int, float, type(None)))}
@@ -66,19 +66,17 @@ class GalleryIndex(Rows):
         if world_size > 1:
             embeddings, kept, order, parts = distributed.gather_rows(embeddings, kept, (stats, bad))
             stats, bad = torch.cat([part for part, _ in parts], 1)[:, order], [row for _, rows in parts for row in rows]
-        taken = (rows >= 0).nonzero()[:, 0]
+        taken, embedded = (rows >= 0).nonzero()[:, 0], len(kept)
         if len(taken):
             there = rows[taken]
             kept, order = torch.cat([kept, taken]).sort()
             embeddings = torch.cat([embeddings, old.embeddings[there].to(dtype)])[order]
             stats = torch.cat([stats, torch.stack([old.sizes[there], mtimes[taken], old.contents[there]])], 1)[:, order]
         index = cls(embeddings, records.select(kept), extractor.fingerprint, extractor.mirror, stats)
+        index.bad, index.device = bad, getattr(extractor, "device", "cpu")
         if old is not None:
-            enrolled = old.select(torch.tensor([os.path.isabs(path) for path in old.paths], dtype=torch.bool))
-            enrolled.names, enrolled.embeddings = old.names, enrolled.embeddings.to(dtype)
-            index.extend(enrolled)
-            index.forget_names()
-        index.bad, index.kept, index.device = bad + erased, len(taken), getattr(extractor, "device", "cpu")
+            index.take_changes(old)
+        index.kept = len(index) - embedded
         return index
 
     @classmethod
@@ -234,6 +232,15 @@ class GalleryIndex(Rows):
         check_replaceable(path, self.data_root, self.queries is not None, overwrite, self.split is not None)
         save(path, self._part(), FORMAT, VERSION, overwrite)
 
+    def save_built(self, path, overwrite=False):
+        """Write an index that `build` has made, with what other processes have enrolled and erased in the stored one since."""
+        with changing(path):
+            stored = self.reusable(path, self, self.data_root, verbose=False)
+            for part, other in ((self, stored), (self.queries, stored and stored.queries)):
+                if part is not None and other is not None:
+                    part.take_changes(other)
+            self.save(path, overwrite)
+
     def _part(self):
         columns = {name: getattr(self, name).clone(memory_format=torch.contiguous_format) for name in COLUMNS}
         part = {"embeddings": self.embeddings, "path_blob": self.paths.blob, "path_offsets": self.paths.offsets, **columns,
@@ -262,10 +269,10 @@ class GalleryIndex(Rows):
         return index
 
     @classmethod
-    def reusable(cls, path, extractor, data_root):
+    def reusable(cls, path, extractor, data_root, verbose=True):
         """Open the index whose rows a new one of `data_root` may take over: of the same network, mirror images and folder.
 
-        Without one, return None.
+        extractor: an Extractor, or another index of it. Without such an index, return None.
         """
         try:
             index = cls.load(path, extractor)
@@ -273,7 +280,7 @@ class GalleryIndex(Rows):
             index = None
         if index and index.mirror == extractor.mirror and index.split is not None and same_folder(index.data_root, data_root):
             return index
-        if Path(path).exists() and distributed.rank == 0:
+        if verbose and Path(path).exists() and distributed.rank == 0:
             print(f"{path}: of another network, of other settings or damaged, so it is made anew", flush=True)
         return None
 

@@ -43,6 +43,22 @@ class Rows:
         self._set_rows([path for path, stays in zip(self.paths, kept.tolist()) if stays], lambda name: getattr(self, name)[kept])
         self.forget_names()
 
+    def take_changes(self, other):
+        """Take over what was changed by hand in another index of the same folder: images of elsewhere, and those erased."""
+        erased = [row for row in other.bad if row[1] == ERASED and os.path.exists(row[0])]
+        elsewhere = [os.path.isabs(path) for path in other.paths]
+        gone = {os.path.abspath(row[0]) for row in erased}
+        rows = [row for row, path in enumerate(self.paths)
+                if os.path.isabs(path) or (gone and os.path.abspath(os.path.join(self.data_root, path)) in gone)]
+        if rows:
+            self.erase(rows)
+        self.bad = [row for row in self.bad if row[1] != ERASED] + erased
+        if any(elsewhere):
+            enrolled = other.select(torch.tensor(elsewhere))
+            enrolled.names, enrolled.embeddings = other.names, enrolled.embeddings.to(self.embeddings)
+            self.extend(enrolled)
+            self.forget_names()
+
     def relabel(self, rows, pid, name):
         """Give some rows another identity, under a name."""
         self.pids = self.pids.index_fill(0, torch.tensor(rows), pid)

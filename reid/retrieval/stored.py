@@ -1,6 +1,7 @@
 """Stored galleries: which one may be replaced, and whether one is still of the images that it was made of."""
 
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -9,14 +10,24 @@ from reid import ReidError
 from reid.cli import command
 from reid.data.datasets import list_split
 from reid.data.paths import file_stats
-from reid.files import check_output
+from reid.files import check_output, locked
 
 FORMAT, VERSION = "reid-index", 4
+WAIT = 60  # seconds for the change of another process
 
 
 def is_milvus(uri):
     """Whether a gallery's URI names a Milvus file (name.db) or server and not an index file."""
     return str(uri).endswith(".db") or "://" in str(uri)
+
+
+@contextmanager
+def changing(uri):
+    """Keep other processes from changing the galleries of the folder of `uri`, for the time of the block."""
+    folder = Path("index" if "://" in str(uri) else Path(uri).parent)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder, f"another process has been changing galleries here for {WAIT} s; try again", WAIT):
+        yield
 
 
 def same_folder(one, other):

@@ -13,7 +13,7 @@ from reid import ReidError
 from reid.cli import left_out_status
 from reid.data.datasets import read_folder
 from reid.data.names import folder_pid
-from reid.retrieval import enrol
+from reid.retrieval import enrol, stored
 from reid.retrieval.index import GalleryIndex
 from reid.retrieval.stored import differences
 
@@ -40,7 +40,7 @@ def crops(folder, *names):
     return folder
 
 
-def stored(tmp_path, kind, index):
+def kept(tmp_path, kind, index):
     """(uri, function that opens it) of an index file or a Milvus file with the rows of `index`."""
     if kind == "file":
         uri = tmp_path / "index/door.pt"
@@ -66,7 +66,7 @@ def test_enrol_rename_erase_and_expire(tmp_path, kind):
     folder = crops(tmp_path / "crops", "ben/p1_a.png", "ben/p1_b.png", "p2_c1.png")
     index = embedded(folder)
     index.threshold = 0.7
-    uri, opened = stored(tmp_path, kind, index)
+    uri, opened = kept(tmp_path, kind, index)
 
     def change(function, *args, **options):
         with enrol.changing(uri, opened) as gallery:
@@ -109,7 +109,7 @@ def test_enrol_rename_erase_and_expire(tmp_path, kind):
 def test_an_index_of_a_folder_is_still_of_it_after_changes_and_when_brought_up_to_date(tmp_path):
     """Enrolled images of elsewhere are not missing from the folder, erased ones are not new, and --save_index keeps both so."""
     folder = crops(tmp_path / "crops", "anna/p1_a.png", "ben/p2_a.png", "ben/p2_b.png")
-    uri, opened = stored(tmp_path, "file", embedded(folder))
+    uri, opened = kept(tmp_path, "file", embedded(folder))
     with enrol.changing(uri, opened) as gallery:
         enrol.enrol(gallery, embedded(crops(tmp_path / "door", "p3_a.png")), "carl")
         enrol.erase(gallery, "anna")
@@ -122,14 +122,14 @@ def test_an_index_of_a_folder_is_still_of_it_after_changes_and_when_brought_up_t
     crops(folder, "ben/p2_c.png")
     os.remove(folder / "ben/p2_b.png")
     new = GalleryIndex.build(Extractor(), read_folder(folder), old=opened())
-    assert state(new) == {"ben/p2_a.png": "ben", "ben/p2_c.png": "ben", "door/p3_a.png": "carl"} and new.kept == 1
+    assert state(new) == {"ben/p2_a.png": "ben", "ben/p2_c.png": "ben", "door/p3_a.png": "carl"} and new.kept == 2
     assert not any(differences(new).values())
     enrol.enrol(new, embedded(folder))  # on purpose
     assert "anna/p1_a.png" in state(new) and not new.bad
 
 
 def test_a_change_that_fails_leaves_the_index_as_it_was(tmp_path):
-    uri, opened = stored(tmp_path, "file", embedded(crops(tmp_path / "crops", "p1_a.png")))
+    uri, opened = kept(tmp_path, "file", embedded(crops(tmp_path / "crops", "p1_a.png")))
     before = uri.read_bytes()
     with pytest.raises(KeyboardInterrupt), enrol.changing(uri, opened) as gallery:
         enrol.erase(gallery, days=-1)
@@ -138,7 +138,7 @@ def test_a_change_that_fails_leaves_the_index_as_it_was(tmp_path):
 
 
 def test_concurrent_writers_lose_nothing(tmp_path):
-    uri, opened = stored(tmp_path, "file", embedded(crops(tmp_path / "crops", "p0_a.png")))
+    uri, opened = kept(tmp_path, "file", embedded(crops(tmp_path / "crops", "p0_a.png")))
     folders = [crops(tmp_path / f"w{i}", f"p{i}_a.png") for i in range(1, 9)]
 
     def work(i, folder):
@@ -153,9 +153,32 @@ def test_concurrent_writers_lose_nothing(tmp_path):
     assert len(opened()) == 9 and sorted(opened().names.values()) == [f"person {i}" for i in range(8)]
 
 
+def test_what_others_change_while_an_index_is_built_is_kept(tmp_path, monkeypatch, capsys):
+    """--save_index embeds for minutes without a lock; before it saves, it takes over what --add and --remove have done since."""
+    folder = crops(tmp_path / "crops", "anna/p1_a.png", "ben/p2_a.png")
+    first = embedded(folder)
+    first.queries = embedded(crops(tmp_path / "queries", "anna/p1_b.png"))
+    uri, opened = kept(tmp_path, "file", first)
+    built, built.queries = embedded(folder), embedded(tmp_path / "queries")
+    with enrol.changing(uri, opened) as gallery:
+        enrol.enrol(gallery, embedded(crops(tmp_path / "door", "p3_a.png")), "carl")
+        enrol.erase(gallery, "anna")
+    built.save_built(uri)
+    assert state(opened()) == {"ben/p2_a.png": "ben", "door/p3_a.png": "carl"} and len(opened().queries) == 0
+    with enrol.changing(uri, opened) as gallery:
+        enrol.erase(gallery, "carl")
+        enrol.enrol(gallery, embedded(folder))
+    built.save_built(uri)
+    assert state(opened()) == {"ben/p2_a.png": "ben"} and not any(differences(opened())["missing"])
+    monkeypatch.setattr(stored, "WAIT", 0.1)
+    with stored.changing(uri), pytest.raises(ReidError, match="another process has been changing galleries"):
+        built.save_built(uri)
+    assert "another process has locked it; waiting for 0.1 s" in capsys.readouterr().err
+
+
 def test_another_writer_that_does_not_end_is_one_clear_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(enrol, "WAIT", 0)
-    uri, opened = stored(tmp_path, "file", embedded(crops(tmp_path / "crops", "p0_a.png")))
+    monkeypatch.setattr(stored, "WAIT", 0)
+    uri, opened = kept(tmp_path, "file", embedded(crops(tmp_path / "crops", "p0_a.png")))
     with enrol.changing(uri, opened), pytest.raises(ReidError, match="another process"), enrol.changing(uri, opened):
         pass
 
@@ -172,7 +195,7 @@ def test_a_person_is_erased_by_the_name_that_the_table_has(tmp_path, kind):
     """File names of Market-1501 have people 0 and -1, which no folder's name gives; others have none at all."""
     names = ["anna/cam1/0_c1s1_000001_00.png", "-1_c1s1_000001_00.png", "0007_c1s1_000001_00.png", "street.png"]
     records = read_folder(crops(tmp_path / "crops", *names))
-    uri, opened = stored(tmp_path, kind, GalleryIndex(CENTRES[:4].half(), records, PRINT, True))
+    uri, opened = kept(tmp_path, kind, GalleryIndex(CENTRES[:4].half(), records, PRINT, True))
     with enrol.changing(uri, opened) as gallery:
         enrol.rename(gallery, "0007", "a\x1bb")
         shown = [line.rsplit(None, 3)[0] for line in enrol.table(gallery).splitlines()[1:]]
