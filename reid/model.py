@@ -95,6 +95,9 @@ def resnet50():
     return body
 
 
+BACKBONES = {"densenet121": DenseNet121, "resnet50": resnet50}
+
+
 class ReidModel(nn.Module):
     """Backbone, pooling, batch-norm neck (Luo et al., arXiv 1903.07071) and classifier.
 
@@ -106,7 +109,7 @@ class ReidModel(nn.Module):
         super().__init__()
         self.config = config
         size = config["embedding_size"]
-        self.body = {"densenet121": DenseNet121, "resnet50": resnet50}[config["backbone"]]()
+        self.body = BACKBONES[config["backbone"]]()
         self.neck = nn.BatchNorm1d(size)
         self.neck.bias.requires_grad_(False)
         self.classifier = nn.Linear(size, len(config["classes"]), bias=False)

@@ -8,6 +8,7 @@ import contextlib
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import sys
 import tempfile
@@ -21,7 +22,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = [ROOT, ROOT / "tests", ROOT / "tests/faults"]
-PRELOADED = ["forked", "data_prep", "train", "eval", "inference", "torch._dynamo", "torch.utils.tensorboard",
+PRELOADED = ["forked", "tiny_network", "data_prep", "train", "eval", "inference", "torch._dynamo", "torch.utils.tensorboard",
              "mlflow.store.tracking.sqlalchemy_store"]
 ENVIRONMENT = {"PYTHONPATH": os.pathsep.join(map(str, TESTS)), "OMP_NUM_THREADS": "1",  # bits depend on it
                "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
@@ -54,17 +55,17 @@ class Script:
         self.process = multiprocessing.get_context("forkserver").Process(target=_run, args=arguments)
         self.process.start()
 
-    def stop_after(self, seconds, signal):
+    def stop_after(self, seconds, number):
         """Send a signal that many seconds after the start, if the script still runs then."""
         while self.process.is_alive() and not (self.log / "err").exists():
             time.sleep(0.01)
         self.process.join(0.1 + seconds)  # the script is read in the first 0.1 s: there Ctrl-C ends every Python in a traceback
-        return self.stop(signal)
+        return self.stop(number)
 
-    def stop(self, signal):
+    def stop(self, number):
         """Send a signal if the script still runs, and wait for its end."""
         if self.process.is_alive():
-            os.kill(self.process.pid, signal)
+            os.kill(self.process.pid, number)
         return self.wait()
 
     def until_prints(self, text):
@@ -112,6 +113,7 @@ def _run(cwd, log, prepare, script, args, environment):
         runpy.run_path(script, run_name="__main__")
     except SystemExit as end:
         status = end.code or 0
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # while Python itself ends, Ctrl-C is a traceback, too
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, OSError, ValueError):

@@ -17,16 +17,16 @@ from pathlib import Path
 import pytest
 import torch
 from forked import Script
+from tiny_network import SMALL, tiny_model
 
 from reid import cli
 from reid.checkpoint import save_checkpoint
 from reid.extras import network
 from reid.files import checksum
-from reid.model import build_model, default_config
 from reid.retrieval.extract import Extractor
 
-TRAIN = ["--height", 64, "--width", 32, "--batch_size", 8, "--lr", 0.005, "--weights", "none", "--precision", "fp32",
-         "--num_epochs", 2, "--warmup_epochs", 1, "--eval_freq", 1, "--num_data_loaders", 1, "--exp_name", "cut"]
+TRAIN = [*SMALL, "--batch_size", 8, "--lr", 0.005, "--num_epochs", 2, "--warmup_epochs", 1, "--eval_freq", 1,
+         "--num_data_loaders", 1, "--exp_name", "cut"]
 
 
 class Lab:
@@ -95,7 +95,7 @@ class Lab:
 def tiny_checkpoint(path, training=None):
     """Save an untrained network for images of 64 x 32."""
     torch.manual_seed(0)
-    save_checkpoint(path, build_model(default_config([1, 2], height=64, width=32)), {}, {"batch_size": 8}, training)
+    save_checkpoint(path, tiny_model(), {}, {"batch_size": 8}, training)
     return path
 
 

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from forked import Script, ranks
+from tiny_network import SMALL
 
 from reid.checkpoint import load_checkpoint
 from reid.model import build_model
@@ -24,6 +25,7 @@ import os
 import signal
 import sys
 import time
+import tiny_network
 import train
 from reid import cli, distributed
 from reid.training.trainer import Trainer
@@ -109,9 +111,8 @@ def settings(people, name, *args):
         embeddings = torch.randn(len(names), 12, generator=torch.Generator().manual_seed(0))
         torch.save({"paths": names, "embeddings": embeddings}, teacher)
     args = ["--teacher", teacher, "--unlabelled", people / "gallery", "--unlabelled_batch", 4, *args]
-    return ["--data_root", people, "--exp_name", name, "--height", 64, "--width", 32, "--batch_size", 8, "--weights", "none",
-            "--precision", "fp32", "--lr", 0.005, "--warmup_epochs", 1, "--device", "cpu", "--num_epochs", 2, "--held_out", 0.3,
-            *args]
+    return ["--data_root", people, "--exp_name", name, *SMALL, "--batch_size", 8, "--lr", 0.005, "--warmup_epochs", 1,
+            "--device", "cpu", "--num_epochs", 2, "--held_out", 0.3, *args]
 
 
 def flat(state):
@@ -155,7 +156,8 @@ def one(few, folder):
 
 def stopped_by_torchrun(root, folder, *args):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "frozen_neck.py", *args]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "STOP_AT": str(STEPS + 2)}
+    path = os.pathsep.join([str(root), str(root / "tests")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "STOP_AT": str(STEPS + 2)}
     done = subprocess.run([*map(str, command)], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode != 0, done.stderr
     return done.stdout

@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_network import SIZE
 from train_lab import LEVERS, freeze, random_targets, tiny_batches, tiny_trainer
 
 import train
@@ -84,7 +85,7 @@ def test_freezing_keeps_the_statistics_of_the_backbone_and_not_of_the_neck():
     trainer.refresh_norms([augment.apply(images[0], numbers[0])])
     for model in (trainer.model, trainer.averaged):
         assert torch.equal(model.body.norm0.running_mean, torch.zeros(64))
-        assert not torch.equal(model.neck.running_mean, torch.zeros(1024))
+        assert not torch.equal(model.neck.running_mean, torch.zeros(SIZE))
 
 
 def test_a_first_step_that_fp16_skips_leaves_no_memory_that_was_never_written():
@@ -101,7 +102,7 @@ def test_a_first_step_that_fp16_skips_leaves_no_memory_that_was_never_written():
 
 def test_a_teacher_of_another_backbone_and_size(tmp_path):
     path = tmp_path / "teacher.pth"
-    save_checkpoint(path, build_model(default_config([1, 2], "resnet50", height=96, width=48)), {}, {})
+    save_checkpoint(path, build_model(default_config([1, 2], height=96, width=48)), {}, {})
     images, numbers, labels, rows = tiny_batches(1, crops=4)
     found = {}
     for weight in (0, 1):

@@ -7,17 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_network import SIZE, SMALL, tiny_config
 
 import train
 from reid import ReidError
 from reid.checkpoint import save_checkpoint
 from reid.data.datasets import read_folder, read_split
-from reid.model import build_model, default_config
+from reid.model import build_model
 from reid.retrieval.extract import Extractor
 from reid.retrieval.index import GalleryIndex
 from reid.training.teacher import load_teacher, match
 
-CONFIG = default_config([1, 2], height=64, width=32)
+CONFIG = tiny_config()
 
 
 def teacher_of(files, teacher, unlabelled=(), unlabelled_teacher=None):
@@ -62,7 +63,7 @@ def test_a_file_for_images_and_one_for_crops(tmp_path):
     teacher = teacher_of(["x/a.jpg", "x/b.jpg"], first, ["site/c.jpg", "e.jpg"], second)
     embeddings, logits = teacher(None, torch.tensor([3, 0]))
     assert logits is None and torch.equal(embeddings, torch.stack([of_crops[2], of_images[1]]).float())
-    assert teacher.map.weight.shape == (4, 1024) and [name for name, _ in teacher.named_parameters()] == ["map.weight"]
+    assert teacher.map.weight.shape == (4, SIZE) and [name for name, _ in teacher.named_parameters()] == ["map.weight"]
     both, _ = write(tmp_path / "both.pt", ["a.jpg", "c.jpg"])
     assert len(teacher_of(["x/a.jpg"], both, ["x/c.jpg"]).embeddings) == 2
     other, _ = write(tmp_path / "other.pt", ["c.jpg"], dimension=5)
@@ -116,9 +117,9 @@ def test_an_index_is_a_teacher(people, index):
 
 
 def test_training_comes_nearer_to_the_teacher(people, index, tmp_path, capsys):
-    arguments = ["--data_root", str(people), "--teacher", str(index[1]), "--height", "64", "--width", "32", "--batch_size", "16",
-                 "--weights", "none", "--precision", "fp32", "--lr", "0.05", "--warmup_epochs", "0.1", "--num_epochs", "2",
-                 "--unlabelled", str(people / "query"), "--unlabelled_batch", "8", "--exp_name", "near", "--clip", "20"]
+    arguments = ["--data_root", str(people), "--teacher", str(index[1]), *SMALL, "--batch_size", "16", "--lr", "0.05",
+                 "--warmup_epochs", "0.1", "--num_epochs", "2", "--unlabelled", str(people / "query"), "--unlabelled_batch", "8",
+                 "--exp_name", "near", "--clip", "20"]
     with chdir(tmp_path):
         train.main(train.get_args_parser().parse_args(arguments))
     out = capsys.readouterr().out

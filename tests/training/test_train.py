@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from forked import Script
+from tiny_network import SIZE
 from train_lab import LEVERS, TINY, fails, weights
 
 import train
@@ -47,7 +48,7 @@ def undisturbed(few, distilled, tmp_path_factory):
 def test_writes_everything(undisturbed):
     folder, out = undisturbed
     last, best = weights(folder, "whole"), weights(folder, "whole", "best.pth")
-    assert last["training"]["map"]["weight"].shape == (12, 1024) and best.get("training") is None
+    assert last["training"]["map"]["weight"].shape == (12, SIZE) and best.get("training") is None
     assert set(best["state_dict"]) == set(build_model(best["config"]).state_dict())  # the map is no part of it
     assert last["training"]["epoch"] == 2 and last["args"]["ema"] == 0.9
     assert best["state_dict"]["body.conv0.weight"].dtype == torch.float16

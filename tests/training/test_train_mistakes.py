@@ -58,7 +58,7 @@ def mistake(script, place, monkeypatch, capsys, *options):
     ("--lr nan", "--lr nan: must lie between 0 and"),
     ("--height 16", "--height 16: must lie between 32 and 2,048"),
     ("--weights imagnet", "--weights imagnet: no such file; give imagenet, none or the path of a state dict"),
-    ("--weights other.pth", "0 of 604 backbone tensors matched for densenet121"),
+    ("--weights other.pth", "0 of 64 backbone tensors matched for tiny"),
     ("--device cuda:7", "--device cuda:7 is not available here; use auto, cpu"),
     ("--device gpu", "--device gpu is not available here; use auto, cpu"),
     ("--precision fp16 --device cpu", "--precision fp16 needs a GPU; a CPU takes fp32 or bf16"),

@@ -5,17 +5,16 @@ from contextlib import chdir
 
 import pytest
 import torch
+from tiny_network import SIZE, SMALL, tiny_model
 
 import train
 from reid import ReidError
 from reid.checkpoint import load_checkpoint
-from reid.model import build_model, default_config
 from reid.training import augment
 from reid.training.teacher import Teacher, load_teacher
 from reid.training.trainer import Trainer
 
-TINY = ["--height", "64", "--width", "32", "--batch_size", "8", "--lr", "0.005", "--weights", "none", "--precision", "fp32",
-        "--warmup_epochs", "1"]
+TINY = [*SMALL, "--batch_size", "8", "--lr", "0.005", "--warmup_epochs", "1"]
 LEVERS = ["--ema", "0.9", "--jitter", "0.4", "--tint", "0.3", "--gray", "0.2", "--blur", "0.3", "--clip", "5"]
 
 
@@ -36,8 +35,8 @@ def tiny_trainer(*options, steps=1, targets=None):
     """A Trainer of a small network of two identities, as train.py makes it. targets: embeddings of a teacher."""
     torch.manual_seed(0)
     args = train.get_args_parser().parse_args([*TINY, *options])
-    model = build_model(default_config([1, 2], height=64, width=32))
-    teacher = load_teacher(args, model, [], []) if targets is None else Teacher(1024, targets)
+    model = tiny_model()
+    teacher = load_teacher(args, model, [], []) if targets is None else Teacher(SIZE, targets)
     parameters = [*model.parameters(), *(teacher.parameters() if teacher else [])]
     optimizer = torch.optim.SGD([parameter for parameter in parameters if parameter.requires_grad], args.lr, momentum=0.9,
                                 nesterov=True, weight_decay=args.weight_decay, fused=True)
