@@ -47,6 +47,8 @@ def get_args_parser():
     add("--port", type=int, default=8000, help="port of the search page")
     add("--allowed_hosts", nargs="+", default=[], metavar="NAME", help="names of this machine that browsers may open the search "
         "page by, beside its IP addresses and localhost")
+    add("--writable", action="store_true", default=None, help="of --serve with --load_index: let everyone who may ask enrol "
+        "people in the index, and erase them")
     add("--export", choices=["onnx"], help="write models/<run>/best.onnx instead, checked against PyTorch (default: off)")
     add("--onnx_input", choices=["uint8", "float"], help="of the export: bytes (default), or for trackers float RGB, "
         "normalised, to models/<run>/best.float.onnx")
@@ -126,14 +128,9 @@ def main(args):
         raise ReidError(f"none of the queries could be read ({file}: {reason}); give images such as JPEG or PNG")
     if index is None:
         index = build_gallery(args, extractor, rank, world_size)
-    if args.camera_norm is not False and isinstance(index, GalleryIndex):
-        index = index.camera_normalised()
+    index = prepare(args, index)
     if args.camera_norm and rank == 0 and not index.normalised:
         print(f"--camera_norm: has no effect {'in Milvus' if is_milvus(args.gallery_uri) else 'on a gallery without cameras'}")
-    if args.tracklets:
-        if not isinstance(index, GalleryIndex):
-            raise ReidError("--tracklets: not of a gallery in Milvus, whose entries are single images")
-        index = tracklets.pool(index)
     ranks = {"rank": rank, "world_size": world_size} if isinstance(index, GalleryIndex) and not args.serve else {}
     if rank and not ranks:
         return distributed.stop()
@@ -142,9 +139,13 @@ def main(args):
               f"{', camera statistics taken out' * index.normalised}", flush=True)
     if args.serve:
         from reid.extras.page import create_app
+        from reid.extras.writer import Writer
 
         file = args.gallery_uri if args.load_index and isinstance(index, GalleryIndex) else None
-        return server.serve(create_app(extractor, index, [args.host, *args.allowed_hosts], file, token=token), listener)
+        writable = args.writable and partial(
+            Writer, args.gallery_uri, partial(open_gallery, args, extractor), partial(prepare, args))
+        hosts = [args.host, *args.allowed_hosts]
+        return server.serve(create_app(extractor, index, hosts, file, token=token, writable=writable), listener)
 
     evidence = SpaceTime.load(checkpoint.with_name("spacetime.pt"), index.space, args.data_root) if args.spacetime else None
     queries = [Query(query_files[i], *read_file(query_files[i], args.data_root)) for i in kept.tolist()]
@@ -179,7 +180,8 @@ def check_arguments(args):
     check_network(args)
     if args.network and args.export:
         raise ReidError("--export: writes the network of a run; leave out --network")
-    for option, other in (("positions", "output"), ("onnx_input", "export"), ("name", "add"), ("threshold", "group")):
+    for option, other in (("positions", "output"), ("onnx_input", "export"), ("name", "add"), ("threshold", "group"),
+                          ("writable", "serve"), ("writable", "load_index")):
         if getattr(args, option) is not None and not getattr(args, other):
             raise ReidError(f"--{option}: is of --{other}; give both")
     replaced = ("query_paths", "serve", "export", "output", "json", "rerank", "spacetime", *CHANGES)
@@ -214,36 +216,25 @@ def change_gallery(args, checkpoint):
     """Enrol, rename, erase or list the people of an index, and print what changed."""
     from reid.extras import network
 
-    uri, extractor, new, bad = args.gallery_uri, None, None, []
-
-    def opened():
-        """The stored gallery as it is now; for --add an empty one where there is none."""
-        if not is_milvus(uri):
-            return GalleryIndex.empty(extractor) if args.add and not Path(uri).exists() else GalleryIndex.load(uri, extractor)
-        from reid.extras import milvus
-
-        if args.add and not milvus.exists(uri, args.exp_name):
-            return milvus.create_gallery(uri, args.exp_name, extractor.fingerprint, extractor.mirror, extractor.dim, "")
-        return milvus.open_gallery(uri, args.exp_name, extractor)
-
+    extractor, new, bad = None, None, []
     if args.list:
-        return print(enrol.table(opened()))
+        return print(enrol.table(open_gallery(args, extractor)))
     if args.add:
         records, extractor = read_folder(args.add), network.make_extractor(args, checkpoint)
         print(records.account(args.add, args.strict))
-        extractor.mirror = opened().mirror
+        extractor.mirror = open_gallery(args, extractor).mirror
         new = GalleryIndex.build(extractor, records, args.strict)
         if not len(new):
             raise ReidError(f"{args.add}: not one image could be read")
         bad = new.bad
-    with enrol.changing(uri, opened) as gallery:
+    with enrol.changing(args.gallery_uri, partial(open_gallery, args, extractor)) as gallery:
         if args.add:
             text = enrol.enrol(gallery, new, args.name)
         elif args.rename:
             text = enrol.rename(gallery, *args.rename)
         else:
-            text = enrol.erase(gallery, args.remove, args.older_than)
-    print(printable(f"{uri}: {text}"))
+            text = enrol.erase(gallery, args.remove, args.older_than) + "; the image files are not deleted"
+    print(printable(f"{args.gallery_uri}: {text}"))
     return left_out_status(bad)
 
 
@@ -273,18 +264,36 @@ def find_queries(args):
     return found
 
 
-def load_gallery(args, extractor):
-    """Open the saved gallery; raises ReidError where it was made of other weights, of another folder, or of other images."""
-    if is_milvus(args.gallery_uri):
+def open_gallery(args, extractor):
+    """Open the saved gallery, for --add an empty one where there is none; raises ReidError where it was made of other weights."""
+    uri, run = args.gallery_uri, args.exp_name
+    if is_milvus(uri):
         from reid.extras import milvus
 
-        index = milvus.open_gallery(args.gallery_uri, args.exp_name, extractor)
-    else:
-        index = GalleryIndex.load(args.gallery_uri, extractor, partial(save_command, args))
+        if args.add and not milvus.exists(uri, run):
+            return milvus.create_gallery(uri, run, extractor.fingerprint, extractor.mirror, extractor.dim, "")
+        return milvus.open_gallery(uri, run, extractor)
+    if args.add and not Path(uri).exists():
+        return GalleryIndex.empty(extractor)
+    return GalleryIndex.load(uri, extractor, partial(save_command, args))
+
+
+def load_gallery(args, extractor):
+    """Open the saved gallery; raises ReidError where it was made of other weights, of another folder, or of other images."""
+    index = open_gallery(args, extractor)
     check_current(index, args.gallery_uri, args.gallery or args.data_root or index.data_root, args)
     if args.mirror is None:
         extractor.mirror = index.mirror
     return index
+
+
+def prepare(args, index):
+    """Return what is searched of a stored gallery: without camera statistics, with the means of tracklets."""
+    if args.camera_norm is not False and isinstance(index, GalleryIndex):
+        index = index.camera_normalised()
+    if args.tracklets and not isinstance(index, GalleryIndex):
+        raise ReidError("--tracklets: not of a gallery in Milvus, whose entries are single images")
+    return tracklets.pool(index) if args.tracklets else index
 
 
 def build_gallery(args, extractor, rank, world_size):

@@ -4,14 +4,12 @@ import asyncio
 import base64
 import hashlib
 import json
-import os
 import re
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from pathlib import Path
+from importlib.resources import files
 from typing import Annotated
 
-from fastapi import Depends, FastAPI, HTTPException, Query, Request
+from fastapi import Depends, FastAPI, HTTPException, Path, Query, Request
 from fastapi.responses import HTMLResponse, Response
 from pydantic import BaseModel, StringConstraints
 
@@ -19,16 +17,26 @@ from reid import ReidError, __version__, images
 from reid.cli import printable
 from reid.extras.searcher import Job, Searcher
 from reid.extras.server import IMAGES, UPLOAD_LIMIT, Uploads, harden
+from reid.retrieval import enrol
 from reid.retrieval.crops import cut, load_batch
 
 LAST = 1 << 62  # frame number above all others
 NUMBER = r"-?\d{1,6}(\.\d{1,6})?"
 Box = Annotated[str, StringConstraints(pattern=f"^{NUMBER}(,{NUMBER}){{3}}$")]
 ImagePath = Annotated[str, Query(min_length=1, max_length=4096, description="of an image, as in the answers of a search")]
-FORM = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": {
-    "type": "object", "required": ["files"], "properties": {"files": {
-        "type": "array", "minItems": 1, "maxItems": IMAGES, "items": {"type": "string", "format": "binary"},
-        "description": f"images, of at most {UPLOAD_LIMIT >> 20} MB each"}}}}}}}
+NAME = 100  # characters of a person's name
+
+
+def _form(**properties):
+    """The description of a multipart form with images and these properties, for OpenAPI."""
+    properties["files"] = {"type": "array", "minItems": 1, "maxItems": IMAGES, "items": {"type": "string", "format": "binary"},
+                           "description": f"images, of at most {UPLOAD_LIMIT >> 20} MB each"}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": {
+        "type": "object", "required": list(properties), "properties": properties}}}}}
+
+
+FORM = _form()
+ENROL_FORM = _form(name={"type": "string", "minLength": 1, "maxLength": NAME, "description": "of the person"})
 
 
 class Error(BaseModel):
@@ -71,6 +79,22 @@ class Embedded(BaseModel):
     embeddings: list[list[float]]
 
 
+class Person(BaseModel):
+    name: str
+    images: int
+
+
+class People(BaseModel):
+    people: list[Person]
+
+
+class Change(BaseModel):
+    """What changed, and the number of images that the gallery has now."""
+
+    change: str
+    images: int
+
+
 class Health(BaseModel):
     status: str
     images: int
@@ -78,27 +102,26 @@ class Health(BaseModel):
     waiting: int
 
 
-def create_app(extractor, index, allowed_hosts=(), index_file=None, topk_limit=200, token=None):
+def create_app(extractor, index, allowed_hosts=(), index_file=None, topk_limit=200, token=None, writable=None):
     """Create the ASGI application for an Extractor and a GalleryIndex or MilvusGallery.
 
     allowed_hosts: names, beside IP addresses and localhost, that requests may address the server by. index_file: the file
-    that `index` maps into memory: nothing is answered after it has changed. topk_limit: highest number of results. token: what
-    clients must give, or None.
+    that `index` maps into memory: nothing is answered after another process has changed it. topk_limit: highest number of
+    results. token: what clients must give, or None. writable: None, or what makes a Writer of a Searcher, to change people.
     """
     app = FastAPI(title="Human Re-Identification", version=__version__, docs_url=None, redoc_url=None,
                   responses={"4XX": {"model": Error, "description": "one line of what is wrong"}})
-    loaded = _stamp(index_file)
-    app.state.changed = lambda: _stamp(index_file) != loaded
     harden(app, "default-src 'none'; frame-ancestors 'none'", {"localhost", *(name.lower() for name in allowed_hosts)}, token)
-    searcher, decoders = Searcher(extractor, index), ThreadPoolExecutor(2, "decode")  # 50 megapixels take up to 0.75 GB
-    _add_search(app, searcher, decoders, topk_limit)
-    _add_pages(app, searcher, decoders, topk_limit)
+    searcher, decoders = Searcher(extractor, index, index_file), ThreadPoolExecutor(2, "decode")  # 50 megapixels: up to 0.75 GB
+    app.state.changed, writer = searcher.changed, writable and writable(searcher)
+    _add_search(app, searcher, _crops(extractor, decoders), topk_limit, writer)
+    _add_pages(app, searcher, decoders, topk_limit, writer)
     return app
 
 
-def _add_search(app, searcher, decoders, topk_limit):
-    """Add what embeds and searches."""
-    extractor, uploads = searcher.extractor, Uploads()
+def _crops(extractor, decoders):
+    """Return what reads the images of a form, or the boxes of one, as [uint8 [3, H, W]]; the name is in `request.state`."""
+    uploads = Uploads()
 
     async def crops(request: Request, box: Annotated[list[Box], Query(
             max_length=IMAGES, description="x1,y1,x2,y2 in pixels: this part of the only image sent; may be repeated")] = ()):
@@ -107,6 +130,11 @@ def _add_search(app, searcher, decoders, topk_limit):
                 raise HTTPException(400, f"box: of one image, but {len(files)} were sent")
             return [pixels for file in files for pixels in await _run(decoders, _decode, *file, box, extractor.size)]
 
+    return crops
+
+
+def _add_search(app, searcher, crops, topk_limit, writer):
+    """Add what embeds, searches, and enrols and erases people."""
     def filters(topk: Annotated[int, Query(ge=1, le=topk_limit, description="hits for each query")] = min(20, topk_limit),
                 camera: Annotated[list[int], Query(max_length=1000, description="only of this camera; may be repeated")] = (),
                 first_frame: Annotated[int, Query(ge=0, le=LAST, description="only from this frame number on")] = 0,
@@ -135,14 +163,36 @@ def _add_search(app, searcher, decoders, topk_limit):
     async def embed(queries: Annotated[list, Depends(crops)]) -> Embedded:
         """Embed images, or boxes of one image: a list of numbers each, of norm 1."""
         embeddings = await searcher.ask([Job(image) for image in queries])
-        return {"model": extractor.describe(), "embeddings": [embedding.tolist() for embedding in embeddings]}
+        return {"model": searcher.extractor.describe(), "embeddings": [embedding.tolist() for embedding in embeddings]}
+
+    @app.get("/people")
+    def people() -> People:  # on a thread of its own, as an engine reads all its rows
+        """The people of the gallery, and how many images it has of each."""
+        return {"people": [{"name": name, "images": len(rows)} for name, rows in enrol.people(searcher.gallery.index).items()]}
+
+    def writing():
+        if writer is None:
+            raise HTTPException(403, "this server changes no gallery; start it with --writable")
+
+    @app.post("/people", openapi_extra=ENROL_FORM, dependencies=[Depends(writing)])
+    async def enrol_person(request: Request, queries: Annotated[list, Depends(crops)]) -> Change:
+        """Enrol images, or boxes of one image, as those of a person."""
+        name = _check_name(request.state.name)
+        embeddings = await searcher.ask([Job(image) for image in queries])
+        return await writer.change(lambda gallery: writer.enrol(gallery, name, queries, embeddings))
+
+    @app.delete("/people/{name:path}", dependencies=[Depends(writing)])
+    async def erase_person(name: Annotated[str, Path(max_length=4096, description="as in the list of people")]) -> Change:
+        """Erase all images of a person."""
+        return await writer.change(lambda gallery: writer.erase(gallery, name))
 
 
-def _add_pages(app, searcher, decoders, topk_limit):
+def _add_pages(app, searcher, decoders, topk_limit, writer):
     """Add the search page with what it shows, the list of operations, and the state of the server."""
-    page = Path(__file__).with_name("page.html").read_text("utf-8")
+    folder = files("reid.extras")
+    page = (folder / "page.html").read_text("utf-8")
     for name in ("page.css", "page.js"):
-        page = page.replace("{{" + name + "}}", Path(__file__).with_name(name).read_text("utf-8"))
+        page = page.replace("{{" + name + "}}", (folder / name).read_text("utf-8"))
     policy = _policy(page)
 
     @app.get("/", include_in_schema=False)
@@ -150,7 +200,7 @@ def _add_pages(app, searcher, decoders, topk_limit):
         gallery = searcher.gallery
         info = {"images": len(gallery.index), "cameras": gallery.cameras, "model": searcher.extractor.describe(),
                 "threshold": gallery.index.threshold, "topk_limit": topk_limit, "upload_limit": UPLOAD_LIMIT,
-                "version": gallery.version}
+                "version": gallery.version, "writable": writer is not None}
         return _html(page.replace("{{info}}", json.dumps(info).replace("<", "\\u003c")), policy)
 
     @app.get("/docs", include_in_schema=False)
@@ -178,6 +228,14 @@ def _add_pages(app, searcher, decoders, topk_limit):
                 "waiting": len(searcher.waiting)}
 
 
+def _check_name(name):
+    """Return the name of a person from a form; it must fit into the address of DELETE /people/{name}."""
+    name = name.strip() if isinstance(name, str) else ""
+    if not (0 < len(name) <= NAME and name == printable(name)) or "/" in name or name in (".", ".."):
+        raise HTTPException(400, f"name: give the person's name, 1 to {NAME} printable characters without /")
+    return name
+
+
 async def _run(pool, function, *args):
     return await asyncio.get_running_loop().run_in_executor(pool, function, *args)
 
@@ -193,13 +251,6 @@ def _decode(name, content, boxes, size):
         if not crop.numel():
             raise HTTPException(400, f"box {box}: empty, or outside of the image")
     return load_batch(crops, range(len(crops)), size)[0]  # large boxes one by one
-
-
-def _stamp(file):
-    """(inode, size, modification time) of a file; None if there is none."""
-    with suppress(OSError, TypeError):
-        found = os.stat(file)
-        return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _html(text, policy):

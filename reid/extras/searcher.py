@@ -5,6 +5,7 @@ import io
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -63,9 +64,12 @@ class Gallery:
         return [self.describe(row) for row in rows]
 
     def picture(self, path):
-        """An image as JPEG, upright and no larger than PICTURE; decoded, so that no other file is ever sent."""
+        """An image as JPEG, upright and no larger than PICTURE; decoded, so that no other file is ever sent.
+
+        Enrolled images of elsewhere have absolute paths; no others are read than those that the index has.
+        """
         stored = PurePosixPath(self.index.paths[self.row(path)])
-        if stored.is_absolute() or ".." in stored.parts:  # the index file may be of another origin
+        if ".." in stored.parts:  # the index file may be of another origin
             raise HTTPException(404, f"{path}: lies outside the data root")
         try:
             pixels = images.decode(Path(self.index.data_root) / stored)
@@ -86,6 +90,13 @@ def _key(path):
     return content_number(path.encode("utf-8", "replace"))
 
 
+def _stamp(file):
+    """(inode, size, modification time) of a file; None if there is none."""
+    with suppress(OSError, TypeError):
+        found = os.stat(file)
+        return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 @dataclass(eq=False)
 class Job:
     """What is asked about one image.
@@ -103,11 +114,22 @@ class Job:
 
 
 class Searcher:
-    """Searches in batches on one thread: the images that arrive while a batch is computed become the next batch."""
+    """Searches in batches on one thread: the images that arrive while a batch is computed become the next batch.
 
-    def __init__(self, extractor, index):
-        self.extractor, self.gallery = extractor, Gallery(index)
+    file: of the index, or None; `changed` is whether it is another one since `follow`.
+    """
+
+    def __init__(self, extractor, index, file=None):
+        self.extractor, self.file = extractor, file
         self.waiting, self.thread = deque(), ThreadPoolExecutor(1, "search")
+        self.follow(index)
+
+    def follow(self, index):
+        """Search in `index` from the next batch on."""
+        self.gallery, self.stamp = Gallery(index), _stamp(self.file)
+
+    def changed(self):
+        return self.stamp is not None and _stamp(self.file) != self.stamp
 
     async def ask(self, jobs):
         """Return the answers to some Jobs, in their order."""

@@ -89,7 +89,9 @@ def _refusal(request, names):
     if not allowed:
         return "this server has another name; --allowed_hosts adds one"
     link = request.headers.get("sec-fetch-mode") == "navigate" and request.method == "GET" and request.url.path == "/"
-    if request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none") and not link:
+    origin = request.headers.get("origin")  # browsers without Sec-Fetch-Site send it with forms
+    foreign = origin and urlsplit(origin).hostname not in (host, *names)
+    if (foreign or request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none")) and not link:
         return "requests of other web pages are refused"
 
 
@@ -110,7 +112,10 @@ class Uploads:
 
     @asynccontextmanager
     async def files(self, request):
-        """Yield [(file name, bytes)] of the fields `files`. Raises HTTPException for what is too large, too slow or no form."""
+        """Yield [(file name, bytes)] of the fields `files`; the field `name` is kept in `request.state`.
+
+        Raises HTTPException for what is too large, too slow or no form.
+        """
         if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             raise HTTPException(415, "send a multipart form with the images in the field files: curl -F files=@crop.jpg")
         size = 0
@@ -131,6 +136,7 @@ class Uploads:
             parser.spool_max_size = BODY_LIMIT  # in memory: the server writes no files
             async with asyncio.timeout(BODY_SECONDS):
                 form = await parser.parse()
+            request.state.name = form.get("name")
             files = [file for file in form.getlist("files") if not isinstance(file, str)]
             if not files:
                 raise HTTPException(400, "files: no image; send at least one in the field files")

@@ -17,6 +17,7 @@ from reid import ReidError
 from reid.cli import printable
 from reid.data.datasets import Records
 from reid.data.names import folder_pid, identity_name
+from reid.data.paths import content_number
 from reid.retrieval import stored
 from reid.retrieval.index import GalleryIndex
 from reid.retrieval.stored import is_milvus
@@ -26,13 +27,29 @@ DAY = 86400 * 10**9  # ns
 
 
 @contextmanager
-def changing(uri, open_gallery):
-    """Yield the gallery that `open_gallery()` returns, to be changed; at the end an index file is saved."""
+def changing(uri, open_gallery, saved=None):
+    """Yield the gallery that `open_gallery()` returns, to be changed; at the end an index file is saved.
+
+    saved: called with the changed gallery, before another process may change it.
+    """
     with stored.changing(uri):
         gallery = open_gallery()
         yield gallery
         if not is_milvus(uri):
             gallery.save(uri)
+        if (folder := images_folder(uri, gallery)).is_dir():
+            names = {path.rpartition("/")[2] for path in gallery.listing()[1]}
+            for file in folder.glob("*.png"):
+                if file.name not in names:
+                    file.unlink()
+        if saved:
+            saved(gallery)
+
+
+def images_folder(uri, gallery):
+    """Return the folder for enrolled images that have no file of their own; `changing` deletes those that no row has."""
+    name = f"{content_number(f'{uri} {gallery.run}'.encode()):016x}" if is_milvus(uri) else uri  # an address may have a password
+    return Path("index" if is_milvus(uri) else "", f"{name}.enrolled")
 
 
 def enrol(gallery, new, name=None):
@@ -49,30 +66,31 @@ def enrol(gallery, new, name=None):
     more.names = {} if name is None else {folder_pid(name): name}
     known, like = len({*paths} & {*gallery.listing()[1]}), _likeness(gallery, more)
     gallery.replace(more)
-    people = sorted({more.hit(row)[1] or "unlabelled" for row in range(len(more))})
-    who = ", ".join(people[:5]) + f" and {len(people) - 5:,} more" * (len(people) > 5)
+    names = sorted({more.hit(row)[1] or "unlabelled" for row in range(len(more))})
+    who = ", ".join(names[:5]) + f" and {len(names) - 5:,} more" * (len(names) > 5)
     return f"{len(paths) - known:,} images enrolled and {known:,} replaced: {who}{like}; {len(gallery):,} images in the gallery"
 
 
 def _likeness(gallery, more):
     """Text on whom the images of one person resemble, where the gallery has a threshold."""
-    people = more.pids.unique()
-    if gallery.threshold is None or len(people) > 1 or not len(gallery):
+    pids = more.pids.unique()
+    if gallery.threshold is None or len(pids) > 1 or not len(gallery):
         return ""
     hits = [hit for ranked in gallery.search(more.embeddings.float(), min(20, len(gallery))) for hit in ranked]
     best = max((hit for hit in hits if hit.match and hit.path not in more.paths), key=lambda hit: hit.score, default=None)
     if best is None:
         return ", a new person"
-    return "" if best.pid == int(people[0]) else f", who resembles {best.name or best.path} ({best.score:.4f})"
+    return "" if best.pid == int(pids[0]) else f", who resembles {best.name or best.path} ({best.score:.4f})"
 
 
-def erase(gallery, what=None, days=None):
+def erase(gallery, what=None, days=None, by_name=False):
     """Erase the person or the path `what`, or the images whose files were modified more than `days` ago; return text.
 
-    The queries that an evaluation has stored with the gallery go, too.
+    The queries that an evaluation has stored with the gallery go, too. by_name: `what` is one of `people`, never a path.
     """
     parts = [part for part in (gallery, getattr(gallery, "queries", None)) if part is not None]
-    found = [(part, _older(part, days) if what is None else find(part, what)) for part in parts]
+    found = [(part, _older(part, days) if what is None else people(part).get(what, []) if by_name else find(part, what))
+             for part in parts]
     if what is not None and not any(rows for _, rows in found):
         raise ReidError(f"{what}: {NOBODY}")
     for part, rows in found:
@@ -80,8 +98,7 @@ def erase(gallery, what=None, days=None):
             part.erase(rows)
     what, unknown = what or f"older than {days:g} days", sum(written < 0 for written in gallery.listing()[3])
     kept = f" ({unknown:,} of unknown age)" * (days is not None and unknown > 0)
-    return (f"{what}: {sum(len(rows) for _, rows in found):,} images erased, {len(gallery):,} left{kept}; the image files are "
-            "not deleted")
+    return f"{what}: {sum(len(rows) for _, rows in found):,} images erased, {len(gallery):,} left{kept}"
 
 
 def _older(gallery, days):
@@ -116,13 +133,22 @@ def _person(gallery, path, pid):
     return printable(gallery.names.get(pid) or identity_name(pid, path) or "(unlabelled)")
 
 
+def people(gallery):
+    """Return {name: rows}, sorted; junk, distractors and unlabelled images are of nobody."""
+    found = defaultdict(list)
+    for row, path, pid, _ in zip(*gallery.listing()):
+        if pid > 0:
+            found[_person(gallery, path, pid)].append(row)
+    return dict(sorted(found.items()))
+
+
 def table(gallery):
     """Return text: a line for each person, with the number of images and the dates of the oldest and the newest."""
-    people = defaultdict(list)
+    listed = defaultdict(list)
     for _, path, pid, written in zip(*gallery.listing()):
-        people[_person(gallery, path, pid)].append(written)
+        listed[_person(gallery, path, pid)].append(written)
     lines = [f"{'person':<24}{'images':>8}  {'oldest':<10}  newest"]
-    for name, times in sorted(people.items()):
+    for name, times in sorted(listed.items()):
         oldest, newest = (f"{datetime.fromtimestamp(found / 1e9):%Y-%m-%d}" if found >= 0 else "-"
                           for found in (min(times), max(times)))
         lines.append(f"{name:<24}{len(times):>8,}  {oldest:<10}  {newest}")

@@ -27,11 +27,11 @@ def gallery(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def index(gallery):
-    from page_lab import SIZE, Colours  # needs fastapi
+    from page_lab import PRINT, SIZE, Colours  # needs fastapi
 
     records = read_folder(gallery)
     pixels = images.resize([images.decode(file) for file in records.files()], SIZE)
-    made = GalleryIndex(Colours().embed(pixels), records, "0" * 16, False)
+    made = GalleryIndex(Colours().embed(pixels), records, PRINT, False)
     made.threshold = 0.8
     return made
 
@@ -41,6 +41,21 @@ def site(index):
     from page_lab import Site
 
     with Site(index, topk_limit=15, allowed_hosts=["Crops.example"]) as running:
+        yield running
+
+
+@pytest.fixture
+def uri(tmp_path):
+    """Where `door` stores its gallery."""
+    return tmp_path / "index/door.pt"
+
+
+@pytest.fixture
+def door(index, uri):
+    """A server with --writable."""
+    from page_lab import Site, writable
+
+    with Site(**writable(index, uri), topk_limit=100) as running:
         yield running
 
 

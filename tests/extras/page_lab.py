@@ -1,9 +1,11 @@
 """Shared parts of the tests of the search page: a server in a thread, and an extractor of colours."""
 
 import http.client
+import os
 import socket
 import threading
 import time
+from functools import partial
 
 import requests
 import torch
@@ -12,8 +14,10 @@ import torch.nn.functional as F
 from reid import images
 from reid.extras import server
 from reid.extras.page import create_app
+from reid.extras.writer import Writer
+from reid.retrieval.index import GalleryIndex
 
-SIZE = (16, 8)
+SIZE, PRINT = (16, 8), "0" * 16  # of the images; the fingerprint of the galleries
 
 
 class Colours:
@@ -86,6 +90,15 @@ class Site:
 
     def connect(self):
         return socket.create_connection(("127.0.0.1", self.port), timeout=30)
+
+
+def writable(index, uri, prepare=lambda gallery: gallery, opened=None):
+    """Options of `create_app` for a server that may change an index file with the rows of `index`, or what `opened` opens."""
+    if opened is None:
+        index.save(uri)
+        opened = partial(GalleryIndex.load, uri, PRINT)
+    return {"index": prepare(opened()), "index_file": uri if os.path.isfile(uri) else None,
+            "writable": partial(Writer, str(uri), opened, prepare)}
 
 
 def embedding(body):

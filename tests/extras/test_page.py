@@ -221,7 +221,7 @@ def test_the_operations_are_listed_without_other_servers(site):
     assert page.status_code == 200 and "style-src 'sha256-" in page.headers["content-security-policy"]
     assert not re.search(r"""(src|href)=["'](https?:)?//|<script""", page.text)
     described = site.get("/openapi.json").json()["paths"]
-    assert set(described) == {"/search", "/embed", "/sample", "/image", "/healthz"}
+    assert set(described) == {"/search", "/embed", "/people", "/people/{name}", "/sample", "/image", "/healthz"}
     for path, methods in described.items():
         for method in methods:
             assert f"{method.upper()} {path}" in page.text

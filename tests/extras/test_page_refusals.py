@@ -117,7 +117,7 @@ START = "POST /search HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/for
     ("/search?path=none.png", 404), ("/search", 400), (f"{ROW}&topk=0", 400), (f"{ROW}&topk=16", 400), (f"{ROW}&topk=a", 400),
     (f"{ROW}&camera=9", 400), (f"{ROW}&camera=x", 400), (f"{ROW}&camera={10**30}", 400), (f"{ROW}&first_frame=-1", 400),
     (f"{ROW}&last_frame={10**30}", 400), (f"{ROW}&first_frame=2&last_frame=1", 400), (f"{ROW}&rerank=perhaps", 400),
-    ("/redoc", 404), ("/page.html", 404), ("/page.js", 404), ("/people", 404),
+    ("/redoc", 404), ("/page.html", 404), ("/page.js", 404), ("/person", 404),
 ])
 def test_addresses_from_outside(site, path, status):
     found, body = site.raw(path)
@@ -325,13 +325,18 @@ def test_a_changed_index_file_stops_the_server(index, crop, tmp_path, change):
 
 
 def test_files_that_are_gone_or_outside(tmp_path, gallery, index):
-    root = tmp_path / "root"
+    """Of absolute paths, only those of the index are shown, which are enrolled images; links and other names of them are not."""
+    root, other = tmp_path / "root", str(tmp_path / "enrolled.png")
     root.mkdir()
-    (tmp_path / "secret.png").write_bytes((gallery / index.paths[0]).read_bytes())
+    for name in ("enrolled.png", "secret.png"):
+        (tmp_path / name).write_bytes((gallery / index.paths[0]).read_bytes())
     (root / "text.png").write_text("not an image")
     records = read_folder(gallery).select(torch.arange(4))
-    records = type(records)(root, ["../secret.png", str(tmp_path / "secret.png"), "gone.png", "text.png"], records.pids,
-                            records.camids, records.seqs, records.frames)
+    records = type(records)(root, ["../secret.png", other, "gone.png", "text.png"], records.pids, records.camids, records.seqs,
+                            records.frames)
     with Site(GalleryIndex(index.embeddings[:4], records, "0" * 16, False)) as running:
-        assert [running.get("/image", path=path).status_code for path in records.paths] == [404] * 4
+        assert [running.get("/image", path=path).status_code for path in records.paths] == [404, 200, 404, 404]
+        for path in (tmp_path / "secret.png", f"{tmp_path}/./enrolled.png", f"{tmp_path}//enrolled.png", other[1:],
+                     "enrolled.png", f"{root}/../enrolled.png", f"{root}/text.png", "/etc/passwd", tmp_path):
+            assert running.get("/image", path=str(path)).status_code == 404
         assert len(listed(running.get("/search", path="gone.png"))) == 3

@@ -53,7 +53,7 @@ def test_other_machines_need_a_token():
 def test_the_token(index, crop):
     with Site(index, token=TOKEN) as site:
         for given, status in [(None, 401), (("x", "wrong"), 401), (("anyone", TOKEN), 200)]:
-            for path in ("/", "/docs", "/openapi.json", "/sample", f"/image?path={index.paths[0]}"):
+            for path in ("/", "/docs", "/openapi.json", "/sample", "/people", f"/image?path={index.paths[0]}"):
                 answer = requests.get(site.url(path), auth=given, timeout=60)
                 assert answer.status_code == status
             answer = requests.post(site.url("/search"), files={"files": crop}, auth=given, timeout=60)
