@@ -61,7 +61,7 @@ def test_the_wheel_is_complete_and_works_outside_of_the_checkout(root, tmp_path)
     files = (path for path in (source / "reid").rglob("*") if path.is_file())
     assert packed == {path.relative_to(source).as_posix() for path in files}
 
-    code = "import reid, reid.model; print(reid.__file__, reid.__version__)"
+    code = "import reid, reid.data.names; print(reid.__file__, reid.__version__)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(out)},
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
