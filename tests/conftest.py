@@ -1,5 +1,6 @@
 """Fixtures: the checkout, drawn people, and the real datasets, without which their tests are skipped."""
 
+import gc
 import os
 import signal
 import sys
@@ -26,6 +27,10 @@ SHARED = ROOT.parent / "shared"
 SLOW = ["test_scripts.py", "test_train.py", "test_distributed.py", "test_step.py", "test_scripts_under_faults.py",
         "test_dashboards.py", "test_readme.py", "test_ranks.py", "test_hostile_input.py", "test_extract.py", "test_networks.py",
         "test_tracking.py", "test_cuda.py"]
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what the test modules have imported; each full collection of it takes a second
 
 
 def pytest_collection_modifyitems(items):

@@ -1,8 +1,16 @@
 """Fixtures of the training tests."""
 
+import gc
 import shutil
 
 import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast_collections():
+    """Leave what libraries keep out of further garbage collections, by which these tests end their runs."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
