@@ -3,7 +3,6 @@
 import gc
 import os
 import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,7 @@ SHARED = ROOT.parent / "shared"
 
 
 # These files take the longest. They start first, so that the workers of a parallel run end at about the same time.
-SLOW = ["test_scripts.py", "test_train.py", "test_distributed.py", "test_step.py", "test_scripts_under_faults.py",
+SLOW = ["test_end_to_end.py", "test_train.py", "test_distributed.py", "test_step.py", "test_scripts_under_faults.py",
         "test_dashboards.py", "test_readme.py", "test_ranks.py", "test_hostile_input.py", "test_extract.py", "test_networks.py",
         "test_tracking.py", "test_cuda.py"]
 
@@ -71,16 +70,19 @@ def database(tmp_path_factory):
 
 
 @pytest.fixture
-def prep(tmp_path, monkeypatch, capsys):
-    """Return a function that runs data_prep.py in this process, with --output, and returns (exit status, stdout, stderr)."""
-    import data_prep  # not above: PyTorch reads the environment when it is imported
-    from reid.cli import run
+def here(monkeypatch, capsys):
+    """Return a function that runs a script in this process: see in_process.py."""
+    from in_process import Here  # not above: PyTorch reads the environment when it is imported
 
+    return Here(monkeypatch, capsys)
+
+
+@pytest.fixture
+def prep(tmp_path, monkeypatch, here):
+    """Return a function that runs data_prep.py in this process, with --output, and returns (exit status, stdout, stderr)."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
     def call(*args, output=tmp_path / "out"):
-        monkeypatch.setattr(sys, "argv", ["data_prep.py", *map(str, args), "--output", str(output)])
-        with pytest.raises(SystemExit) as end:
-            run(data_prep.get_args_parser(), data_prep.main)
-        return end.value.code, *capsys.readouterr()
+        status, out, lines = here("data_prep", *args, "--output", output)
+        return status, out, "".join(f"{line}\n" for line in lines)
     return call

@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tiny_network import SIZE, tiny_model
 
 from reid.checkpoint import fingerprint, load_checkpoint, save_checkpoint
 from reid.cli import run
 from reid.data.datasets import read_split
 from reid.files import save
-from reid.model import build_model, default_config
 from reid.retrieval import spacetime
 from reid.retrieval.index import GalleryIndex
 
@@ -34,6 +34,8 @@ MISTAKES = [
     # which images?
     ("eval", "--exp_name tiny --data_root nowhere", r"nowhere/gallery: no such folder; make it with data_prep.py or give"),
     ("eval", "--exp_name tiny --data_root set/gallery", r"set/gallery/gallery: no such folder; .* give another --data_root"),
+    ("eval", "--exp_name tiny --data_root empty", r"empty/gallery: no images in sub-folders named by identity"),
+    ("inference", "--exp_name tiny --data_root nowhere", r"nowhere/query: no such folder; make it with data_prep.py or give"),
     ("inference", f"--exp_name tiny --gallery note.txt {QUERY}", r"note.txt: is a file; give a folder of images"),
     ("inference", f"--exp_name tiny --gallery nowhere {QUERY}", r"nowhere: no such folder"),
     ("inference", "--exp_name tiny --gallery set/gallery", r"--gallery: give --query_paths, the images to look for, or --save"),
@@ -58,6 +60,7 @@ MISTAKES = [
      r"python eval.py --save_index --exp_name tiny --data_root set --gallery_uri index/old.pt$"),
     ("eval", f"{LOAD} --save_index", r"--load_index and --save_index: give one of them; --save_index alone embeds only what has"),
     ("eval", f"{LOAD} --gallery_uri models/tiny/best.pth", r"best.pth: expected a reid-index file, found 'reid-checkpoint'"),
+    ("inference", f"{LOAD} --gallery_uri note.txt", r"note.txt: not a readable reid-index file; it is damaged or not ours$"),
     ("eval", f"{SET} --save_index --gallery_uri note.txt", r"note.txt: exists and is not a reid-index file; choose another name"),
     ("eval", "--exp_name tiny --data_root grown --save_index", r"index of set would be replaced by one of grown; add --over"),
     ("inference", f"{SET} --save_index", r"eval.py's index, whose queries would be lost; search it with --load_index, bring it"),
@@ -68,6 +71,7 @@ MISTAKES = [
     ("eval", f"{LOAD} --protocol viper", r"--protocol viper: takes 316 people of queries and gallery, not 2$"),
     ("eval", f"{SET} --protocol viper --report r.html", r"draw ten: use --protocol market"),
     ("eval", f"{SET} --multi_query --spacetime", r"--spacetime needs the time of each query, .*: give one of them"),
+    ("eval", f"{SET} --multi_query --protocol nocam", r"--multi_query averages the images of one camera, which --protocol nocam"),
     ("eval", "--data_root set grown --save_index", r"several --data_root have no one index .*: evaluate them one by one"),
     ("eval", "--compare tiny tiny", r"--compare tiny tiny: give two different runs"),
     ("eval", "--compare tiny other", r"--exp_name other: no models/other/best.pth; runs here: foreign, pickled, timed"),
@@ -95,7 +99,7 @@ def lab(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mistakes")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        model = build_model(default_config([1, 2], height=64, width=32))
+        model = tiny_model()
         save_checkpoint("models/tiny/best.pth", model, {}, {})
         for name, content in (("foreign", {f"_orig_mod.{key}": value for key, value in model.state_dict().items()}),
                               ("pickled", torch.nn.Linear(2, 2))):
@@ -106,13 +110,14 @@ def lab(tmp_path_factory):
         spacetime.fit(ones, torch.tensor([1, 2]), ones, torch.tensor([0, 250])).save(
             "models/timed/spacetime.pt", fingerprint(load_checkpoint("models/tiny/best.pth")) + "+camera_norm", "set")
         (folder / "note.txt").write_text("no image")
+        (folder / "empty/gallery").mkdir(parents=True)
         made_by = fingerprint(load_checkpoint("models/tiny/best.pth"))
         for root, uri in (("set", "index/tiny.pt"), ("grown", "index/grown.pt")):
             for split, camera in (("gallery", 1), ("query", 2)):
                 for pid in (1, 2):
                     (folder / root / split / str(pid)).mkdir(parents=True)
                     Image.new("RGB", (8, 16), (pid * 90, camera * 90, 0)).save(f"{root}/{split}/{pid}/{pid}_c{camera}.png")
-            rows = F.normalize(torch.randn(4, 1024, generator=torch.Generator().manual_seed(0)))
+            rows = F.normalize(torch.randn(4, SIZE, generator=torch.Generator().manual_seed(0)))
             index = GalleryIndex(rows[:2].half(), read_split(root, "gallery"), made_by, True)
             index.queries = GalleryIndex(rows[2:].half(), read_split(root, "query"), made_by, True)
             index.save(uri)

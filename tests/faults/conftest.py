@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from fault_lab import Here, Lab
+from fault_lab import Lab, TinyHere
 
 
 def pytest_addoption(parser):
@@ -34,4 +34,4 @@ def here(monkeypatch, capsys, tmp_path):
     """The scripts in this process, in an empty folder but for net.onnx."""
     monkeypatch.chdir(tmp_path)
     Path("net.onnx").touch()
-    return Here(monkeypatch, capsys)
+    return TinyHere(monkeypatch, capsys)

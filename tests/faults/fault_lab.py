@@ -3,7 +3,6 @@
 The scripts are forks of a process that has imported the libraries, so a kill at a random moment hits their work.
 """
 
-import importlib
 import os
 import shutil
 import subprocess
@@ -17,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 from forked import Script
+from in_process import Here
 from tiny_network import SMALL, tiny_model
 
-from reid import cli
 from reid.checkpoint import save_checkpoint
 from reid.extras import network
 from reid.files import checksum
@@ -155,26 +154,11 @@ class TinyNetwork(Extractor):
         self._features, self._neck = lambda images: images.flatten(1).float() - 128, torch.nn.Identity()
 
 
-class Here:
-    """The scripts in this process, in the current folder, with a TinyNetwork: 0.1 s for a command line."""
+class TinyHere(Here):
+    """The scripts in this process, in the current folder, with a TinyNetwork."""
 
     def __init__(self, monkeypatch, capsys):
-        self.monkeypatch, self.capsys = monkeypatch, capsys
+        super().__init__(monkeypatch, capsys)
         self.network = ["--network", "net.onnx", "--network_input", "rgb255"]
         make = network.make_extractor
         monkeypatch.setattr(network, "make_extractor", lambda args, *more: (TinyNetwork if args.network else make)(args, *more))
-
-    def __call__(self, name, *args):
-        """Run a command line; returns (exit status, stdout, lines of stderr), and fails for a traceback."""
-        self.monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
-        module = importlib.import_module(name)
-        with pytest.raises(SystemExit) as end:
-            cli.run(module.get_args_parser(), module.main)
-        out, err = self.capsys.readouterr()
-        return end.value.code, out, err.strip().splitlines()
-
-    def refused(self, name, *args):
-        """Require one line of error from a command line, and return it."""
-        status, _, lines = self(name, *args)
-        assert status in (1, 2) and lines[-1].startswith(f"{name}.py: error: "), lines
-        return lines[-1]
