@@ -28,7 +28,8 @@ const pictureOf = (query) => query.path ? address(query.path) : uploads[query.up
 const fileName = (path) => path.split("/").pop();
 const facts = (image) => [image.label, image.camid >= 0 ? `cam ${image.camid}` : ""].filter(Boolean).join(" · ");
 const isMatch = (hit) => threshold === null || $("rerank").checked ? null : hit.score > threshold;
-const count = (number, what) => `${number.toLocaleString("en")} ${what}${number === 1 ? "" : what === "match" ? "es" : "s"}`;
+const matchText = (hit) => ({ true: "match", false: "no match" })[isMatch(hit)] ?? "";
+const count = (number, one, many = `${one}s`) => `${number.toLocaleString("en")} ${number === 1 ? one : many}`;
 
 // Settings and queries in the address
 
@@ -69,30 +70,24 @@ function go(wanted) {  // a new search, which Back undoes
 
 // Search
 
-async function ask(url, options) {
-  const answer = await fetch(url, options).catch((error) => {
-    throw error.name === "AbortError" ? error : Error("The server does not answer; is it still running?");
-  });
-  const data = await answer.json().catch(() => ({ error: `the server answered ${answer.status}` }));
-  if (!answer.ok) throw Error(data.error);
-  return data;
+async function ask(url, options) {  // the answer; {error} where there is none, or the server refuses
+  const answer = await fetch(url, options).catch(() => null);
+  return answer ? answer.json().catch(() => ({ error: `the server answered ${answer.status}` }))
+    : { error: "The server does not answer; is it still running?" };
 }
 
-function form(query) {
+function send(url, query, signal, fields = {}) {  // an uploaded query
   const body = new FormData(), { file, name } = uploads[query.upload];
-  if (file.size > info.upload_limit) throw Error(`${name}: larger than ${info.upload_limit >> 20} MB`);
+  if (file.size > info.upload_limit) return { error: `${name}: larger than ${info.upload_limit >> 20} MB` };
+  for (const [field, value] of Object.entries(fields)) body.append(field, value);
   body.append("files", file, name);
-  return body;
+  return ask(url, { method: "POST", body, signal });
 }
 
 async function answerOf(query, wanted, signal) {
-  try {
-    const data = query.path ? await ask(`search?${wanted}&path=${encodeURIComponent(query.path)}`, { signal })
-      : await ask(`search?${wanted}`, { method: "POST", body: form(query), signal });
-    return data.rankings[0];
-  } catch (error) {
-    return { error: error.message };
-  }
+  const data = await (query.path ? ask(`search?${wanted}&path=${encodeURIComponent(query.path)}`, { signal })
+    : send(`search?${wanted}`, query, signal));
+  return data.error ? data : data.rankings[0];
 }
 
 async function whileBusy(title, work) {  // the result of the work; undefined where a later question has taken over
@@ -101,9 +96,8 @@ async function whileBusy(title, work) {  // the result of the work; undefined wh
   document.body.classList.add("busy");
   $("status").textContent = `${title} …`;
   const found = await work(mine.signal);
-  if (mine !== running) return undefined;
-  document.body.classList.remove("busy");
-  return found;
+  if (mine === running) document.body.classList.remove("busy");
+  return mine === running ? found : undefined;
 }
 
 async function search() {
@@ -112,14 +106,14 @@ async function search() {
   if (!found) return;
   answers = found;
   $("title").textContent = "Results";
-  $("status").textContent = `${count(queries.length, "query").replace("querys", "queries")} in ${count(info.images, "image")}, `
+  $("status").textContent = `${count(queries.length, "query", "queries")} in ${count(info.images, "image")}, `
     + `${(performance.now() - started).toFixed(0)} ms`;
   render();
 }
 
 async function pick() {  // some images of the gallery, to search with
   queries = answers = [];
-  const found = await whileBusy("choosing", (signal) => ask("sample", { signal }).catch((error) => ({ error: error.message })));
+  const found = await whileBusy("choosing", (signal) => ask("sample", { signal }));
   if (!found) return;
   $("title").textContent = "Choose a query";
   $("status").textContent = `from ${count(info.images, "image")} of the gallery, or drop images of your own`;
@@ -142,28 +136,24 @@ function keepFocus(change) {  // on the control that takes the place of the focu
 }
 
 function picture(image, key, onclick, source = image.path && address(image.path)) {
-  const frame = button("", key, onclick, "frame"), shown = make("img", { alt: "", loading: "lazy" });
-  frame.title = image.path;
-  frame.ariaLabel = `${facts(image)} ${fileName(image.path)}`;
+  const frame = button("", key, onclick, "frame"), shown = make("img", { alt: "", loading: "lazy", src: source || "" });
+  Object.assign(frame, { title: image.path, ariaLabel: `${facts(image)} ${fileName(image.path)}` });
   shown.onerror = () => { shown.remove(); frame.classList.add("gone"); };
-  if (source) shown.src = source;
-  else frame.classList.add("gone");
   frame.append(shown);
   return frame;
 }
 
 function judgement(query, hit, key) {
+  const pair = JSON.stringify([nameOf(query), hit.path]);
   return make("span", { className: "judge" }, ...[[true, "Same"], [false, "Not"]].map(([same, text]) => {
-    const node = button(text, `${key} ${text}`, () => judge(query, hit, same), ""), pair = JSON.stringify([nameOf(query), hit.path]);
-    node.title = same ? "Same person: keep this pair" : "Not the same person: keep this pair";
-    node.ariaPressed = pairs.get(pair) === same;
+    const node = button(text, `${key} ${text}`, () => judge(pair, same), "");
+    Object.assign(node, { title: `${same ? "Same" : "Not the same"} person: keep this pair`, ariaPressed: pairs.get(pair) === same });
     Object.assign(node.dataset, { same, pair });
     return node;
   }));
 }
 
-function judge(query, hit, same) {
-  const pair = JSON.stringify([nameOf(query), hit.path]);
+function judge(pair, same) {
   if (pairs.get(pair) === same) pairs.delete(pair);
   else pairs.set(pair, same);
   sessionStorage.setItem("pairs", JSON.stringify([...pairs]));
@@ -173,10 +163,7 @@ function judge(query, hit, same) {
   showPairs();
 }
 
-function showPairs() {
-  $("pairs").textContent = `Pairs (${pairs.size})`;
-  $("pairs").disabled = !pairs.size;
-}
+const showPairs = () => Object.assign($("pairs"), { textContent: `Pairs (${pairs.size})`, disabled: !pairs.size });
 
 function card(query, place, hit) {
   const key = `${place} ${hit.path}`, frame = picture(hit, key, () => enlarge(place, hit.position - 1));
@@ -188,23 +175,19 @@ function card(query, place, hit) {
     frame.append(make("span", { className: "badge", textContent: mark, title: meaning }));
     frame.ariaLabel += `, ${meaning}`;
   }
-  const meter = make("meter", { value: Math.max(0, hit.score), ariaHidden: "true" });
   const judged = judgement(query, hit, key);
   judged.append(button("Find", `${key} search`, () => go([{ path: hit.path }]), "go"));
   judged.lastChild.title = "Search for this one";
-  item.append(make("span", { className: "score" }, make("span", { textContent: hit.score.toFixed(3) }), make("small")), meter,
-    make("span", { className: "facts", textContent: facts(hit), title: facts(hit) }),
+  item.append(make("span", { className: "score" }, make("span", { textContent: hit.score.toFixed(3) }), make("small")),
+    make("meter", { value: Math.max(0, hit.score), ariaHidden: "true" }), make("span", { className: "facts", textContent: facts(hit), title: facts(hit) }),
     make("span", { className: "name", textContent: fileName(hit.path), title: hit.path }), judged);
   Object.assign(item.dataset, { path: hit.path, score: hit.score });
-  item.hit = hit;
-  return item;
+  return Object.assign(item, { hit });
 }
 
 function groups(cards) {  // by person, in the order of their best images; images without a label last
-  const found = new Map();
-  for (const one of cards) found.set(one.hit.label, [...(found.get(one.hit.label) || []), one]);
-  const list = [...found].sort(([a], [b]) => (a === "") - (b === ""));
-  return list.map(([label, own]) => make("section", { className: "group" },
+  const found = [...Map.groupBy(cards, (one) => one.hit.label)].sort(([a], [b]) => (a === "") - (b === ""));
+  return found.map(([label, own]) => make("section", { className: "group" },
     make("h3", { textContent: `${label || "without a label"} · ${count(own.length, "image")}` }), make("ol", { className: "grid" }, ...own)));
 }
 
@@ -216,6 +199,7 @@ function row(query, place) {
   const tools = make("div", { className: "tools" });
   if (!query.path) tools.append(button("Draw boxes", `${place} boxes`, () => draw(place)));
   if (queries.length > 1) tools.append(button("Remove", `${place} remove`, () => go(queries.filter((one) => one !== query))));
+  if (info.writable && !query.path) tools.append(enrolment(query, place));
   own.append(tools);
   const cards = (answer.hits || []).map((hit) => card(query, place, hit));
   const results = make("div", { className: "results" });
@@ -243,14 +227,12 @@ function showThreshold() {  // of the slider, on it and on every result
   for (const section of $("rows").children) {
     let matches = 0;
     for (const item of section.querySelectorAll("[data-score]")) {
-      const match = isMatch(item.hit);
-      matches += match === true;
-      item.classList.toggle("is-match", match === true);
-      item.classList.toggle("no-match", match === false);
-      item.querySelector("small").textContent = match === null ? "" : match ? "match" : "no match";
+      item.dataset.match = isMatch(item.hit);
+      item.querySelector("small").textContent = matchText(item.hit);
+      matches += isMatch(item.hit) === true;
     }
     const text = section.querySelector(".matches");
-    if (text) text.textContent = threshold === null || off ? "" : matches ? count(matches, "match") : "no match";
+    if (text) text.textContent = threshold === null || off ? "" : matches ? count(matches, "match", "matches") : "no match";
   }
 }
 
@@ -264,8 +246,9 @@ function enlarge(place, i) {
   large = [place, i];
   $("large_query").src = pictureOf(queries[place]);
   $("large_hit").src = address(hit.path);
-  $("large_facts").textContent = [`${hit.position}.`, hit.score.toFixed(3), { true: "match", false: "no match" }[isMatch(hit)],
+  $("large_facts").textContent = [`${hit.position}.`, hit.score.toFixed(3), matchText(hit),
     facts(hit), hit.frame >= 0 ? `frame ${hit.frame}` : "", hit.path].filter(Boolean).join("  ");
+  Object.assign($("erase"), { hidden: !info.writable || !hit.name, textContent: `Erase ${hit.name}`, onclick: () => erase(hit.name) });
   $("large_judge").replaceChildren(...judgement(queries[place], hit, "large").children);
   $("before").disabled = i === 0;
   $("after").disabled = i === answers[place].hits.length - 1;
@@ -278,16 +261,44 @@ $("close").onclick = () => $("large").close();
 $("large_search").onclick = () => { $("large").close(); go([{ path: answers[large[0]].hits[large[1]].path }]); };
 $("large").onkeydown = (event) => ({ ArrowLeft: $("before"), ArrowRight: $("after") })[event.key]?.click();
 
+// People, with --writable
+
+async function showPeople() {  // their names, to choose from
+  const { people } = await ask("people");
+  $("names").replaceChildren(...(people || []).map(({ name }) => make("option", { value: name })));
+}
+
+async function afterChange({ error, change, images }) {
+  if (error) return $("rows").prepend(errorLine(error));
+  info.images = images;
+  showPeople();
+  await (queries.length ? search() : pick());
+  $("status").textContent = change;
+}
+
+function enrolment(query, place) {
+  const name = make("input", { required: true, maxLength: 100, placeholder: "Name", ariaLabel: "Name of this person" });
+  name.setAttribute("list", "names");
+  name.dataset.key = `${place} name`;
+  return make("form", { className: "tools", onsubmit: async (event) => {
+    event.preventDefault();
+    afterChange(await send("people", query, undefined, { name: name.value }));
+  } }, name, make("button", { className: "plain", textContent: "Enrol", title: "Keep this image in the gallery under this name" }));
+}
+
+async function erase(name) {
+  if (!confirm(`Erase all images of ${name} from the gallery? This cannot be undone.`)) return;
+  $("large").close();
+  afterChange(await ask(`people/${encodeURIComponent(name)}`, { method: "DELETE" }));
+}
+
 // Boxes of a frame
 
 function drawBoxes({ file, name }, image) {  // the uploads that the boxes make; the whole image without one
   const boxes = [], stage = $("stage");
   const show = () => {
-    stage.replaceChildren($("frame"), ...boxes.map((box) => {
-      const node = make("div", { className: "box" });
-      for (const [side, value] of Object.entries({ left: box.x, top: box.y, width: box.w, height: box.h })) node.style[side] = `${100 * value}%`;
-      return node;
-    }));
+    stage.replaceChildren($("frame"), ...boxes.map(({ x, y, w, h }) => make("div", { className: "box",
+      style: `left: ${100 * x}%; top: ${100 * y}%; width: ${100 * w}%; height: ${100 * h}%` })));
     $("undo").disabled = !boxes.length;
     $("done").textContent = boxes.length ? `Search ${boxes.length === 1 ? "this box" : `${boxes.length} boxes`}` : "Search the whole image";
   };
@@ -299,17 +310,17 @@ function drawBoxes({ file, name }, image) {  // the uploads that the boxes make;
   stage.onpointerdown = (event) => {
     start = place(event);
     stage.setPointerCapture(event.pointerId);
-    boxes.push({ x: start[0], y: start[1], w: 0, h: 0 });
+    boxes.push({ w: 0, h: 0 });
   };
   stage.onpointermove = (event) => {
     if (!start) return;
-    const [x, y] = place(event);
-    boxes[boxes.length - 1] = { x: Math.min(x, start[0]), y: Math.min(y, start[1]), w: Math.abs(x - start[0]), h: Math.abs(y - start[1]) };
+    const [x, y] = place(event), [left, top] = start;
+    Object.assign(boxes.at(-1), { x: Math.min(x, left), y: Math.min(y, top), w: Math.abs(x - left), h: Math.abs(y - top) });
     show();
   };
   stage.onpointerup = () => {
     start = null;
-    if (boxes[boxes.length - 1].w * image.naturalWidth < 8 || boxes[boxes.length - 1].h * image.naturalHeight < 8) boxes.pop();  // a click
+    if (boxes.at(-1).w * image.naturalWidth < 8 || boxes.at(-1).h * image.naturalHeight < 8) boxes.pop();  // a click
     show();
   };
   $("undo").onclick = () => { boxes.pop(); show(); };
@@ -381,31 +392,26 @@ const SAVE = {
 async function savePicture() {  // a line for each query, with ten hits at most
   const [width, height, gap] = [128, 256, 16], lines = found(), most = Math.min(10, Math.max(...lines.map(({ hits }) => hits.length)));
   const canvas = make("canvas", { width: (width + gap) * (most + 1) + 2 * gap, height: (height + 64) * lines.length + gap });
-  const paper = canvas.getContext("2d");
-  paper.fillStyle = "#fff";
-  paper.fillRect(0, 0, canvas.width, canvas.height);
+  const paper = canvas.getContext("2d"), fill = (colour, ...area) => { paper.fillStyle = colour; paper.fillRect(...area); };
+  fill("#fff", 0, 0, canvas.width, canvas.height);
   const tile = async (source, x, y, lines, colour) => {
     const image = make("img", { src: source });
     await image.decode().catch(() => null);
-    paper.fillStyle = colour;
-    paper.fillRect(x - 4, y - 4, width + 8, height + 8);
-    paper.fillStyle = "#e9ecef";
-    paper.fillRect(x, y, width, height);
+    fill(colour, x - 4, y - 4, width + 8, height + 8);
+    fill("#e9ecef", x, y, width, height);
     const scale = Math.min(width / image.naturalWidth, height / image.naturalHeight) || 0;
-    if (scale) paper.drawImage(image, x + (width - scale * image.naturalWidth) / 2, y + (height - scale * image.naturalHeight) / 2,
-      scale * image.naturalWidth, scale * image.naturalHeight);
+    const [w, h] = [scale * image.naturalWidth, scale * image.naturalHeight];
+    if (scale) paper.drawImage(image, x + (width - w) / 2, y + (height - h) / 2, w, h);
     paper.fillStyle = "#1f2328";
     paper.font = "14px system-ui, sans-serif";
     lines.forEach((line, i) => paper.fillText(line, x, y + height + 22 + 18 * i, width + gap - 4));
   };
-  const colours = { right: "#009e73", wrong: "#d55e00" };
   for (const [i, { query, hits }] of lines.entries()) {
     const y = gap + (height + 64) * i;
     await tile(pictureOf(queries[i]), gap, y, ["Query", fileName(query)], "#1f2328");
     for (const [j, hit] of hits.slice(0, most).entries()) {
-      const match = { true: " match", false: " no match" }[hit.match] ?? "";
-      await tile(address(hit.path), 2 * gap + (width + gap) * (j + 1), y, [`${hit.position}. ${hit.score.toFixed(3)}${match}`, facts(hit)],
-        colours[hit.verdict] || "#d8dee4");
+      await tile(address(hit.path), 2 * gap + (width + gap) * (j + 1), y, [`${hit.position}. ${hit.score.toFixed(3)} ${matchText(hit)}`, facts(hit)],
+        { right: "#009e73", wrong: "#d55e00" }[hit.verdict] || "#d8dee4");
     }
   }
   canvas.toBlob((blob) => download("results.png", "image/png", blob));
@@ -413,19 +419,14 @@ async function savePicture() {  // a line for each query, with ten hits at most
 
 // Controls
 
-for (const camera of info.cameras) {
-  const chip = make("label", { textContent: camera });
-  chip.append(make("input", { type: "checkbox", value: camera }));
-  document.querySelector(".chips").append(chip);
-}
-$("about").textContent = `${count(info.images, "image")} · ${info.model}`;
-$("about").title = info.model;
+document.querySelector(".chips").append(...info.cameras.map((camera) =>
+  make("label", { textContent: camera }, make("input", { type: "checkbox", value: camera }))));
+Object.assign($("about"), { textContent: `${count(info.images, "image")} · ${info.model}`, title: info.model });
 $("topk").max = info.topk_limit;
 $("cameras").hidden = info.cameras.length < 2;
-const fold = () => { $("settings").open = wide.matches; };
-wide.onchange = fold;
-fold();
+(wide.onchange = () => { $("settings").open = wide.matches; })();
 showPairs();
+if (info.writable) showPeople();
 
 const again = () => {
   if (!SETTINGS.every((id) => $(id).reportValidity())) return;
@@ -440,12 +441,10 @@ $("pick").onclick = () => { queries = []; remember("pushState"); pick(); };
 $("file").onchange = () => { const files = [...$("file").files]; $("file").value = ""; take(files); };
 for (const node of document.querySelectorAll("[data-save]")) node.onclick = () => SAVE[node.dataset.save]();
 addEventListener("paste", (event) => { if (event.clipboardData.files.length) take([...event.clipboardData.files]); });
-addEventListener("dragover", (event) => { event.preventDefault(); document.body.classList.add("over"); });
-addEventListener("dragleave", () => document.body.classList.remove("over"));
-addEventListener("drop", (event) => {
+for (const kind of ["dragover", "dragleave", "drop"]) addEventListener(kind, (event) => {
   event.preventDefault();
-  document.body.classList.remove("over");
-  take([...event.dataTransfer.files]);
+  document.body.classList.toggle("over", kind === "dragover");
 });
+addEventListener("drop", (event) => take([...event.dataTransfer.files]));
 addEventListener("popstate", (event) => restore(event.state));
 restore(history.state);

@@ -44,13 +44,14 @@ class Error(BaseModel):
 
 
 class Picture(BaseModel):
-    """An image of the gallery, or one that was sent, whose path is ""."""
+    """An image of the gallery, or one that was sent, whose path is "". The name is that of GET /people, "" of nobody."""
 
     path: str
     pid: int
     camid: int
     frame: int
     label: str
+    name: str
 
 
 class Hit(Picture):

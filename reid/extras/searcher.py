@@ -19,6 +19,7 @@ from reid import ReidError, images
 from reid.data.names import DISTRACTOR, JUNK, UNKNOWN, UNKNOWN_PID
 from reid.data.paths import content_number
 from reid.extras.pictures import identity, verdict
+from reid.retrieval import enrol
 from reid.retrieval.ranked import rerank_lists
 
 WAITING = 256  # images in the queue; more are refused
@@ -49,9 +50,10 @@ class Gallery:
     def describe(self, row):
         """A gallery image as plain values."""
         path, pid = self.index.paths[row], int(self.index.pids[row])
+        name = _text(enrol.person(self.index, path, pid)) if pid > 0 else ""
         label = self.index.names.get(pid) or identity(pid, path)
         return {"path": _text(path), "pid": pid, "camid": int(self.index.camids[row]), "frame": int(self.index.frames[row]),
-                "label": label}
+                "label": label, "name": name}
 
     def sample(self, dim):
         """Up to SAMPLE different images of people to choose from; of an engine, neighbours of random directions [dim]."""
@@ -183,7 +185,7 @@ class Searcher:
 
     @staticmethod
     def _ranking(gallery, row, hits):
-        query = {"path": "", "pid": UNKNOWN_PID, "camid": UNKNOWN, "frame": UNKNOWN, "label": ""}
+        query = {"path": "", "pid": UNKNOWN_PID, "camid": UNKNOWN, "frame": UNKNOWN, "label": "", "name": ""}
         query = gallery.describe(row) if row >= 0 else query
         return {"query": query, "hits": [
             {"position": hit.position, "score": hit.score, "match": hit.match, **gallery.describe(hit.row),

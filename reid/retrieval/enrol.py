@@ -118,7 +118,7 @@ def find(gallery, what):
     """Return the rows of the person of a name, as `table` has it, or, where nobody has it, of the images at a path or below."""
     rows, paths, pids, _ = gallery.listing()
     number, shown = folder_pid(what), printable(what)  # 0007 is the number 7
-    found = [row for row, path, pid in zip(rows, paths, pids) if pid == number or _person(gallery, path, pid) == shown]
+    found = [row for row, path, pid in zip(rows, paths, pids) if pid == number or person(gallery, path, pid) == shown]
     if not found and what:  # the path "" would be the working folder
         wanted = {os.path.abspath(what), os.path.realpath(what), os.path.abspath(os.path.join(gallery.data_root, what))}
         root = os.path.abspath(gallery.data_root)
@@ -128,7 +128,7 @@ def find(gallery, what):
     return found
 
 
-def _person(gallery, path, pid):
+def person(gallery, path, pid):
     """Name the person of an image as `table` prints it."""
     return printable(gallery.names.get(pid) or identity_name(pid, path) or "(unlabelled)")
 
@@ -138,7 +138,7 @@ def people(gallery):
     found = defaultdict(list)
     for row, path, pid, _ in zip(*gallery.listing()):
         if pid > 0:
-            found[_person(gallery, path, pid)].append(row)
+            found[person(gallery, path, pid)].append(row)
     return dict(sorted(found.items()))
 
 
@@ -146,7 +146,7 @@ def table(gallery):
     """Return text: a line for each person, with the number of images and the dates of the oldest and the newest."""
     listed = defaultdict(list)
     for _, path, pid, written in zip(*gallery.listing()):
-        listed[_person(gallery, path, pid)].append(written)
+        listed[person(gallery, path, pid)].append(written)
     lines = [f"{'person':<24}{'images':>8}  {'oldest':<10}  newest"]
     for name, times in sorted(listed.items()):
         oldest, newest = (f"{datetime.fromtimestamp(found / 1e9):%Y-%m-%d}" if found >= 0 else "-"

@@ -76,7 +76,8 @@ def test_a_gallery_image_is_answered_without_itself(site, index):
     pid = int(index.pids[8])
     query = answer.json()["rankings"][0]["query"]
     assert query == {"path": index.paths[8], "pid": pid, "camid": int(index.camids[8]), "frame": int(index.frames[8]),
-                     "label": f"id {pid}"}
+                     "label": f"id {pid}", "name": str(pid)}
+    assert {hit["name"] for hit in hits(answer)} <= {"", *map(str, range(1, 7))}
     for hit in hits(answer):
         assert hit["verdict"] == ("junk" if hit["pid"] == -1 else "right" if hit["pid"] == pid else "wrong")
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import time
+from contextlib import suppress
 
 import pytest
 import requests
@@ -244,6 +245,48 @@ def test_enlarge_by_keyboard_and_focus(browser, site, index):
     set_value(browser, "#topk", 3)
     browser.wait("document.querySelectorAll('.card').length == 3")
     assert browser.js("return document.activeElement.dataset.key") == f"0 {found[1]} search"
+
+
+def test_a_person_is_enrolled_and_erased(browser, door, crop, file):
+    browser.open(door.url("/"))
+    browser.wait("document.querySelector('.card')")
+    browser.upload(file)
+    assert browser.rows()
+    browser.wait("document.querySelectorAll('#names option').length == 6")
+    set_value(browser, ".query form input", "anna b/c")
+    browser.click(".query form button")
+    browser.wait("document.querySelector('.error')?.textContent.startsWith('name:')")
+    set_value(browser, ".query form input", "anna b")
+    browser.click(".query form button")
+    browser.wait("document.querySelector('#status').textContent.includes('1 images enrolled and 0 replaced: anna b')")
+    assert browser.js("return document.querySelector('.card .facts').textContent") == "anna b" and not browser.js(
+        "return document.querySelector('.error')")
+    browser.wait("document.querySelector('.card img').naturalWidth == 8")  # as the network gets it
+    browser.wait("document.querySelectorAll('#names option').length == 7")
+    browser.click(".card .frame")
+    assert browser.js("return document.querySelector('#erase').textContent") == "Erase anna b"
+    for answer, label in (("dismiss", "anna b"), ("accept", "id 3")):
+        browser.js("setTimeout(() => document.querySelector('#erase').click())")  # whose question would block this command
+        for _ in range(100):
+            with suppress(AssertionError):
+                assert "all images of anna b" in browser("GET", "/alert/text")
+                break
+            time.sleep(0.02)
+        browser("POST", f"/alert/{answer}")
+        browser.wait(f"document.querySelector('.card .facts').textContent.startsWith('{label}')")
+    browser.wait("document.querySelector('#status').textContent == 'anna b: 1 images erased, 37 left'")
+    assert not browser.js("return document.querySelector('#large').open")
+    assert {hit["label"] for hit in door.post(crop).json()["rankings"][0]["hits"]}.isdisjoint({"anna b"})
+
+
+def test_a_page_that_may_not_write_offers_nothing_to_change(browser, site, index, file):
+    browser.open(site.url("/"))
+    browser.wait("document.querySelector('.card')")
+    browser.upload(file)
+    browser.rows()
+    browser.click(".card .frame")
+    assert browser.js("return [!document.querySelector('.query form'), document.querySelector('#erase').hidden]") == [True, True]
+    browser.click("#close")
 
 
 def test_page_shows_errors(browser, site, tmp_path):
