@@ -23,9 +23,9 @@ SHARED = ROOT.parent / "shared"
 
 
 # These files take the longest. They start first, so that the workers of a parallel run end at about the same time.
-SLOW = ["test_end_to_end.py", "test_train.py", "test_distributed.py", "test_step.py", "test_scripts_under_faults.py",
-        "test_dashboards.py", "test_readme.py", "test_ranks.py", "test_hostile_input.py", "test_extract.py", "test_networks.py",
-        "test_tracking.py", "test_cuda.py"]
+SLOW = ["test_end_to_end.py", "test_dashboards.py", "test_scripts_under_faults.py", "test_distributed.py", "test_train.py",
+        "test_data_prep.py", "test_networks.py", "test_milvus.py", "test_ingest.py", "test_checkpoint.py", "test_readme.py",
+        "test_cuda.py", "test_extract.py", "test_law.py", "test_onnx.py"]
 
 
 def pytest_collection_finish():
