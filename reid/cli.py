@@ -4,13 +4,19 @@ import argparse
 import os
 import re
 import shlex
+import signal
 import sys
 import warnings
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+
+from tqdm import tqdm
 
 from reid import ReidError
 
-NO_MEMORY = "allocate memory|out of memory|could not create a (primitive|memory)|start new thread|bad_alloc"
+NO_MEMORY = "[Aa]llocate memory|out of memory|could not create a (primitive|memory)|start new thread|bad_alloc"
+NEED_LESS = "not enough memory; a smaller --batch_size or smaller images need less"
 # control characters, separators of lines, marks that reverse the direction of text, and bytes that are not UTF-8
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -98,6 +104,8 @@ def run(parser, main):
         sys.stdout.reconfigure(errors="backslashreplace")  # for file names outside of the terminal's encoding
     # For the whole process, since warnings cannot be scoped to the threads that decode; the package itself changes no filter.
     warnings.filterwarnings("ignore", module=r"PIL\.")
+    tqdm.monitor_interval = 0  # no thread of its own
+    sys.unraisablehook = partial(_unraisable, parser.prog)
     try:
         status = main(args) or 0
         sys.stdout.flush()
@@ -113,11 +121,26 @@ def run(parser, main):
             raise
         status = fail(parser.prog, f"{error.filename or 'write'}: {error.strerror}; check the path, its permissions, the free "
                       "space and the limits of ulimit")
-    except (MemoryError, RuntimeError) as error:  # torch's, oneDNN's and those of threads are RuntimeErrors
-        if isinstance(error, RuntimeError) and not re.search(NO_MEMORY, str(error)):
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
             raise
-        status = fail(parser.prog, "not enough memory; a smaller --batch_size or smaller images need less")
+        status = fail(parser.prog, NEED_LESS)
+    with suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C from here on ends the process, without a traceback of its clean-up
     sys.exit(status)
+
+
+def lacks_memory(error):
+    """Whether an exception is about memory; torch's, oneDNN's and those of threads are RuntimeErrors."""
+    return isinstance(error, MemoryError) or bool(re.search(NO_MEMORY, str(error)))
+
+
+def _unraisable(prog, caught):
+    """End the process where a new thread has no memory: Python waits forever for one that dies before it has begun."""
+    if issubclass(caught.exc_type, MemoryError) and "thread" in (caught.err_msg or ""):
+        os.write(2, f"{prog}: error: {NEED_LESS}\n".encode())
+        os._exit(1)
+    sys.__unraisablehook__(caught)
 
 
 def fail(prog, message, status=1):

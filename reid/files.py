@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from reid import ReidError
-from reid.cli import first_line, printable
+from reid.cli import first_line, lacks_memory, printable
 
 try:
     import fcntl
@@ -292,6 +292,8 @@ def load(path, kind, version, mmap=False, verify=None):
             record = torch.load(held if os.path.exists(held) else path, map_location="cpu", weights_only=True, mmap=mmap)
         _check_plain(record)
     except Exception as error:  # torch raises half a dozen types for damaged files, KeyError for text files
+        if lacks_memory(error):
+            raise
         raise ReidError(f"{path}: not a readable {kind} file; it is damaged or not ours") from error
     found = record.get("format", "a plain dict") if isinstance(record, dict) else type(record).__name__
     if not isinstance(record, dict) or found != kind:

@@ -40,6 +40,8 @@ def decode(source):
         pixels = np.array(_to_rgb(image))
     except Image.DecompressionBombError as error:
         raise ReidError(f"{name}: more than {MAX_PIXELS:,} pixels; make it smaller") from error
+    except MemoryError:  # says nothing about this image
+        raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, IndexError ...
         reason = "no such file" if isinstance(error, FileNotFoundError) else (str(error) or type(error).__name__)
         reason = reason.replace(str(name), "").strip(" '\"") if "cannot identify" not in reason else "not an image"

@@ -4,6 +4,7 @@ import argparse
 import errno
 import importlib
 import os
+import signal
 import subprocess
 import sys
 
@@ -33,6 +34,23 @@ def test_errors_of_the_system_are_one_line(error_of, error):
     def main(args):
         raise error
     error_of(argparse.ArgumentParser("x.py"), main)
+
+
+def test_a_thread_that_dies_for_want_of_memory_ends_the_script(capfd, monkeypatch):
+    """Python would wait forever for such a thread to begin."""
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(sys, "__unraisablehook__", lambda caught: None)
+    for kind, message in (MemoryError, "Exception ignored in thread started by"), (MemoryError, None), (ValueError, "thread"):
+        cli._unraisable("x.py", argparse.Namespace(exc_type=kind, err_msg=message))
+    assert ended == [1] and capfd.readouterr().err == f"x.py: error: {cli.NEED_LESS}\n"
+
+
+def test_ctrl_c_after_the_end_prints_no_traceback(root):
+    code = ("import argparse, atexit, os, signal, reid.cli\n"
+            "atexit.register(os.kill, os.getpid(), signal.SIGINT)\nreid.cli.run(argparse.ArgumentParser(), lambda args: 0)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, b"")
 
 
 HUGE = str(1 << 70)

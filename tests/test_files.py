@@ -138,6 +138,13 @@ def test_any_bytes_are_our_error(tmp_path_factory, data):
         storage.load(path, "kind", 1)
 
 
+def test_want_of_memory_is_not_damage(path, monkeypatch):
+    for error in MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"):
+        monkeypatch.setattr(torch, "load", lambda *args, error=error, **options: (_ for _ in ()).throw(error))
+        with pytest.raises(type(error)):
+            storage.load(path, "kind", 1)
+
+
 def test_failure_keeps_the_old_file(path):
     before = path.read_bytes()
     with pytest.raises(ZeroDivisionError), storage.atomic_path(path, "kind") as temporary:

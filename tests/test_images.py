@@ -24,6 +24,14 @@ def near(pixels, reference, tolerance):
     return difference.mean() < tolerance
 
 
+def test_want_of_memory_is_not_the_fault_of_an_image(tmp_path, monkeypatch):
+    """It would be left out of the index."""
+    picture().save(tmp_path / "a.png")
+    monkeypatch.setattr("reid.images._to_rgb", lambda image: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(MemoryError):
+        decode(tmp_path / "a.png")
+
+
 @pytest.mark.parametrize("mode, name, options", [
     ("RGB", "a.jpg", {}), ("RGB", "a.jpg", {"progressive": True}), ("L", "a.jpg", {}), ("CMYK", "a.jpg", {}),
     ("RGB", "a.png", {}), ("P", "a.png", {}), ("P", "a.gif", {}), ("L", "a.png", {}), ("1", "a.png", {}),

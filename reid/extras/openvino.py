@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from reid import ReidError
+from reid.cli import root_cause
 from reid.files import load, save
 from reid.model import pick_device
 
@@ -34,7 +35,9 @@ def engine_of(args):
     def if_possible(*network):
         try:
             return OpenVinoNetwork(*network)
-        except (ReidError, RuntimeError):
+        except (ReidError, RuntimeError) as error:
+            if isinstance(root_cause(error), KeyboardInterrupt):  # which becomes an ImportError in an extension module
+                raise KeyboardInterrupt from error
             return None
 
     return if_possible
@@ -104,8 +107,8 @@ class OpenVinoNetwork(CompiledGraph):
                 self._compiled[1] = self._core.import_model(blob, "CPU", self._hints | {"NUM_STREAMS": 1})
         if not self._compiled:
             self._check()
-            blob = torch.frombuffer(bytearray(self._compiled[1].export_model().getvalue()), dtype=torch.uint8)
-            with suppress(ReidError, OSError):  # a container's models may be read-only
+            with suppress(ReidError, OSError, ValueError):  # a container's models may be read-only; no memory for the copy
+                blob = torch.frombuffer(bytearray(self._compiled[1].export_model().getvalue()), dtype=torch.uint8)
                 save(kept, {"key": key, "blob": blob}, "reid-openvino", 1)
 
     @cached_property

@@ -211,6 +211,23 @@ def test_odd_surroundings(lab, name, kind):
         assert state(folder) == lab.expected(name)[1]
 
 
+def in_little_memory(mib):
+    """Leave so much address space for everything that the script adds to its libraries."""
+    import resource
+
+    limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + (mib << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is needed")
+@pytest.mark.parametrize("mib", [2, 20, 60])
+def test_a_small_address_space(lab, mib):
+    """One line and an end; more room than this can end in a crash (SIGSEGV) inside of a library."""
+    folder = lab.folder("inference")
+    assert "not enough memory" in lab.start("inference", folder, partial(in_little_memory, mib)).wait(100).fails()
+    assert not state(folder)
+
+
 def image(path, size=None, kind="JPEG"):
     """Save an image; `size` cuts or extends the file to so many bytes."""
     Image.effect_noise((64, 128), 99).convert("RGB").save(path, kind)

@@ -1,8 +1,11 @@
 """The networks that embed: folded, OpenVINO and cast for a GPU, each against the plain one."""
 
 import sys
+import threading
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +13,7 @@ from embed_lab import BF16, trained_like
 
 from reid import ReidError
 from reid.checkpoint import save_checkpoint
+from reid.files import load, save
 from reid.folded import FoldedDenseNet
 from reid.model import cast_network, plain_network
 from reid.retrieval import extract
@@ -66,17 +70,24 @@ def test_openvino_gives_the_same_and_keeps_what_it_compiled(checkpoint, extracto
     monkeypatch.setattr(OpenVinoNetwork, "_check", lambda self: checks.append(1) or check(self))
     kept = checkpoint.with_name("best.fp32.openvino")
     expected = extractor.embed(crops)
-    for start in ("new", "kept", "damaged", "read-only"):
+    for start in ("new", "kept", "damaged", "of another model", "of another program", "read-only"):
         if start == "damaged":
             kept.write_bytes(kept.read_bytes()[:-100])
+        if start == "of another model":
+            record = load(kept, "reid-openvino", 1)
+            save(kept, record | {"key": "0" * 16 + record["key"][16:], "blob": record["blob"][:100].clone()}, "reid-openvino", 1)
+        if start == "of another program":
+            kept.write_text("mine")
         if start == "read-only":
+            assert kept.read_text() == "mine"
             kept.unlink()
             monkeypatch.setattr("reid.files.atomic_path", lambda *_: (_ for _ in ()).throw(OSError(30, "read-only")))
         other = Extractor(checkpoint, precision="fp32", network=OpenVinoNetwork)
         torch.testing.assert_close(other.embed(crops), expected, atol=1e-4, rtol=0)
         torch.testing.assert_close(other.embed(crops[:1]), expected[:1], atol=1e-4, rtol=0)
         assert kept.exists() == (start != "read-only")
-    assert len(checks) == 3 and "openvino" in other.describe()
+        assert start != "of another model" or load(kept, "reid-openvino", 1)["key"] == record["key"]
+    assert len(checks) == 5 and "openvino" in other.describe()
     monkeypatch.setattr("reid.extras.openvino.PARITY", 1.1)
     with pytest.raises(ReidError, match="differs from PyTorch"):
         Extractor(checkpoint, precision="fp32", network=OpenVinoNetwork)
@@ -98,6 +109,50 @@ def test_choice_of_engine(checkpoint, monkeypatch):
         Extractor(checkpoint, "cpu", network=choose("openvino"))
     monkeypatch.setattr(extract.torch.cuda, "is_available", lambda: True)
     assert choose("auto", "auto") is None  # a GPU
+
+
+def test_ctrl_c_while_openvino_is_imported_is_no_reason_for_another_engine(monkeypatch):
+    """Extension modules raise ImportError from KeyboardInterrupt."""
+    from reid.extras import openvino
+
+    def interrupted(*network):
+        try:
+            raise ImportError("initialization failed") from KeyboardInterrupt()
+        except ImportError as error:
+            raise ReidError("needs its package") from error
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: "a spec")
+    monkeypatch.setattr(openvino, "OpenVinoNetwork", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        openvino.engine_of(Namespace(engine="auto", device="cpu"))()
+
+
+@pytest.mark.parametrize("streams", [2, 1])
+def test_first_calls_at_once_are_made_one_after_the_other(streams):
+    """OpenVINO sets up its use of NumPy in the first call of a request; two of them at once can wait for each other forever."""
+    pytest.importorskip("openvino")
+    from reid.extras.openvino import CompiledGraph
+
+    at_once, most, met = [], [], threading.Event()
+
+    class Request:
+        first = True
+
+        def infer(self, inputs):
+            at_once.append(1)
+            most.extend([len(at_once)] * self.first)
+            if self.first:
+                met.wait(0.05)  # for the other thread, which must not come
+            self.first = False
+            at_once.pop()
+            return [np.zeros((len(inputs[0]), 4), np.float32)]
+
+    graph = CompiledGraph("--engine openvino", "fp32", 2)
+    graph._compiled[streams] = Namespace(create_infer_request=Request)
+    both = threading.Barrier(2)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: both.wait() + len(graph(torch.zeros(streams * 2 - 1, 3, 8, 4, dtype=torch.uint8))), range(2)))
+    assert most == [1, 1]
 
 
 def test_another_engine_is_given(checkpoint, extractor, crops):
