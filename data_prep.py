@@ -4,7 +4,7 @@
     python data_prep.py --archive FILE          group a local .zip, .tar, .tar.gz, .tar.xz or unpacked folder
     python data_prep.py --from FOLDER           copy and split your own images, one folder per identity
     python data_prep.py --synthetic             draw people, no download
-    python data_prep.py --mot FILE --frames DIR cut a tracker's boxes out of frames: a folder of crops for each track
+    python data_prep.py --mot FILE --frames CLIP cut a tracker's boxes out of a video: a folder of crops for each track
 
 A run that was killed can be repeated; a tree that is complete is left as it is.
 """
@@ -33,8 +33,8 @@ def get_args_parser():
     source.add_argument("--from", dest="folder", metavar="DIR", help="tree with one folder of images per identity")
     source.add_argument("--synthetic", action="store_true", help="draw people instead of reading images of real ones")
     source.add_argument("--mot", metavar="TXT", help="boxes of a tracker: lines of frame, track id, left, top, width, height")
-    group.add_argument("--frames", metavar="DIR", help="of --mot: images of the frames, whose names end in their numbers; a "
-                       "folder named like cam2 gives the camera (default: 1)")
+    group.add_argument("--frames", metavar="VIDEO|DIR", help="of --mot: the video, or a folder of its frames, whose names end in "
+                       "their numbers; a name like cam2.mp4 or cam2 gives the camera (default: 1)")
     group.add_argument("--any_counts", action="store_true", help="accept another dataset of Market-1501's layout: do not "
                        "compare the numbers of images with those of Market-1501")
     output = parser.add_argument_group("output")

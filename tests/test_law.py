@@ -21,7 +21,7 @@ WINGS = ("data", "training", "retrieval", "extras")
 FORBIDDEN = {None: {"data", "training", "retrieval"}, "data": {"training", "retrieval"},
              "training": {"retrieval"}, "retrieval": {"training"}}
 HEAVY = ("torchvision", "mlflow", "tensorboard", "matplotlib", "scipy", "fastapi", "uvicorn", "openvino", "onnx", "onnxruntime",
-         "pymilvus")
+         "pymilvus", "av")
 LONGEST = 350  # lines of a file
 
 

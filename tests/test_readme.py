@@ -200,15 +200,19 @@ def test_every_python_block_of_a_page_runs(page, request):
 
 
 def test_every_command_of_the_page_on_people_runs(shell, people):
-    """A tracker's boxes in two frames that are drawn here; the same crops are anna's."""
+    """A tracker's boxes in a video of two frames that is drawn here; the same crops are anna's."""
+    av = pytest.importorskip("av", reason="av is not installed: pip install -e '.[video]'")
     image, folder = next((people / "gallery").glob("00*/*.jpg")), shell.folder
-    for name in ("cam2", "my/anna"):
-        (folder / name).mkdir()
+    (folder / "my/anna").mkdir()
     shutil.copy(image, folder / "my/anna")
-    for number in (1, 2):
-        frame = Image.new("RGB", (320, 180))
-        frame.paste(Image.open(image).resize((60, 120)), (10 * number, 20))
-        frame.save(folder / f"cam2/{number:06d}.jpg")
+    with av.open(folder / "cam2.mp4", "w") as video:
+        stream = video.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 320, 180, "yuv420p"
+        for number in (1, 2):
+            frame = Image.new("RGB", (320, 180))
+            frame.paste(Image.open(image).resize((60, 120)), (10 * number, 20))
+            video.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        video.mux(stream.encode(None))
     (folder / "det.txt").write_text("1,7,10,20,60,120,0.9\n2,7,20,20,60,120,0.9\n")
     if not (folder / "data/market-1501-grouped").exists():  # the test of README.md makes it
         (folder / "data/market-1501-grouped").symlink_to(people)

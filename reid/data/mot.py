@@ -1,13 +1,17 @@
-"""From a tracker's text file (MOTChallenge) and a folder of frames to a folder of crops for each track."""
+"""From a tracker's text file (MOTChallenge) and a video, or a folder of its frames, to a folder of crops for each track."""
 
 import csv
 import io
 import re
+from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image
 
 from reid import ReidError
+from reid.cli import first_line
 from reid.data.datasets import list_files
 from reid.data.names import folder_camera
 from reid.images import decode
@@ -39,29 +43,53 @@ def read_mot(file):
     return boxes
 
 
+def read_frames(source, numbers, left_out):
+    """Yield (number, pixels uint8 [3, h, w]) of the frames `numbers` of a video or of a folder of images, in their order.
+
+    The frames of a video are numbered from 1, the images by the end of their names. Pixels are None where an image cannot be
+    read. left_out: as of `cut_tracks`. Raises ReidError for a video that cannot be read.
+    """
+    if source.is_dir():
+        images, others = list_files(source, regular=True)
+        left_out.update(others)
+        numbered = {int(match[1]): path for path in images if (match := re.search(r"(\d{1,15})\.\w+$", path, re.ASCII))}
+        for number in sorted(numbers & numbered.keys()):
+            pixels = None
+            with suppress(ReidError):
+                pixels = decode(source / numbered[number])
+            yield number, pixels
+        return
+    try:
+        import av
+    except ImportError as error:
+        raise ReidError(f"--frames {source}: a video needs av: pip install -e '.[video]'") from error
+    try:
+        with av.open(source) as video:
+            for number, frame in enumerate(video.decode(video=0), 1):
+                if number in numbers:
+                    upright = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)  # phones only mark the turn
+                    yield number, torch.from_numpy(upright.copy()).permute(2, 0, 1)
+                if number >= max(numbers):
+                    return
+    except (av.FFmpegError, IndexError) as error:  # IndexError: a file of sound only
+        raise ReidError(f"--frames {source}: is neither a folder nor a video that can be read ({first_line(error)})") from error
+
+
 def cut_tracks(file, frames, left_out):
     """Yield (folder, name, JPEG bytes) of every box: track_c1_0007/100007_c1s1_000451_00.jpg is track 7 in frame 451 of camera 1.
 
-    frames: a folder of images whose names end in the number of the frame; named like a camera (cam2), it gives the camera,
-    else that is 1. left_out: {reason: files}, a defaultdict, for frames that cannot be read and boxes outside of their frame.
+    frames: a video or a folder, as of `read_frames`; named like a camera (cam2, cam2.mp4), it gives the camera, else that is 1.
+    left_out: {reason: files}, a defaultdict, for frames that cannot be read and boxes outside of their frame.
     """
     boxes, frames = read_mot(file), Path(frames)
-    if not frames.is_dir():
-        raise ReidError(f"--frames {frames}: no such folder; frames of a video: ffmpeg -i video.mp4 {frames}/%06d.jpg")
-    camera = folder_camera(frames.resolve().name) or 1
-    images, others = list_files(frames, regular=True)
-    left_out.update(others)
-    numbered = {int(match[1]): path for path in images if (match := re.search(r"(\d{1,15})\.\w+$", path, re.ASCII))}
-    if not boxes.keys() & numbered.keys():
-        raise ReidError(f"{file}: none of its frames is in {frames}; name them by their numbers, such as {min(boxes):06d}.jpg")
-    for frame, found in sorted(boxes.items()):
-        if frame not in numbered:
-            left_out["boxes of a frame that is not there"] += [f"frame {frame}"] * len(found)
-            continue
-        try:
-            pixels = decode(frames / numbered[frame])
-        except ReidError:
-            left_out["boxes of a frame that cannot be read"] += [numbered[frame]] * len(found)
+    if not frames.exists():
+        raise ReidError(f"--frames {frames}: no such folder or video")
+    camera = folder_camera(frames.resolve().name if frames.is_dir() else frames.stem) or 1
+    missing = dict(boxes)
+    for frame, pixels in read_frames(frames, boxes.keys(), left_out):
+        found = missing.pop(frame)
+        if pixels is None:
+            left_out["boxes of a frame that cannot be read"] += [f"frame {frame}"] * len(found)
             continue
         height, width = pixels.shape[1:]
         for place, (track, (x1, y1, x2, y2)) in enumerate(found):
@@ -73,3 +101,8 @@ def cut_tracks(file, frames, left_out):
             Image.fromarray(pixels[:, y1:y2, x1:x2].permute(1, 2, 0).contiguous().numpy()).save(out, "JPEG", quality=95)
             pid = camera * TRACKS + track
             yield f"track_c{camera}_{track:04d}", f"{pid}_c{camera}s1_{frame:06d}_{place:02d}.jpg", out.getvalue()
+    if len(missing) == len(boxes):
+        raise ReidError(f"{file}: none of its frames is in {frames}; those of a video are numbered from 1, images by their names, "
+                        f"such as {min(boxes):06d}.jpg")
+    for frame, found in sorted(missing.items()):
+        left_out["boxes of a frame that is not there"] += [f"frame {frame}"] * len(found)

@@ -263,15 +263,16 @@ $("large").onkeydown = (event) => ({ ArrowLeft: $("before"), ArrowRight: $("afte
 
 // People, with --writable
 
-async function showPeople() {  // their names, to choose from
-  const { people } = await ask("people");
+async function showGallery() {  // its size, and the names that --writable has to choose from
+  Object.assign($("about"), { textContent: `${count(info.images, "image")} · ${info.model}`, title: info.model });
+  const { people } = info.writable ? await ask("people") : {};
   $("names").replaceChildren(...(people || []).map(({ name }) => make("option", { value: name })));
 }
 
 async function afterChange({ error, change, images }) {
   if (error) return $("rows").prepend(errorLine(error));
   info.images = images;
-  showPeople();
+  showGallery();
   await (queries.length ? search() : pick());
   $("status").textContent = change;
 }
@@ -421,12 +422,11 @@ async function savePicture() {  // a line for each query, with ten hits at most
 
 document.querySelector(".chips").append(...info.cameras.map((camera) =>
   make("label", { textContent: camera }, make("input", { type: "checkbox", value: camera }))));
-Object.assign($("about"), { textContent: `${count(info.images, "image")} · ${info.model}`, title: info.model });
 $("topk").max = info.topk_limit;
 $("cameras").hidden = info.cameras.length < 2;
 (wide.onchange = () => { $("settings").open = wide.matches; })();
 showPairs();
-if (info.writable) showPeople();
+showGallery();
 
 const again = () => {
   if (!SETTINGS.every((id) => $(id).reportValidity())) return;

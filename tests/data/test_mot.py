@@ -1,11 +1,14 @@
 """data_prep.py --mot: boxes of a tracker become a folder of crops for each track."""
 
+import struct
+import sys
+
 import pytest
 from PIL import Image
 
 from reid import ReidError
 from reid.data.datasets import read_folder
-from reid.data.mot import read_mot
+from reid.data.mot import read_frames, read_mot
 
 LINES = """1,7,10,20,30,60,0.9,-1,-1,-1
 1,8,100.4,20,20,40,1
@@ -45,6 +48,55 @@ def test_tracks_are_folders_of_crops_with_camera_and_frame(video, prep):
     assert status == 1 and "exists; choose another --output" in err
 
 
+def write_video(path, colours):
+    """A video with a frame of 200 x 100 pixels of each colour."""
+    av = pytest.importorskip("av", reason="av is not installed: pip install -e '.[video]'")
+    with av.open(path, "w") as video:
+        stream = video.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 200, 100, "yuv420p"
+        for colour in colours:
+            video.mux(stream.encode(av.VideoFrame.from_image(Image.new("RGB", (200, 100), colour))))
+        video.mux(stream.encode(None))
+
+
+def test_a_video_is_read_by_the_numbers_of_its_frames(video, prep):
+    write_video(video / "cam2.mp4", [(200, 0, 0), (0, 200, 0), (0, 0, 200)])
+    status, out, err = prep("--mot", video / "det.txt", "--frames", video / "cam2.mp4", output=video / "tracks")
+    assert (status, err) == (0, "")
+    records = read_folder(video / "tracks")
+    assert records.paths == ["track_c2_0007/200007_c2s1_000001_00.jpg", "track_c2_0007/200007_c2s1_000002_00.jpg",
+                             "track_c2_0008/200008_c2s1_000001_01.jpg"]
+    colours = [Image.open(file).getpixel((5, 5)) for file in records.files()]
+    assert [max(range(3), key=colour.__getitem__) for colour in colours] == [0, 1, 0]  # red, green, red
+    assert [Image.open(file).size for file in records.files()] == [(30, 60), (25, 60), (20, 40)]
+    assert "1 boxes of a frame that is not there: frame 4" in out
+
+
+def test_a_video_of_a_phone_is_upright(video):
+    """Its frames lie on their side, and the matrix in the header of the track says so: here 90 degrees clockwise."""
+    write_video(video / "clip.mp4", [(200, 0, 0)])
+    content, identity = (video / "clip.mp4").read_bytes(), struct.pack(">4i", 1 << 16, 0, 0, 0)
+    start = content.index(identity, content.index(b"tkhd"))
+    turned = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 100 << 16, 0, 1 << 30)
+    (video / "clip.mp4").write_bytes(content[:start] + turned + content[start + len(turned):])
+    [(number, pixels)] = read_frames(video / "clip.mp4", {1}, {})
+    assert (number, tuple(pixels.shape)) == (1, (3, 200, 100))
+
+
+def test_what_is_no_video_is_one_clear_error(video, prep, monkeypatch):
+    write_video(video / "cam2.mp4", [(200, 0, 0)] * 3)
+    (video / "short.mp4").write_bytes((video / "cam2.mp4").read_bytes()[:200])
+    for name in ("det.txt", "short.mp4"):
+        status, _, err = prep("--mot", video / "det.txt", "--frames", video / name, output=video / "tracks")
+        assert status == 1 and "is neither a folder nor a video that can be read (" in err and not (video / "tracks").exists()
+    (video / "late.txt").write_text("9,7,10,20,30,60\n")
+    status, _, err = prep("--mot", video / "late.txt", "--frames", video / "cam2.mp4", output=video / "tracks")
+    assert status == 1 and "none of its frames is in" in err
+    monkeypatch.setitem(sys.modules, "av", None)
+    status, _, err = prep("--mot", video / "det.txt", "--frames", video / "cam2.mp4", output=video / "tracks")
+    assert status == 1 and "pip install -e '.[video]'" in err
+
+
 @pytest.mark.parametrize("text, reason", [
     ("1,7,10,20,30\n", "line 1: give frame, track id"), ("1,7,1,1,9,9\nx,7,1,1,9,9\n", "line 2: give frame"),
     ("1,7.5,1,1,9,9\n", "line 1"), ("1,7,nan,1,9,9\n", "line 1"), ("1,7,1,1,inf,9\n", "line 1"), ("1,999999,1,1,9,9\n", "line 1"),
@@ -61,7 +113,7 @@ def test_both_options_are_needed(video, prep):
     status, _, err = prep("--mot", video / "det.txt")
     assert status == 1 and "give both" in err
     status, _, err = prep("--mot", video / "det.txt", "--frames", video / "nowhere")
-    assert status == 1 and "ffmpeg" in err
+    assert status == 1 and "no such folder or video" in err
 
 
 def test_lines_without_a_track_are_left_out(video):
