@@ -102,7 +102,7 @@ def cut_tracks(file, frames, left_out):
             pid = camera * TRACKS + track
             yield f"track_c{camera}_{track:04d}", f"{pid}_c{camera}s1_{frame:06d}_{place:02d}.jpg", out.getvalue()
     if len(missing) == len(boxes):
-        raise ReidError(f"{file}: none of its frames is in {frames}; those of a video are numbered from 1, images by their names, "
+        raise ReidError(f"{file}: none of its frames is in {frames}; a video has them from 1, images by their names, "
                         f"such as {min(boxes):06d}.jpg")
     for frame, found in sorted(missing.items()):
         left_out["boxes of a frame that is not there"] += [f"frame {frame}"] * len(found)
