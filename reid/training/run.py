@@ -4,6 +4,7 @@ import argparse
 import os
 import shlex
 import signal
+import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -150,6 +151,11 @@ class Run:
         """Save and log in the background. best: whether these weights are the best; None compares their SCORES."""
         if distributed.rank:
             return
+        self.wait()
+        if self.best is not None and not (self.folder / "best.pth").exists():
+            print(f"warning: {self.folder / 'best.pth'} has been removed; the best of the epochs from {epoch} on takes its place",
+                  file=sys.stderr)
+            self.best = None
         score = [sign * metrics[name] for name, sign in SCORES.items() if name in metrics]
         if best is None and score:
             best = self.best is None or score > self.best

@@ -219,13 +219,23 @@ def test_a_store_that_cannot_be_used_is_one_line(folder, monkeypatch, uri, words
     assert "secret" not in str(caught.value)
 
 
-def test_a_silent_server_is_one_line(folder, monkeypatch):
+def test_a_silent_server_is_one_line(folder, monkeypatch, capsys):
+    from mlflow import MlflowClient
+
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")  # second
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         with pytest.raises(ReidError, match=r"timed out.*MLFLOW_TRACKING_URI"):
             Tracker("none", {})
+        silent_client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+        monkeypatch.delenv("MLFLOW_TRACKING_URI")
+        with Tracker("silent", {}) as tracker:
+            tracker.client = silent_client  # it falls silent while it trains
+            tracker.log({"train/loss": 1.0}, 1)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: MLflow cannot be written") and "timed out" in line
+    assert scalars("silent", "train/loss") == [(1, 1.0)]
 
 
 def test_a_deleted_experiment_is_one_line(folder, monkeypatch):
@@ -266,6 +276,27 @@ def test_an_evaluation_joins_the_run(folder, capsys):
     assert tracker.client.get_run(tracker.run_id).info.status == "FINISHED"
     assert scalars("judged-run-1", "eval/here/plain/mAP") == [(0, 0.25)] and scalars("judged-run-1", "loss") == [(3, 1.0)]
     assert capsys.readouterr().err == ""
+
+
+def test_a_report_with_images_stays_on_this_machine(folder, capsys, monkeypatch):
+    """A store of artifacts elsewhere gets the path of the report only."""
+    with Tracker("remote-run-1", {}) as tracker:
+        pass
+    (folder / "report.html").write_text("<!doctype html>")
+    search = type(tracker.client).search_runs
+    sent = []
+    monkeypatch.setattr(type(tracker.client), "log_artifact", lambda self, run_id, path: sent.append(path))
+    for address in ("s3://bucket/1", "mlflow-artifacts:/1", "https://host/1", "dbfs:/1", "file:///tmp/1", "/tmp/1", "./mlruns/1"):
+        def found(*args, address=address, **options):
+            runs = search(*args, **options)
+            runs[0].info._artifact_uri = address
+            return runs
+
+        monkeypatch.setattr(type(tracker.client), "search_runs", found)
+        log_evaluation("remote-run-1", {"eval/here/plain/mAP": 0.25}, "report.html")
+        assert bool(sent) == address.startswith(("file:", "/", "."))
+        assert data(tracker).tags["report"] == "report.html"
+    assert len(sent) == 3 and capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("tracked, warning", [

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import sqlite3
+import threading
 import time
 from contextlib import chdir
 from functools import partial
@@ -173,7 +174,7 @@ def stop_at_step(number, how):
     Trainer.step = counted
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGHUP, signal.SIGKILL])
 def test_resume_after_a_stop_equals_an_undisturbed_run(few, database, distilled, undisturbed, tmp_path, how):
     shutil.copy(database, tmp_path)
     start = ["--data_root", few, "--exp_name", "cut", *WHOLE, *distilled]
@@ -182,7 +183,7 @@ def test_resume_after_a_stop_equals_an_undisturbed_run(few, database, distilled,
     training = weights(tmp_path, "cut")["training"]
     assert (training["epoch"], training["step"]) == (1, 0 if how == signal.SIGKILL else 2)
     command = "train.py --resume --exp_name cut"
-    if how == signal.SIGTERM:
+    if how == signal.SIGHUP:
         assert script.err.splitlines()[-1] == f"train.py: error: saved; go on with: python {command}"
     Script(tmp_path, *command.split()).works()
     for name in ("last.pth", "best.pth"):
@@ -247,7 +248,12 @@ def remove_half(train_folder):
             file.unlink()
 
 
-@pytest.mark.parametrize("change", [rename_identity, swap_identities, remove_half])
+def other_bytes(train_folder):
+    with open(next(train_folder.rglob("*.jpg")), "ab") as file:
+        file.write(b"0")
+
+
+@pytest.mark.parametrize("change", [rename_identity, swap_identities, remove_half, other_bytes])
 def test_only_the_same_images_can_be_resumed(stopped, change):
     folder, arguments = stopped
     change(folder / "data" / "train")
@@ -259,6 +265,28 @@ def test_resume_takes_the_dataset_of_the_run(stopped, few, capsys):
     with chdir(folder):
         train.main(train.get_args_parser().parse_args(["--exp_name", "whole", "--resume"]))
     assert f"python eval.py --exp_name whole --data_root {few} --save_index" in capsys.readouterr().out
+
+
+def test_what_is_removed_while_it_trains_is_written_again(few, database, tmp_path, monkeypatch, capsys):
+    shutil.copy(database, tmp_path)
+    epoch_done, scores = Run.epoch_done, iter([0.9, 0.1])
+    monkeypatch.setattr(train, "validate", lambda *_: {"val/mAP": next(scores)})
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # TensorBoard's writer fails in a thread of its own
+
+    def removing(run, trainer, epoch, *rest, **options):
+        if epoch == 2:
+            run.wait()
+            shutil.rmtree(run.folder)
+            shutil.rmtree("runs")
+        return epoch_done(run, trainer, epoch, *rest, **options)
+
+    monkeypatch.setattr(Run, "epoch_done", removing)
+    with chdir(tmp_path):
+        arguments = ["--data_root", few, *TINY, "--exp_name", "removed", "--num_epochs", 2, "--eval_freq", 1]
+        train.main(train.get_args_parser().parse_args([str(argument) for argument in arguments]))
+    assert weights(tmp_path, "removed", "best.pth")["metrics"]["epoch"] == 2 == weights(tmp_path, "removed")["training"]["epoch"]
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 2 and "models/removed/best.pth has been removed" in warnings[0] and "TensorBoard" in warnings[1]
 
 
 def rewrite(path, change):
