@@ -115,7 +115,9 @@ def create_app(extractor, index, allowed_hosts=(), index_file=None, topk_limit=2
     harden(app, "default-src 'none'; frame-ancestors 'none'", {"localhost", *(name.lower() for name in allowed_hosts)}, token)
     searcher, decoders = Searcher(extractor, index, index_file), ThreadPoolExecutor(2, "decode")  # 50 megapixels: up to 0.75 GB
     app.state.changed, writer = searcher.changed, writable and writable(searcher)
-    _add_search(app, searcher, _crops(extractor, decoders), topk_limit, writer)
+    crops = _crops(extractor, decoders)
+    _add_search(app, searcher, crops, topk_limit)
+    _add_people(app, searcher, crops, writer)
     _add_pages(app, searcher, decoders, topk_limit, writer)
     return app
 
@@ -134,8 +136,8 @@ def _crops(extractor, decoders):
     return crops
 
 
-def _add_search(app, searcher, crops, topk_limit, writer):
-    """Add what embeds, searches, and enrols and erases people."""
+def _add_search(app, searcher, crops, topk_limit):
+    """Add what embeds and searches."""
     def filters(topk: Annotated[int, Query(ge=1, le=topk_limit, description="hits for each query")] = min(20, topk_limit),
                 camera: Annotated[list[int], Query(max_length=1000, description="only of this camera; may be repeated")] = (),
                 first_frame: Annotated[int, Query(ge=0, le=LAST, description="only from this frame number on")] = 0,
@@ -166,6 +168,9 @@ def _add_search(app, searcher, crops, topk_limit, writer):
         embeddings = await searcher.ask([Job(image) for image in queries])
         return {"model": searcher.extractor.describe(), "embeddings": [embedding.tolist() for embedding in embeddings]}
 
+
+def _add_people(app, searcher, crops, writer):
+    """Add what lists, enrols and erases people. writer: a Writer, or None."""
     @app.get("/people")
     def people() -> People:  # on a thread of its own, as an engine reads all its rows
         """The people of the gallery, and how many images it has of each."""

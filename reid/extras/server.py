@@ -5,6 +5,7 @@ import base64
 import hmac
 import ipaddress
 import logging
+import re
 import signal
 import socket
 from contextlib import asynccontextmanager, suppress
@@ -81,17 +82,19 @@ def harden(app, policy, names, token=None):
 
 def _refusal(request, names):
     """Return why a request must not be answered, or None. DNS rebinding needs a name, so all IP addresses are allowed."""
+    host, origin, site = map(request.headers.get, ("host", "origin", "sec-fetch-site"))
     try:
-        host = urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
+        host = urlsplit(f"//{host or ''}").hostname or ""
         allowed = host in names or ipaddress.ip_address(host)
     except ValueError:
         allowed = False
     if not allowed:
         return "this server has another name; --allowed_hosts adds one"
+    if origin and not site:  # as older browsers send a form
+        own = re.fullmatch(r"https?://([^/]+?)(:\d+)?", origin)
+        site = "same-origin" if own and own[1].strip("[]").lower() in (host, *names) else "cross-site"
     link = request.headers.get("sec-fetch-mode") == "navigate" and request.method == "GET" and request.url.path == "/"
-    origin = request.headers.get("origin")  # browsers without Sec-Fetch-Site send it with forms
-    foreign = origin and urlsplit(origin).hostname not in (host, *names)
-    if (foreign or request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none")) and not link:
+    if (site or "none") not in ("same-origin", "none") and not link:
         return "requests of other web pages are refused"
 
 

@@ -130,10 +130,12 @@ def test_bad_images_are_not_enrolled(door, crop, uri):
 
 
 def test_web_pages_and_clients_without_the_token_change_nothing(index, uri, crop):
+    token = {"Authorization": "Bearer sixteen letters!"}
     with Site(**writable(index, uri), token="sixteen letters!") as site:
-        for headers, status in [({}, 401), ({"Authorization": "Bearer sixteen letters!", "Origin": "http://evil.example"}, 403),
-                                ({"Authorization": "Bearer sixteen letters!", "Origin": "null"}, 403),
-                                ({"Authorization": "Bearer sixteen letters!", "Origin": site.url("")}, 200)]:
+        for headers, status in [
+                ({}, 401), (token | {"Sec-Fetch-Site": "cross-site"}, 403), (token | {"Origin": "http://evil.example"}, 403),
+                (token | {"Origin": "null"}, 403), (token | {"Origin": "http://["}, 403), (token | {"Origin": site.url("")}, 200),
+                (token | {"Origin": "https://proxy.example", "Sec-Fetch-Site": "same-origin"}, 200)]:
             answer = requests.post(site.url("/people"), files={"files": crop}, data={"name": "anna"}, headers=headers, timeout=60)
             assert answer.status_code == status, answer.text
             assert requests.delete(site.url("/people/anna"), headers=headers, timeout=60).status_code == status
