@@ -168,7 +168,8 @@ class MilvusGallery:
         limit = min(need + TIES, DEPTH)
         scores, rows = torch.full((len(embeddings), topk), -torch.inf), torch.full((len(embeddings), topk), -1)
         self._hits = {}  # replaced, not cleared: another thread may be reading the hits of its own search
-        for part in (~embeddings.isnan().any(1)).nonzero().flatten().split(max(1, HITS // limit)):
+        valid = (~embeddings.isnan().any(1)).nonzero().flatten()
+        for part in valid.split(max(1, HITS // limit)) if len(valid) else ():
             for i, hits in zip(part.tolist(), self._request(embeddings[part].float(), need, limit, " and ".join(conditions))):
                 kept = [(score, row) for score, _, row in sorted(hits) if row not in exclude[i]][:topk]
                 for place, (score, row) in enumerate(kept):

@@ -89,6 +89,8 @@ def test_a_search_is_one_request(tmp_path, monkeypatch):
     monkeypatch.setattr(gallery.collection, "call", lambda method, **options: calls.append(method) or call(method, **options))
     ranked = gallery.search(random_index(3, seed=1).embeddings.float(), 10)
     assert sum(len(hits(one)) for one in ranked) == 30 and calls == ["search"]
+    none = torch.full((2, gallery.dim), torch.nan)
+    assert gallery.search(none[:0], 10) == [] and [len(one) for one in gallery.search(none, 10)] == [0, 0] and calls == ["search"]
 
 
 def test_more_equal_scores_than_are_fetched_stay_in_order(tmp_path):
