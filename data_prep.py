@@ -149,7 +149,8 @@ def build(args, output, source, state):
             if downloaded:
                 downloaded.unlink(missing_ok=True)
             raise
-        print(account(args.folder or args.archive or source, taken, left_out, args.strict))
+        lines = [account(args.folder or args.archive or source, taken, left_out, args.strict), prepare.copies(tree)]
+        print(*filter(None, lines), sep="\n")
     print(printable(f"{output}: complete"))
     if downloaded:
         print(printable(f"{downloaded}: no longer needed"))

@@ -22,7 +22,7 @@ from reid.retrieval.evaluation import gather_data, learn_spacetime, score, set_t
 from reid.retrieval.extract import add_arguments
 from reid.retrieval.group import THRESHOLD, evaluate_groups, group_index
 from reid.retrieval.index import GalleryIndex
-from reid.retrieval.protocol import PROTOCOLS, SPLITS
+from reid.retrieval.protocol import PROTOCOLS, SPLITS, random_splits
 from reid.retrieval.stored import FORMAT, changing, check_current, check_replaceable, default_uri, is_milvus, save_command
 from reid.retrieval.tracklets import evaluate_tracklets
 
@@ -197,6 +197,8 @@ def build_index(args, checkpoint, rank, world_size):
     from reid.extras.network import make_extractor
 
     images, queries = read_split(args.data_root, "gallery"), read_split(args.data_root, "query")
+    if args.protocol in SPLITS:
+        next(random_splits(args.protocol, queries.pids, images.pids))  # too few people: refused before they are embedded
     extractor = make_extractor(args, checkpoint)
     old = None
     if args.save_index and not is_milvus(args.gallery_uri):

@@ -68,6 +68,9 @@ MISTAKES = [
     # how?
     ("eval", f"{SET} --far 0", r"--far 0.0: must lie between"),
     ("eval", f"{SET} --single_shot 0", r"--single_shot 0: must lie between 1 and"),
+    ("eval", f"{SET} --protocol prid", r"--protocol prid: takes 100 people of queries and gallery, not 2$"),
+    ("inference", "--exp_name tiny --list --gallery_uri index/none.pt",
+     r"no such index; make it: python inference.py --add DIR --exp_name tiny --gallery_uri index/none.pt$"),
     ("eval", f"{LOAD} --protocol viper", r"--protocol viper: takes 316 people of queries and gallery, not 2$"),
     ("eval", f"{SET} --protocol viper --report r.html", r"draw ten: use --protocol market"),
     ("eval", f"{SET} --multi_query --spacetime", r"--spacetime needs the time of each query, .*: give one of them"),

@@ -17,6 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from reid import ReidError
+from reid.cli import printable
 from reid.data.datasets import list_files, list_images, make_records
 from reid.data.names import DISTRACTOR, JUNK, UNKNOWN, order
 from reid.files import copy, fsync_folder, locked
@@ -134,6 +135,22 @@ def fill(root, images, source, counts=None, state=None, left_out=None, link=Fals
                             "or accept another dataset of its layout with --any_counts")
     (root / STAMP).write_text(json.dumps({"source": source, "images": found, "state": state}, indent=1) + "\n")
     return sum(found.values())
+
+
+def copies(root):
+    """Return text on images of the tree that are the same byte for byte, those under several identities first; "" for none."""
+    sizes, same = defaultdict(list), defaultdict(list)
+    for path in (f"{split}/{path}" for split in SPLITS for path in list_images(root / split)):
+        sizes[os.path.getsize(root / path)].append(path)
+    for path in (path for paths in sizes.values() if len(paths) > 1 for path in paths):
+        same[hashlib.sha256((root / path).read_bytes()).digest()].append(path)
+    groups = [(len({path.split("/")[1] for path in paths}) == 1, paths) for paths in same.values() if len(paths) > 1]
+    if not groups:
+        return ""
+    shown = "; ".join(" = ".join(paths[:3]) for _, paths in sorted(groups)[:2])
+    several = sum(not one for one, _ in groups)
+    return (f"  {len(groups):,} photographs are there more than once, {several:,} of them under several identities: "
+            f"{printable(shown)}{'; ...' * (len(groups) > 2)}")
 
 
 def _listing(counts):

@@ -114,7 +114,7 @@ class Tree:
         self.folder, self.index = folder, index
         self.row_of = {path: row for row, path in enumerate(index.paths)}
         record = _read_record(folder)
-        self.complete, self.next = record.get("complete", True), record.get("next", 1)
+        self.complete, self.next, self.gallery = record.get("complete", True), record.get("next", 1), record.get("gallery", "")
         self.people = {person["number"]: person for person in record["people"]}
         parts = [(person["number"], person["crops"]) for person in record["people"]] + [(None, record["singles"])]
         self.former = {path: (number, places) for number, crops in parts for path, places in crops.items()}
@@ -124,7 +124,7 @@ class Tree:
         self.found = self._find()
 
     def _find(self):
-        """{row: place} of the links to crops, by their target, or where that is gone by their name."""
+        """{row: place} of the links to crops, by their target, or by their name where that is gone or in the former gallery."""
         by_name = {os.path.basename(place): path for path, (_, places) in self.former.items() for place in places}
         root, found = os.path.abspath(self.index.data_root), {}
         for parent, folders, files in os.walk(self.folder):
@@ -132,7 +132,8 @@ class Tree:
                 link = os.path.join(parent, name)
                 if os.path.islink(link):
                     target = os.path.normpath(os.path.join(os.path.realpath(parent), os.readlink(link)))
-                    path = next((path for path in (os.path.relpath(target, os.path.realpath(root)), target, by_name.get(name))
+                    own = by_name.get(name) if self._leads_to(link, by_name.get(name)) else None
+                    path = next((path for path in (os.path.relpath(target, os.path.realpath(root)), target, own)
                                  if path in self.row_of), None)
                     place = Path(link).relative_to(self.folder).as_posix()
                     if path and "/" in place and (row := self.row_of[path]) is not None:
@@ -140,6 +141,11 @@ class Tree:
                         if row not in found or not recorded:  # of two links, the one that was made by hand
                             found[row] = place
         return found
+
+    def _leads_to(self, link, path):
+        """Whether a link leads to a crop of the last run, or to nothing; others that have the name of a crop are the user's."""
+        return os.path.islink(link) and (not os.path.exists(link) or os.path.realpath(link) == os.path.realpath(
+            os.path.join(self.gallery, path or "")))
 
     def by_hand(self):
         """int64 [N]: one number for the crops of each folder that was made or changed by hand, -1 for other crops."""
@@ -217,7 +223,7 @@ class Tree:
                 os.symlink(target, link)
         for path in self.former.keys() - self.row_of.keys():
             for place in self.former[path][1]:
-                if os.path.islink(self.folder / place):
+                if self._leads_to(self.folder / place, path):
                     (self.folder / place).unlink()
         for person in [*self.people.values(), {"folder": SINGLES}]:
             with suppress(OSError):  # is not empty

@@ -140,15 +140,20 @@ def default_uri(exp_name, gallery=None):
 def save_command(args, index=None, uri=None):
     """Return the command that makes the index of the options of eval.py or inference.py, or brings it up to date.
 
-    index: what is stored, or None where that cannot be read; uri: instead of that of `args`.
+    index: what is stored, or None where that cannot be read; one that lists no folder was made by --add. uri: instead of that of
+    `args`.
     """
     gallery, uri, far = getattr(args, "gallery", None), uri or args.gallery_uri, getattr(index, "false_accept_rate", None)
     queries = gallery is None if index is None else not hasattr(args, "gallery") or getattr(index, "queries", None) is not None
-    return command("eval.py" if queries else "inference.py", save_index=True, exp_name=None if args.network else args.exp_name,
-                   network=args.network, network_input=args.network_input, gallery=gallery,
-                   data_root=None if gallery else args.data_root or getattr(index, "data_root", None),
-                   gallery_uri=None if uri == default_uri(args.exp_name, gallery) else uri, far=None if far == 1e-3 else far,
-                   **{"no-mirror": not (getattr(index, "mirror", True) if args.mirror is None else args.mirror)})
+    options = {"exp_name": None if args.network else args.exp_name, "network": args.network, "network_input": args.network_input}
+    more = {"gallery_uri": None if uri == default_uri(args.exp_name, gallery) else uri,
+            "no-mirror": not (getattr(index, "mirror", True) if args.mirror is None else args.mirror)}
+    changes = any(getattr(args, name, None) for name in ("rename", "remove", "older_than", "list"))
+    if changes or getattr(index, "split", "") is None:
+        return command("inference.py", add="DIR", **options, **more)
+    return command("eval.py" if queries else "inference.py", save_index=True, **options, gallery=gallery,
+                   data_root=None if gallery else args.data_root or getattr(index, "data_root", None), **more,
+                   far=None if far == 1e-3 else far)
 
 
 def _another(uri):

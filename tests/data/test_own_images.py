@@ -337,6 +337,19 @@ def test_names_without_identity_in_an_archive_are_counted(tmp_path, prep):
     refused(prep("--archive", archive, "--any_counts", "--strict", output=tmp_path / "2"), "--strict", "IMG_0.jpg")
 
 
+def test_copies_under_several_identities_and_names_are_pointed_out(tmp_path, prep):
+    names = {"ann": ["1.png", "2.png"], "ben": ["1.png", "2.png"], "eve": ["1.png"]}  # of one size
+    folder = make_tree(tmp_path / "photos", names)
+    status, out, _ = prep("--from", folder)
+    assert status == 0 and "more than once" not in out
+    for name, copy in ("ann/1.png", "ann/a\n.png"), ("ben/2.png", "eve/a\x1b.png"), ("eve/1.png", "ben/4.png"):
+        shutil.copy(folder / name, folder / copy)
+    status, out, _ = prep("--from", folder, output=tmp_path / "again")
+    (line,) = [line for line in out.splitlines() if "more than once" in line]
+    assert line.startswith("  3 photographs are there more than once, 2 of them under several identities: ")
+    assert line.endswith("; ...") and "eve/a\\x1b.png" in line and "ben/4.png" in line and "ann/" not in line
+
+
 def test_of_two_images_none_is_held_out(tmp_path, prep):
     prep("--from", pictures(tmp_path / "mine", "a/1.png", "a/2.png", "b/1.png", "b/2.png", "b/3.png"), "--train_share", "1")
     counts = [len(list((tmp_path / "out" / folder).rglob("*.png"))) for folder in ("train/a", "train/b", "val/a", "val/b")]

@@ -138,6 +138,29 @@ def test_foreign_files_stay(out, tmp_path, crops):
     assert not (out / "0002/b1.png").is_symlink() and {path.name for path in (out / "0005").iterdir()} == {"e1.png", "e2.png"}
 
 
+@pytest.mark.parametrize("place", ["0001/b1.png", "0001/a1.png", "my/b1.png", "singles/a1.png", "0003/c1.png", "singles/d1.png"])
+@pytest.mark.parametrize("names", [NAMES, NAMES[:5]])
+def test_a_link_of_the_users_own_stays_whatever_its_name(out, tmp_path, place, names):
+    (tmp_path / "photo.png").touch()
+    (out / place).parent.mkdir(exist_ok=True)
+    (out / place).unlink(missing_ok=True)
+    os.symlink(tmp_path / "photo.png", out / place)
+    index = make_index(tmp_path / "crops", names)
+    for _ in range(2):
+        write_people(out, index, 0.5)
+        assert os.readlink(out / place) == str(tmp_path / "photo.png")
+    found = {os.path.basename(os.path.realpath(path)) for path in out.rglob("*") if path.is_symlink()}
+    assert found == {os.path.basename(name) for name in names} | {"photo.png"}  # no crop is lost
+
+
+def test_a_gallery_that_was_copied_elsewhere_keeps_its_people(out, tmp_path):
+    os.rename(out / "0002", out / "ben")
+    shutil.copytree(tmp_path / "crops", tmp_path / "copy")
+    write_people(out, make_index(tmp_path / "copy", NAMES), 0.5)
+    assert tree(out) == {"ben" if top == "0002" else top: names for top, names in FIRST.items()}
+    assert all(str(tmp_path / "copy") in os.path.realpath(path) for path in out.rglob("*") if path.is_symlink())
+
+
 @pytest.mark.parametrize("step", (0, 1, 3, 5, 7, 8))
 def test_a_run_that_is_killed_at_any_time_goes_on(tmp_path, out, monkeypatch, step):
     """Crops were added and moved by hand; any operation on links may be the last one."""
