@@ -67,8 +67,11 @@ def get_args_parser():
     add("--smoothing", type=float, default=0.1, help="label smoothing of the cross-entropy")
     add("--pair_weight", type=float, default=1.0, help="weight of the triplet loss")
     add("--margin", type=float, default=0.3, help="margin of the triplet loss")
-    add("--teacher", metavar="FILE", help="distil from it: embeddings of the training images by any model, an index or a "
-        "dict of paths and embeddings (docs/your-cameras.md); or a checkpoint trained on the same identities")
+    add("--teacher", metavar="FILE", help="distil from it: a network (OpenVINO, .xml) or a checkpoint trained on the same "
+        "identities, which see each image as it is cropped and erased, before its colours change; or embeddings of the "
+        "images by any model, an index or a dict of paths and embeddings (docs/your-cameras.md)")
+    add("--teacher_input", choices=["bgr255", "rgb255", "imagenet"], help="pixels that the network of --teacher expects: 0 to "
+        "255, or RGB minus ImageNet's mean over its deviation")
     add("--unlabelled_teacher", metavar="FILE", help="embeddings of the crops of --unlabelled, if not in the file of --teacher")
     add("--distill", type=float, default=1.0, help="weight of the losses that follow --teacher")
     add("--cosine", type=float, default=5.0, help="weight, among these, of the cosine to the teacher's embeddings")
@@ -130,10 +133,13 @@ def train_step(trainer, images, numbers, labels, rows):
     have no identity; rows: int64 [B], the positions of the images in the training set. Returns what is logged.
     """
     args, labelled = trainer.args, len(labels)
+    seen = None
+    if trainer.teacher and trainer.teacher.network:  # its colours stay: the student learns that they do not matter
+        seen = augment.apply(images, numbers, args.flip, args.erase)
     images = augmented(images, numbers, args)
     with trainer.autocast():
         features, embeddings, logits = trainer.network(images)
-        targets, target_logits = trainer.teacher(images, rows) if trainer.teacher else (None, None)
+        targets, target_logits = trainer.teacher(seen, rows) if trainer.teacher else (None, None)
 
     logged = {"loss_id": identity_loss(logits[:labelled], labels, args.smoothing),
               "loss_pair": triplet_loss(distributed.gather(features[:labelled]), distributed.gather(labels), args.margin)}

@@ -106,7 +106,7 @@ class Run:
         of a teacher, are not those that the run was started with.
         """
         names = [f"{Path(file).parent.name}/{Path(file).name} of {os.path.getsize(file)} bytes" for file in files]
-        targets = [] if trainer.teacher is None or trainer.teacher.embeddings is None else [trainer.teacher.embeddings]
+        targets = [value for name, value in sorted(trainer.teacher.named_buffers())] if trainer.teacher else []
         self.images = [len(names), checksum(names + targets)]
         if not self.state:
             return 0, 0

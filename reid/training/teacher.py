@@ -10,15 +10,18 @@ from torch import nn
 from reid import ReidError
 from reid.checkpoint import FORMAT, load_checkpoint, load_foreign, restore_model
 from reid.data.paths import Paths
+from reid.model import ReidModel
+from reid.training.openvino_network import OpenVinoNetwork
 
-KINDS = "a checkpoint, an index or a dict of paths and embeddings"
+KINDS = "a checkpoint, an OpenVINO network (.xml), an index or a dict of paths and embeddings"
 
 
 class Teacher(nn.Module):
     """Call `teacher(images, rows)` for the embeddings, and perhaps the logits, that a batch has to follow.
 
-    embeddings: float [N, T], one row for each image of the training, or None where `network`, a ReidModel, computes them.
-    size: dimension D of the embeddings of the network that learns. `map` is linear, from these to the teacher's; it learns, too.
+    embeddings: float [N, T], one row for each image of the training, or None where `network` computes them, a ReidModel or an
+    OpenVinoNetwork. size: dimension D of the embeddings of the network that learns. `map` is linear, from these to the
+    teacher's; it learns, too.
     """
 
     def __init__(self, size, embeddings=None, network=None):
@@ -29,12 +32,15 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images, rows):
-        """Return embeddings [B, T] and logits [B, C], or None in their place where the embeddings come from a file.
+        """Return embeddings [B, T], and logits [B, C] or None where the teacher has none of the same identities.
 
-        images: float32 [B, 3, H, W], augmented; rows: int64 [B], the positions of the images in the training set.
+        images: float32 [B, 3, H, W], for a teacher that has a network; rows: int64 [B], the positions of the images in the
+        training set.
         """
         if self.network is None:
             return self.embeddings[rows].float(), None
+        if not isinstance(self.network, ReidModel):
+            return self.network(images), None
         size = self.network.config["height"], self.network.config["width"]
         resized = images if images.shape[-2:] == size else F.interpolate(images, size, mode="bilinear")
         embeddings = self.network.neck(self.network.features(resized))
@@ -51,10 +57,15 @@ def load_teacher(args, model, files, unlabelled):
             raise ReidError("--unlabelled needs a --teacher: crops without identities are only distilled")
         return None
     name, size = f"--teacher {args.teacher}", model.config["embedding_size"]
+    network = Path(args.teacher).suffix == ".xml"
+    if network != bool(args.teacher_input):
+        raise ReidError(f"{name}: --teacher_input is for a network (.xml), the pixels that it expects; give both or neither")
+    if network:
+        _refuse_file_of_crops(args)
+        return Teacher(size, network=OpenVinoNetwork(args.teacher, args.teacher_input))
     record = _load(args.teacher, name)
     if record.get("format") == FORMAT:
-        if args.unlabelled_teacher:
-            raise ReidError("--unlabelled_teacher: the checkpoint of --teacher embeds the crops itself; leave it out")
+        _refuse_file_of_crops(args)
         record = load_checkpoint(args.teacher)
         if record["config"]["classes"] != model.config["classes"]:
             raise ReidError(f"{name}: trained on other identities than this run; train it on the same --data_root")
@@ -68,6 +79,11 @@ def load_teacher(args, model, files, unlabelled):
             raise ReidError(f"{name}: embeddings of {parts[1].shape[1]} dimensions, those of --teacher have {parts[0].shape[1]}; "
                             "both must come from one model")
     return Teacher(size, torch.cat(parts))
+
+
+def _refuse_file_of_crops(args):
+    if args.unlabelled_teacher:
+        raise ReidError(f"--unlabelled_teacher: the network of --teacher {args.teacher} embeds the crops itself; leave it out")
 
 
 def _load(path, name):

@@ -3,6 +3,7 @@
 import copy
 import gc
 import warnings
+from contextlib import contextmanager
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -46,6 +47,7 @@ class Trainer:
         long = cuda and args.num_epochs * steps >= COMPILE_STEPS
         self.compile_wanted, self.graph_wanted = args.compile == "on" or (args.compile == "auto" and long), cuda
         self.prepared, self.graph, self.inputs, self.scalars = False, None, None, None
+        self.stream = torch.cuda.Stream(device) if cuda else None  # of the attempts in `_prepare`, and of the graph
         self.steps, self.logged, self.rates = steps, [], []  # what the steps of an epoch return, and their learning rates
 
     def describe(self):
@@ -101,7 +103,7 @@ class Trainer:
         back to the last bit.
         """
         state, self.prepared = self._state_tensors(), True
-        before = [tensor.clone() for tensor in state]
+        before = [tensor.detach().clone() for tensor in state]
 
         def works(name, attempt, *args):
             try:
@@ -109,6 +111,8 @@ class Trainer:
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # compilers, drivers and libraries fail in ways of their own
+                while error.__context__:  # a recording that fails raises once more when it is ended
+                    error = error.__context__
                 reason = first_line(error)
             with torch.no_grad():
                 torch._foreach_copy_(state, before)
@@ -126,23 +130,32 @@ class Trainer:
             self.graph = self.inputs = None
             gc.collect()
 
+    @contextmanager
+    def _on_own_stream(self):
+        """Run on `stream`: what autograd keeps of a step belongs to its stream, and a recording must not leave it."""
+        if self.stream is None:
+            yield
+            return
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            yield
+        current.wait_stream(self.stream)
+
     def _run_alone(self, batch):
         """Run a step without collectives: a rank whose compiler fails would leave the others waiting in one."""
-        with distributed.alone():
+        with distributed.alone(), self._on_own_stream():
             self.train_step(self, *batch)
 
     def _record(self, batch):
         """Record a step as a CUDA graph, after three steps that let libraries allocate what they need."""
         self.inputs = [tensor.clone() for tensor in batch]
-        stream, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream), warnings.catch_warnings():
+        with self._on_own_stream(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for _ in range(3):
                 self.train_step(self, *self.inputs)
-        current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # other threads may decode meanwhile
+        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):  # other threads may decode meanwhile
             self.scalars = self.train_step(self, *self.inputs)
         self.graph = graph
 

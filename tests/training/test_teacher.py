@@ -22,7 +22,7 @@ CONFIG = tiny_config()
 
 
 def teacher_of(files, teacher, unlabelled=(), unlabelled_teacher=None):
-    args = Namespace(teacher=teacher and str(teacher), unlabelled="crops" if unlabelled else None,
+    args = Namespace(teacher=teacher and str(teacher), teacher_input=None, unlabelled="crops" if unlabelled else None,
                      unlabelled_teacher=unlabelled_teacher and str(unlabelled_teacher))
     return load_teacher(args, build_model(CONFIG), [Path(file) for file in files], [Path(file) for file in unlabelled])
 

@@ -66,7 +66,7 @@ def mistake(script, place, monkeypatch, capsys, *options):
     ("--exp_name old", "models/old exists; add --resume to go on, or choose another name"),
     ("--resume --exp_name old", "models/old/last.pth: not a checkpoint of this project"),
     ("--resume --exp_name odl", "no models/odl/last.pth; runs that can go on: old."),
-    ("--teacher gone.pt", "--teacher gone.pt: no such file; give a checkpoint, an index or a dict"),
+    ("--teacher gone.pt", "--teacher gone.pt: no such file; give a checkpoint, an OpenVINO network (.xml), an index or a dict"),
     ("--teacher other.pth", "--teacher other.pth: needs `paths`, a list of N file names, and `embeddings`"),
     ("--unlabelled photos", "--unlabelled needs a --teacher"),
     ("--unlabelled empty --teacher other.pth", "empty: no image in it or below it"),
