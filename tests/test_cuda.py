@@ -11,12 +11,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from openvino_lab import write
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from reid.model import DTYPES, EMBEDDING_SIZES, build_model, cast_network, default_config
 from reid.retrieval.extract import Extractor
 from reid.training import augment
+from reid.training.openvino_network import OpenVinoNetwork
 from reid.training.teacher import Teacher
 from reid.training.trainer import Trainer
 
@@ -134,6 +137,26 @@ def test_the_step_stays_on_the_gpu(traced, precision, backbone):
 def test_the_step_with_a_teacher_that_is_a_network_stays_on_the_gpu(traced):
     logged = trace_step(teacher=teacher(1024, network=model("resnet50")))
     assert "loss_soft" in logged and all(value.device.type == "cuda" for value in logged.values())
+
+
+@pytest.mark.parametrize("pixels", ["bgr255", "imagenet"])
+def test_the_step_with_an_openvino_teacher_stays_on_the_gpu(traced, tmp_path, monkeypatch, pixels):
+    """A CUDA graph cannot be recorded while something is copied from the host."""
+    pytest.importorskip("openvino")
+    with unset_fake_temporarily():
+        network = OpenVinoNetwork(write(tmp_path / "net.xml"), pixels)
+    found, copied = teacher(1024, network=network), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **kwargs or {})
+            if function is torch.ops.aten._to_copy.default and args[0].device.type == "cpu" and result.device.type == "cuda":
+                copied.append(args[0])
+            return result
+
+    with Watch():
+        embeddings, logits = found(zeros(12, 3, 64, 32, dtype=torch.float32), zeros(12))
+    assert embeddings.device.type == "cuda" and embeddings.shape == (12, 5) and logits is None and not copied
 
 
 def test_a_value_that_is_read_back_and_a_wrong_device_are_found(traced, monkeypatch):

@@ -40,12 +40,12 @@ def _normalise(x, axes, data):
     """Mean-variance normalisation (MVN), in float32."""
     if data["eps_mode"].upper() != "INSIDE_SQRT" or data["normalize_variance"] != "true":
         raise ValueError("this kind of MVN")
-    variance, mean = torch.var_mean(x.float(), axes.tolist(), correction=0, keepdim=True)
+    variance, mean = torch.var_mean(x.float(), axes, correction=0, keepdim=True)
     return ((x - mean) * (variance + float(data["eps"])).rsqrt()).to(x.dtype)
 
 
 def _gather(x, rows, axis, data):
-    return torch.cat([x.narrow(int(axis), row, 1) for row in rows.flatten().tolist()], int(axis))  # a graph may not copy indices
+    return torch.cat([x.narrow(axis[0], row, 1) for row in rows], axis[0])  # a graph may not copy indices
 
 
 # What a layer computes: its inputs, then `data`, the attributes of the layer (https://docs.openvino.ai, operation sets).
@@ -62,7 +62,7 @@ LAYERS = {
     "Multiply": lambda x, y, data: x * y,
     "PReLU": lambda x, slope, data: torch.where(x > 0, x, slope * x),
     "ReLU": lambda x, data: x.relu(),
-    "ReduceMean": lambda x, axes, data: x.mean(axes.tolist(), keepdim=data["keep_dims"] == "true"),
+    "ReduceMean": lambda x, axes, data: x.mean(axes, keepdim=data["keep_dims"] == "true"),
     "Sigmoid": lambda x, data: x.sigmoid(),
     "Subtract": lambda x, y, data: x - y,
 }
@@ -79,7 +79,8 @@ class OpenVinoNetwork(nn.Module):
     def __init__(self, path, pixels):
         super().__init__()
         self.pixels, self.size, self.image, self.result = pixels, None, None, None
-        self.integers, self.steps = {}, []  # integer constants; (result, function, inputs, attributes, results to forget)
+        self.integers = {}  # constants: lists of int
+        self.steps = []  # (result, function, inputs, attributes, results to forget)
         for name, values in ("mean", MEAN), ("std", STD):
             self.register_buffer(name, 255 * torch.tensor(values).view(3, 1, 1), persistent=False)
         try:
@@ -130,7 +131,7 @@ class OpenVinoNetwork(nn.Module):
         if value.is_floating_point():
             self.register_buffer(f"constant_{name}", value.float(), persistent=False)
         else:
-            self.integers[name] = value
+            self.integers[name] = value.flatten().tolist()
 
     def _is_constant(self, name):
         return name in self.integers or hasattr(self, f"constant_{name}")

@@ -1,5 +1,6 @@
 """train_step and the Trainer: losses, averaged weights, and the ways of the step, on a small network in this process."""
 
+import gc
 from contextlib import nullcontext
 from functools import cache, partial
 from unittest import mock
@@ -189,3 +190,21 @@ def test_choosing_the_way_of_the_step_changes_nothing(monkeypatch, capsys, graph
     assert len(printed) == len(lines) and all(line in found for line, found in zip(lines, printed))
     trainer.close()
     assert trainer.graph is None
+
+
+def test_nothing_of_autograd_is_alive_when_a_step_is_recorded(monkeypatch):
+    """Autograd's nodes belong to the stream on which they were made, and CUDA records no step that leaves its stream."""
+    trainer = tiny_trainer()
+    pretend_cuda(monkeypatch, PretendGraph, trainer)
+    learning, record, alive = {id(parameter) for parameter in trainer.parameters}, trainer._record, []
+
+    def look_and_record(batch):
+        nodes = (function for thing in gc.get_objects() if type(thing) is torch.Tensor and thing.grad_fn is not None
+                 for function, _ in thing.grad_fn.next_functions)
+        alive.extend(node for node in nodes if id(getattr(node, "variable", None)) in learning)
+        record(batch)
+
+    monkeypatch.setattr(trainer, "_record", look_and_record)
+    images, numbers, labels, rows = tiny_batches(1)
+    trainer.step(images[0], numbers[0], labels, rows, 0.01)
+    assert trainer.graph is not None and not alive
