@@ -7,23 +7,21 @@ Several GPUs: torchrun --nproc_per_node N eval.py --save_index
 """
 
 import argparse
-from functools import partial
 from itertools import product
 from pathlib import Path
 
 from reid import ReidError, distributed
 from reid.checkpoint import checkpoint_path, fingerprint, load_checkpoint, versions
-from reid.cli import HelpFormatter, check_network, check_ranges, command, left_out_status, run
-from reid.data.datasets import read_split
-from reid.files import REPORT, RESULTS, check_outputs, write_json
-from reid.model import pick_device
+from reid.cli import HelpFormatter, command, left_out_status, run
+from reid.files import write_json
 from reid.retrieval import metrics, summary
+from reid.retrieval.arguments import check_evaluation
 from reid.retrieval.evaluation import gather_data, learn_spacetime, score, set_thresholds, split_index
 from reid.retrieval.extract import add_arguments
-from reid.retrieval.group import THRESHOLD, evaluate_groups, group_index
+from reid.retrieval.group import THRESHOLD, evaluate_groups, group_index, pick_threshold
 from reid.retrieval.index import GalleryIndex
-from reid.retrieval.protocol import PROTOCOLS, SPLITS, random_splits
-from reid.retrieval.stored import FORMAT, changing, check_current, check_replaceable, default_uri, is_milvus, save_command
+from reid.retrieval.protocol import PROTOCOLS, SPLITS
+from reid.retrieval.stored import default_uri
 from reid.retrieval.tracklets import evaluate_tracklets
 
 
@@ -65,18 +63,19 @@ def get_args_parser():
 
 
 def main(args):
+    from reid.extras import galleries
     from reid.training.tracking import log_evaluation
 
-    check_arguments(args)
+    check_evaluation(args)
     if args.compare:
         return print(summary.compare_table(*(saved_run(name, args) for name in args.compare)))
-    rank, world_size = distributed.start(args.device)
+    rank, _ = distributed.start(args.device)
     documents, status = [], 0
     for exp_name, (data_root, protocol) in product(args.exp_name, zip(args.data_root, args.protocol)):
         one = argparse.Namespace(**vars(args) | {"exp_name": exp_name, "data_root": data_root, "protocol": protocol})
         one.gallery_uri = args.gallery_uri or default_uri(exp_name)
         checkpoint, record, wanted = open_model(one)
-        index = load_index(one, one.gallery_uri, wanted) if args.load_index else build_index(one, checkpoint, rank, world_size)
+        index = galleries.load_evaluated(one, wanted) if args.load_index else galleries.build_evaluated(one, checkpoint)
         if rank == 0:
             documents.append(evaluate(one, checkpoint, record, index))
             log_evaluation(exp_name, summary.scalars(documents[-1]), args.report)
@@ -91,44 +90,10 @@ def main(args):
     return status
 
 
-def check_arguments(args):
-    """Raise ReidError for arguments that cannot work, before any work is done; one protocol for each dataset."""
-    check_ranges(args, {"far": (1e-9, 1), "batch_size": (1, 1 << 16), "single_shot": (1, 1000)})
-    check_network(args)
-    if args.network:
-        args.exp_name = [args.exp_name]
-    if len(args.protocol) == 1:
-        args.protocol *= len(args.data_root)
-    if len(args.protocol) != len(args.data_root):
-        raise ReidError(f"{len(args.data_root)} --data_root but {len(args.protocol)} --protocol: give one for all or for each")
-    roots, evaluations = len(args.data_root), len(args.data_root) * len(args.exp_name)
-    if (roots > 1 and (args.load_index or args.save_index or args.spacetime)) or (
-            evaluations > 1 and (args.gallery_uri or args.report)):
-        raise ReidError("several --data_root have no one index and no common clocks for --spacetime, several evaluations no one "
-                        "--gallery_uri or --report: evaluate them one by one")
-    if set(args.protocol) & set(SPLITS) and (args.report or args.compare or args.single_shot):
-        raise ReidError("--report, --compare and --single_shot are of one gallery, but --protocol viper and prid draw ten: use "
-                        "--protocol market")
-    if args.load_index and args.save_index:
-        raise ReidError("--load_index and --save_index: give one of them; --save_index alone embeds only what has changed")
-    extra = ("json", "load_index", "save_index", "gallery_uri", "multi_query", "rerank", "spacetime", "network")
-    if args.compare and (unused := [f"--{name}" for name in extra if getattr(args, name)]):
-        raise ReidError(f"--compare prints two runs from their saved indexes; leave out {', '.join(unused)}")
-    if args.multi_query and args.spacetime:
-        raise ReidError("--spacetime needs the time of each query, which --multi_query averages over: give one of them")
-    if args.multi_query and "nocam" in args.protocol:
-        raise ReidError("--multi_query averages the images of one camera, which --protocol nocam ignores: give one of them")
-    uris = [uri for exp_name in args.exp_name if not is_milvus(uri := args.gallery_uri or default_uri(exp_name))]
-    saved, loaded = (uris, []) if args.save_index else ([], uris)
-    folders = [Path(root, split) for root in args.data_root for split in ("gallery", "query", "train")]
-    check_outputs([("json", args.json, RESULTS), ("report", args.report, REPORT),
-                   *(("gallery_uri", uri, FORMAT) for uri in saved)], [*folders, *loaded], args.overwrite)
-    for uri in saved:
-        check_replaceable(uri, args.data_root[0], queries=True, overwrite=args.overwrite)
-
-
 def evaluate(args, checkpoint, record, index):
     """Evaluate one run on one dataset: print, save and draw what is asked for; return everything that was measured."""
+    from reid.extras import galleries, network
+
     cross_domain = None if args.network else summary.is_cross_domain(record, args.data_root)
     print(f"{args.exp_name} on {args.data_root}: {len(index.queries):,} queries, {len(index):,} images in the gallery, "
           f"{'mirrored images averaged' if index.mirror else 'no mirrored images'}", flush=True)
@@ -140,10 +105,8 @@ def evaluate(args, checkpoint, record, index):
     scored = index.camera_normalised() if args.camera_norm else index
     evidence = None
     if args.spacetime:
-        from reid.extras.network import make_extractor
-
         evidence = learn_spacetime(checkpoint.with_name("spacetime.pt"), args.data_root, scored,
-                                   lambda: make_extractor(args, checkpoint))
+                                   lambda: network.make_extractor(args, checkpoint))
     found = {}
     for part in split_index(index, args.protocol):
         for name, result in score(args, part, evidence):
@@ -162,12 +125,10 @@ def evaluate(args, checkpoint, record, index):
     roc = set_thresholds(args, index)
     groups = None
     if args.group:
-        stored = index.camera_threshold if scored.normalised else index.threshold
-        threshold = next(value for value in (args.threshold, stored, THRESHOLD) if value is not None)
-        groups = evaluate_groups(group_index(scored, threshold), scored.pids)
+        groups = evaluate_groups(group_index(scored, pick_threshold(scored, args.threshold)), scored.pids)
     tracklets = evaluate_tracklets(scored, args.protocol) if args.tracklets else None
     if args.save_index:
-        save_index(index, args.gallery_uri, args.exp_name, args.overwrite)
+        galleries.save_evaluated(index, args.gallery_uri, args.exp_name, args.overwrite)
     if args.report:
         from reid.extras.report import write_report
 
@@ -190,58 +151,6 @@ def open_model(args):
     path = checkpoint_path(args.exp_name)
     record = load_checkpoint(path)
     return path, record, fingerprint(record)
-
-
-def build_index(args, checkpoint, rank, world_size):
-    """Embed gallery and queries of the dataset; with --save_index only what is new or has changed since."""
-    from reid.extras.network import make_extractor
-
-    images, queries = read_split(args.data_root, "gallery"), read_split(args.data_root, "query")
-    if args.protocol in SPLITS:
-        next(random_splits(args.protocol, queries.pids, images.pids))  # too few people: refused before they are embedded
-    extractor = make_extractor(args, checkpoint)
-    old = None
-    if args.save_index and not is_milvus(args.gallery_uri):
-        old = GalleryIndex.reusable(args.gallery_uri, extractor, args.data_root)
-    accounts = [images.account(f"{args.data_root}/gallery", args.strict), queries.account(f"{args.data_root}/query", args.strict)]
-    if rank == 0:
-        print(extractor.describe(), *accounts, sep="\n", flush=True)
-    options = {"strict": args.strict, "rank": rank, "world_size": world_size, "progress": rank == 0}
-    index = GalleryIndex.build(extractor, images, old=old, **options)
-    index.queries = GalleryIndex.build(extractor, queries, old=None if old is None else old.queries, **options)
-    if rank == 0 and old is not None:
-        print(f"{args.gallery_uri}: gallery {index.update(old)}"
-              + (f"; queries {index.queries.update(old.queries)}" if old.queries is not None else ""))
-    if rank == 0 and not (len(index) and len(index.queries)):
-        raise ReidError(f"{args.data_root}: not one image of its {'gallery' if not len(index) else 'query'} could be read")
-    return index
-
-
-def load_index(args, uri, wanted):
-    """Read the saved index with its queries; raises ReidError where weights, dataset, images or settings differ."""
-    if is_milvus(uri):
-        from reid.extras import milvus
-
-        index = milvus.load_index(uri, args.exp_name, wanted)
-    else:
-        index = GalleryIndex.load(uri, wanted, partial(save_command, args))
-    if index.queries is None:
-        raise ReidError(f"{uri}: has a gallery but no queries; make them: {save_command(args, index)}")
-    check_current(index, uri, args.data_root, args)
-    args.mirror, index.device = index.mirror, distributed.device or pick_device(args.device)
-    return index
-
-
-def save_index(index, uri, exp_name, overwrite=False):
-    """Keep an index with its queries and its threshold."""
-    if is_milvus(uri):
-        from reid.extras import milvus
-
-        with changing(uri):
-            milvus.save_index(index, uri, exp_name)
-    else:
-        index.save_built(uri, overwrite)
-    print(f"index saved: {uri}")
 
 
 def saved_run(name, args):

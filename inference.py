@@ -15,21 +15,20 @@ import torch
 
 from reid import ReidError, distributed
 from reid.checkpoint import checkpoint_path
-from reid.cli import HelpFormatter, check_network, check_ranges, left_out_status, printable, run
+from reid.cli import HelpFormatter, left_out_status, printable, run
 from reid.data import synthetic
 from reid.data.datasets import list_images, read_folder, read_split
 from reid.data.names import UNKNOWN, read_file
 from reid.files import PICTURE, RESULTS, check_outputs, write_json
 from reid.retrieval import enrol, tracklets
+from reid.retrieval.arguments import CHANGES, DATA_ROOT, check_search
 from reid.retrieval.extract import add_arguments
 from reid.retrieval.group import THRESHOLD
 from reid.retrieval.index import GalleryIndex
 from reid.retrieval.ranked import Query, rerank_lists, weigh_lists
 from reid.retrieval.spacetime import SpaceTime
-from reid.retrieval.stored import FORMAT, check_current, check_replaceable, default_uri, is_milvus, save_command
+from reid.retrieval.stored import FORMAT, is_milvus
 
-DATA_ROOT = "data/market-1501-grouped"
-CHANGES = ("add", "rename", "remove", "older_than", "list")
 CANDIDATES = 200  # hits that re-ranking and camera + time reorder
 
 
@@ -92,73 +91,45 @@ def get_args_parser():
 
 
 def main(args):
-    from reid.extras import network
-
-    check_arguments(args)
+    check_search(args)
     checkpoint = Path("index", args.exp_name, "network") if args.network else checkpoint_path(args.exp_name)
     if args.export:
         return export(args, checkpoint)
     if any(getattr(args, option) for option in CHANGES):
         return change_gallery(args, checkpoint)
-    if args.serve:
-        from reid.extras import server
+    return (group if args.group else serve if args.serve else search)(args, checkpoint)
 
-        token = os.environ.get("REID_TOKEN")
-        listener = server.listen(args.host, args.port, token)  # a taken port is an error before the gallery is embedded
-    rank, world_size = distributed.start(args.device)  # torchrun: every rank embeds its part
+
+def search(args, checkpoint):
+    """Rank the gallery for each query; print, draw and write the ranked lists. Under torchrun each rank embeds its part."""
+    from reid.extras import galleries, network
+
+    rank, world_size = distributed.start(args.device)
     extractor = network.make_extractor(args, checkpoint)
-    index = load_gallery(args, extractor) if args.load_index else None
-    args.data_root = args.data_root or (index.data_root if index is not None else DATA_ROOT)
-    if args.group:
-        index = index or build_gallery(args, extractor, rank, world_size)
-        if rank == 0:
-            from reid.extras.people import write_people
-
-            index = index if isinstance(index, GalleryIndex) else index.download()
-            print(printable(write_people(args.group, index, args.threshold, args.camera_norm is not False)))
-        return 0 if rank else left_out_status(index.bad)
-    query_files = [] if args.serve else find_queries(args)
-    file = None if is_milvus(args.gallery_uri) else args.gallery_uri
-    outputs = [("output", args.output, PICTURE), ("json", args.json, RESULTS), ("gallery_uri", args.save_index and file, FORMAT)]
-    check_outputs(outputs, [*query_files, args.gallery or Path(args.data_root, "gallery"), args.load_index and file],
-                  args.overwrite)
-    embeddings, kept, bad = extractor.embed_records(query_files, strict=args.strict, progress=False)
+    index = galleries.load(args, extractor)
+    files = find_queries(args)
+    check_written(args, files)
+    embeddings, kept, bad = extractor.embed_records(files, strict=args.strict, progress=False)
     if bad and not len(kept):  # before the gallery is embedded
-        file, reason = bad[0]
-        raise ReidError(f"none of the queries could be read ({file}: {reason}); give images such as JPEG or PNG")
-    if index is None:
-        index = build_gallery(args, extractor, rank, world_size)
-    index = prepare(args, index)
-    if args.camera_norm and rank == 0 and not index.normalised:
-        print(f"--camera_norm: has no effect {'in Milvus' if is_milvus(args.gallery_uri) else 'on a gallery without cameras'}")
-    ranks = {"rank": rank, "world_size": world_size} if isinstance(index, GalleryIndex) and not args.serve else {}
-    if rank and not ranks:
+        raise ReidError("none of the queries could be read ({}: {}); give images such as JPEG or PNG".format(*bad[0]))
+    index = galleries.prepare(args, galleries.build(args, extractor) if index is None else index, extractor)
+    if rank and not isinstance(index, GalleryIndex):
         return distributed.stop()
-    if rank == 0:
-        print(f"{extractor.describe()}; {len(index):,} images in the gallery"
-              f"{', camera statistics taken out' * index.normalised}", flush=True)
-    if args.serve:
-        from reid.extras.page import create_app
-        from reid.extras.writer import Writer
-
-        file = args.gallery_uri if args.load_index and isinstance(index, GalleryIndex) else None
-        writable = args.writable and partial(
-            Writer, args.gallery_uri, partial(open_gallery, args, extractor), partial(prepare, args))
-        hosts = [args.host, *args.allowed_hosts]
-        return server.serve(create_app(extractor, index, hosts, file, token=token, writable=writable), listener)
 
     evidence = SpaceTime.load(checkpoint.with_name("spacetime.pt"), index.space, args.data_root) if args.spacetime else None
-    queries = [Query(query_files[i], *read_file(query_files[i], args.data_root)) for i in kept.tolist()]
+    queries = [Query(files[i], *read_file(files[i], args.data_root)) for i in kept.tolist()]
     if evidence and queries and all(UNKNOWN in (query.camid, query.frame) for query in queries):
         raise ReidError("--spacetime: no query's name gives camera and time, as 0007_c2s1_000451_03.jpg does; leave it out")
     embeddings = index.normalise(embeddings, torch.tensor([query.camid for query in queries]))
     if args.tracklets:
         queries, embeddings = tracklets.pool_queries(queries, embeddings)
     topk = max(args.topk, CANDIDATES) if args.rerank or args.spacetime else args.topk
-    topk = max(1, min(topk, len(index)))
-    lists = index.search(embeddings, topk, camids=args.cameras, frames=args.frames, queries=queries, **ranks)
+    ranks = {"rank": rank, "world_size": world_size} if isinstance(index, GalleryIndex) else {}
+    lists = index.search(embeddings, max(1, min(topk, len(index))), camids=args.cameras, frames=args.frames, queries=queries,
+                         **ranks)
+    distributed.stop()
     if rank:
-        return distributed.stop()
+        return 0
     if lists and not any(map(len, lists)):
         raise ReidError("no gallery image fits --cameras and --frames; the gallery's names may hold neither")
     if args.rerank:
@@ -166,68 +137,64 @@ def main(args):
     elif args.spacetime:
         lists = weigh_lists(lists, evidence, args.topk)
     write_results(args, index, lists)
-    distributed.stop()
     return left_out_status(index.bad + bad)
 
 
-def check_arguments(args):
-    """Raise ReidError for arguments that cannot work, before any work is done; give --gallery_uri its default."""
-    check_ranges(args, {"topk": (1, 1 << 40), "positions": (1, 1 << 40), "cameras": (-1, 1 << 40), "batch_size": (1, 1 << 16),
-                        "frames": (-1, 1 << 62), "older_than": (1e-6, 1e6), "threshold": (-1, 1), "port": (0, 65535)})
-    for option, value in vars(args).items():
-        if any(isinstance(text, str) and not text.strip() for text in (value if isinstance(value, list) else [value])):
-            raise ReidError(f"--{option}: has an empty value; is a shell variable unset? Give a value, or leave the option out")
-    check_network(args)
-    if args.network and args.export:
-        raise ReidError("--export: writes the network of a run; leave out --network")
-    for option, other in (("positions", "output"), ("onnx_input", "export"), ("name", "add"), ("threshold", "group"),
-                          ("writable", "serve"), ("writable", "load_index")):
-        if getattr(args, option) is not None and not getattr(args, other):
-            raise ReidError(f"--{option}: is of --{other}; give both")
-    replaced = ("query_paths", "serve", "export", "output", "json", "rerank", "spacetime", *CHANGES)
-    for option in ("group", *CHANGES):
-        given = [f"--{other}" for other in replaced if other != option and getattr(args, option) and getattr(args, other)]
-        if given:
-            raise ReidError(f"--{option} and {given[0]}: give one of them")
-    if args.group:
-        from reid.extras.people import check_folder
+def serve(args, checkpoint):
+    """Open the search page. A taken port is an error before the gallery is embedded."""
+    from reid.extras import galleries, network, server
+    from reid.extras.page import create_app
+    from reid.extras.writer import Writer
 
-        check_folder(args.group, args.gallery or Path(args.data_root or DATA_ROOT, "gallery"))
-    if args.positions and min(args.positions) > args.topk:
-        raise ReidError(f"--positions {min(args.positions)}: beyond --topk {args.topk}, so nothing would be drawn")
-    if (args.serve or args.export) and not (args.output is args.json is None):
-        raise ReidError("--output and --json are of ranked lists, which --serve and --export do not make: leave them out")
-    if args.frames and args.frames[0] > args.frames[1]:
-        raise ReidError(f"--frames {args.frames[0]} {args.frames[1]}: give the first frame, then the last one")
-    uri = args.gallery_uri = args.gallery_uri or default_uri(args.exp_name, args.gallery)
-    if args.gallery and not (args.data_root or args.query_paths or args.save_index or args.serve or args.group):
-        raise ReidError("--gallery: give --query_paths, the images to look for, or --save_index, to keep the gallery only")
-    if args.gallery and args.spacetime and not args.data_root:
-        raise ReidError("--spacetime: learned on a dataset by eval.py; give its --data_root beside --gallery")
-    if args.load_index and args.save_index:
-        raise ReidError("--load_index and --save_index: give one of them; --save_index alone embeds only what has changed")
-    if args.index_type != "FLAT" and not (args.save_index and is_milvus(uri)):
-        raise ReidError(f"--index_type {args.index_type}: of a gallery kept in Milvus; give --save_index and --gallery_uri")
-    if args.save_index and not is_milvus(uri):
-        check_replaceable(uri, args.gallery or args.data_root or DATA_ROOT, queries=False, overwrite=args.overwrite)
+    token = os.environ.get("REID_TOKEN")
+    listener = server.listen(args.host, args.port, token)
+    rank, _ = distributed.start(args.device)
+    extractor = network.make_extractor(args, checkpoint)
+    index = galleries.load(args, extractor)
+    check_written(args)
+    index = galleries.prepare(args, galleries.build(args, extractor) if index is None else index, extractor)
+    if rank:
+        return distributed.stop()
+    file = args.gallery_uri if args.load_index and isinstance(index, GalleryIndex) else None
+    writable = args.writable and partial(Writer, args.gallery_uri, partial(galleries.open_stored, args, extractor),
+                                         partial(galleries.prepare, args))
+    app = create_app(extractor, index, [args.host, *args.allowed_hosts], file, token=token, writable=writable)
+    return server.serve(app, listener)
+
+
+def group(args, checkpoint):
+    """Sort the crops of the gallery into people."""
+    from reid.extras import galleries, network, people
+
+    people.check_folder(args.group, args.gallery or Path(args.data_root or DATA_ROOT, "gallery"))
+    rank, _ = distributed.start(args.device)
+    extractor = network.make_extractor(args, checkpoint)
+    index = galleries.load(args, extractor)
+    index = galleries.build(args, extractor) if index is None else index
+    distributed.stop()
+    if rank:
+        return 0
+    index = index if isinstance(index, GalleryIndex) else index.download()
+    print(printable(people.write_people(args.group, index, args.threshold, args.camera_norm is not False)))
+    return left_out_status(index.bad)
 
 
 def change_gallery(args, checkpoint):
     """Enrol, rename, erase or list the people of an index, and print what changed."""
-    from reid.extras import network
+    from reid.extras import galleries, network
 
     extractor, new, bad = None, None, []
     if args.list:
-        return print(enrol.table(open_gallery(args, extractor)))
+        return print(enrol.table(galleries.open_stored(args, extractor)))
     if args.add:
         records, extractor = read_folder(args.add), network.make_extractor(args, checkpoint)
         print(records.account(args.add, args.strict))
-        extractor.mirror = open_gallery(args, extractor).mirror
+        extractor.mirror = galleries.open_stored(args, extractor).mirror
         new = GalleryIndex.build(extractor, records, args.strict)
         if not len(new):
             raise ReidError(f"{args.add}: not one image could be read")
         bad = new.bad
-    with enrol.changing(args.gallery_uri, partial(open_gallery, args, extractor)) as gallery:
+    with enrol.changing(args.gallery_uri, partial(galleries.open_stored, args, extractor)) as gallery:
         if args.add:
             text = enrol.enrol(gallery, new, args.name)
         elif args.rename:
@@ -264,66 +231,12 @@ def find_queries(args):
     return found
 
 
-def open_gallery(args, extractor):
-    """Open the saved gallery, for --add an empty one where there is none; raises ReidError where it was made of other weights."""
-    uri, run = args.gallery_uri, args.exp_name
-    if is_milvus(uri):
-        from reid.extras import milvus
-
-        if args.add and not milvus.exists(uri, run):
-            return milvus.create_gallery(uri, run, extractor.fingerprint, extractor.mirror, extractor.dim, "")
-        return milvus.open_gallery(uri, run, extractor)
-    if args.add and not Path(uri).exists():
-        return GalleryIndex.empty(extractor)
-    return GalleryIndex.load(uri, extractor, partial(save_command, args))
-
-
-def load_gallery(args, extractor):
-    """Open the saved gallery; raises ReidError where it was made of other weights, of another folder, or of other images."""
-    index = open_gallery(args, extractor)
-    check_current(index, args.gallery_uri, args.gallery or args.data_root or index.data_root, args)
-    if args.mirror is None:
-        extractor.mirror = index.mirror
-    return index
-
-
-def prepare(args, index):
-    """Return what is searched of a stored gallery: without camera statistics, with the means of tracklets."""
-    if args.camera_norm is not False and isinstance(index, GalleryIndex):
-        index = index.camera_normalised()
-    if args.tracklets and not isinstance(index, GalleryIndex):
-        raise ReidError("--tracklets: not of a gallery in Milvus, whose entries are single images")
-    return tracklets.pool(index) if args.tracklets else index
-
-
-def build_gallery(args, extractor, rank, world_size):
-    """Embed the gallery; with --save_index it is kept, in Milvus without ever being in memory as a whole.
-
-    Of a gallery that is kept already only what is new or has changed is embedded.
-    """
-    records = read_folder(args.gallery) if args.gallery else read_split(args.data_root, "gallery")
-    account, uri = records.account(args.gallery or f"{args.data_root}/gallery", args.strict), args.gallery_uri
-    if rank == 0:
-        print(account)
-    old = None
-    if args.save_index and is_milvus(uri):
-        from reid.extras import milvus
-
-        index = milvus.build_gallery(uri, args.exp_name, extractor, records, args.index_type, args.strict)
-    else:
-        old = GalleryIndex.reusable(uri, extractor, records.root) if args.save_index else None
-        index = GalleryIndex.build(extractor, records, args.strict, rank=rank, world_size=world_size, old=old)
-    if rank == 0 and not len(index):
-        raise ReidError(f"{args.gallery or args.data_root}: not one image of the gallery could be read")
-    if rank == 0 and args.save_index:
-        what = f" ({index.update(old)})" if old is not None else ""
-        if isinstance(index, GalleryIndex):
-            index.save_built(uri, args.overwrite)
-        print(f"index saved: {uri}{what}")
-        if args.index_type != "FLAT":
-            recall, compared = index.recall()
-            print(f"{args.index_type}: recall@10 {100 * recall:.1f} % against exact search over {compared:,} images")
-    return index
+def check_written(args, queries=()):
+    """Raise ReidError where an output would replace what is read, or another kind of file."""
+    file = None if is_milvus(args.gallery_uri) else args.gallery_uri
+    outputs = [("output", args.output, PICTURE), ("json", args.json, RESULTS), ("gallery_uri", args.save_index and file, FORMAT)]
+    read = [*queries, args.gallery or Path(args.data_root, "gallery"), args.load_index and file]
+    check_outputs(outputs, read, args.overwrite)
 
 
 def write_results(args, index, lists):

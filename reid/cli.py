@@ -9,7 +9,6 @@ import sys
 import warnings
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -39,16 +38,6 @@ def check_ranges(args, limits):
         for value in values if isinstance(values, list) else [] if values is None else [values]:
             if not low <= value <= high:
                 raise ReidError(f"--{name} {value}: must lie between {low:,} and {high:,}")
-
-
-def check_network(args):
-    """Check --network and --network_input. The name of the network's file takes the place of the run's in `args.exp_name`."""
-    if (args.network is None) != (args.network_input is None):
-        raise ReidError("--network and --network_input: give both, the file and the pixels that it expects")
-    if args.network:
-        if args.engine == "torch":
-            raise ReidError("--engine torch: --network is computed by OpenVINO; leave --engine out")
-        args.exp_name = Path(args.network).stem
 
 
 def printable(text):

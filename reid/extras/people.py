@@ -21,7 +21,7 @@ from reid import ReidError
 from reid.extras import pictures
 from reid.extras.report import render
 from reid.files import PEOPLE, PICTURE, REPORT, atomic_path, is_ours, locked
-from reid.retrieval.group import THRESHOLD, group_index
+from reid.retrieval.group import group_index, pick_threshold
 
 RECORD, SINGLES, SHEETS, PAGE = "people.json", "singles", "sheets", "people.html"
 SHOWN, LISTED, DRAWN = 8, 300, 1000  # crops of a person and people on the page; contact sheets
@@ -85,7 +85,7 @@ def write_people(folder, index, threshold=None, camera_norm=True):
     index = index.select(torch.tensor(sorted(named.values()), dtype=torch.int64))
     index.threshold, index.camera_threshold = stored
     index = index.camera_normalised() if camera_norm else index
-    threshold = next(value for value in (threshold, index.threshold, THRESHOLD) if value is not None)
+    threshold = pick_threshold(index, threshold)
     check_folder(folder, index.data_root)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, "another process groups into this folder"):

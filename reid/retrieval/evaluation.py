@@ -105,6 +105,7 @@ def set_thresholds(args, index):
     if not args.multi_query:  # the averages of several queries score higher than the single images of a search
         index.threshold, index.camera_threshold = plain.threshold[args.far], normalised.threshold[args.far]
         index.false_accept_rate = args.far
+        index.camera_normalised().threshold = index.camera_threshold
     for rate in rates:
         print(f"TAR@FAR {rate:g}: {100 * roc.tpr[rate]:.2f} % (cosine above {roc.threshold[rate]:.4f})")
     return roc._replace(tpr={rate: roc.tpr[rate] for rate in rates}, threshold={rate: roc.threshold[rate] for rate in rates})

@@ -117,6 +117,11 @@ def group_index(index, threshold: float, together: Tensor | None = None) -> Tens
     return group(index.embeddings, threshold, apart, together)
 
 
+def pick_threshold(index, given=None):
+    """Return the threshold to group a GalleryIndex by: the one that is given, else its own, else THRESHOLD."""
+    return next(value for value in (given, index.threshold, THRESHOLD) if value is not None)
+
+
 class GroupScores(NamedTuple):
     """How well groups agree with identities: (precision, recall, F1) of pairs and of BCubed; homogeneity, completeness, V."""
 

@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import inference
 from reid import ReidError
 from reid.cli import left_out_status
 from reid.data.datasets import read_folder
 from reid.data.names import folder_pid
 from reid.retrieval import enrol, stored
+from reid.retrieval.arguments import check_search
 from reid.retrieval.index import GalleryIndex
 from reid.retrieval.stored import differences
 
@@ -208,10 +210,8 @@ def test_a_person_is_erased_by_the_name_that_the_table_has(tmp_path, kind):
                                      ["--add", "door", "--name", ""], ["--group", ""]])
 def test_an_empty_value_is_refused(options):
     """As an unset shell variable gives: it must neither mean everybody nor start a plain search."""
-    import inference as script
-
     with pytest.raises(ReidError, match="empty value"):
-        script.check_arguments(script.get_args_parser().parse_args(options))
+        check_search(inference.get_args_parser().parse_args(options))
 
 
 def test_an_empty_name_is_nobody(tmp_path, monkeypatch):

@@ -9,9 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import eval as evaluate
 from reid import ReidError
 from reid.data.datasets import Records, read_split
 from reid.retrieval import metrics
+from reid.retrieval.arguments import check_evaluation
 from reid.retrieval.evaluation import gather_data, score, set_thresholds, split_index
 from reid.retrieval.index import GalleryIndex
 from reid.retrieval.protocol import random_splits
@@ -231,10 +233,8 @@ def test_table_of_runs_and_datasets(capsys):
     (["--load_index", "--save_index"], "give one of them"),
 ])
 def test_options_that_cannot_act_together(options, message):
-    import eval as script
-
     with pytest.raises(ReidError, match=message):
-        script.check_arguments(script.get_args_parser().parse_args(options))
+        check_evaluation(evaluate.get_args_parser().parse_args(options))
 
 
 @pytest.mark.parametrize("far, kept", [(0.001, [0.001, 0.01]), (0.0001, None), (0.5, [0.001, 0.01, 0.5])])
