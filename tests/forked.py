@@ -8,7 +8,6 @@ import contextlib
 import multiprocessing
 import os
 import runpy
-import signal
 import socket
 import sys
 import tempfile
@@ -113,7 +112,6 @@ def _run(cwd, log, prepare, script, args, environment):
         runpy.run_path(script, run_name="__main__")
     except SystemExit as end:
         status = end.code or 0
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # while Python itself ends, Ctrl-C is a traceback, too
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, OSError, ValueError):
