@@ -62,6 +62,9 @@ def main(args):
     for option in ("times", "camera", "identity"):
         if getattr(args, option) and not args.folder:
             raise ReidError(f"--{option} needs --from: other sources have them in their file names")
+    for path in filter(None, (args.archive, args.times, args.mot)):
+        if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+            raise ReidError(f"{path}: is neither a file nor a folder; a pipe or a device may never end")
     if args.times and args.camera:
         raise ReidError("--times has the camera of every image: leave --camera out")
     if bool(args.mot) != bool(args.frames):

@@ -35,6 +35,8 @@ def load(args, extractor):
     if index is not None:
         check_current(index, args.gallery_uri, args.gallery or args.data_root or index.data_root, args)
         extractor.mirror = index.mirror
+        if not (len(index) or args.serve):
+            raise ReidError(f"{args.gallery_uri}: holds no image; enrol some with --add")
     args.data_root = args.data_root or (DATA_ROOT if index is None else index.data_root)
     return index
 
@@ -71,7 +73,7 @@ def build(args, extractor):
     if args.save_index and is_milvus(uri):
         index = milvus.build_gallery(uri, args.exp_name, extractor, records, args.index_type, args.strict)
     else:
-        old = GalleryIndex.reusable(uri, extractor, records.root) if args.save_index else None
+        old = GalleryIndex.reusable(uri, extractor, records.root, args.overwrite) if args.save_index else None
         index = GalleryIndex.build(extractor, records, args.strict, rank=rank, world_size=distributed.world_size, old=old)
     if rank == 0 and not len(index):
         raise ReidError(f"{args.gallery or args.data_root}: not one image of the gallery could be read")
@@ -108,7 +110,7 @@ def build_evaluated(args, checkpoint):
     extractor = network.make_extractor(args, checkpoint)
     old = None
     if args.save_index and not is_milvus(args.gallery_uri):
-        old = GalleryIndex.reusable(args.gallery_uri, extractor, args.data_root)
+        old = GalleryIndex.reusable(args.gallery_uri, extractor, args.data_root, args.overwrite)
     accounts = [images.account(f"{args.data_root}/gallery", args.strict), queries.account(f"{args.data_root}/query", args.strict)]
     if rank == 0:
         print(extractor.describe(), *accounts, sep="\n", flush=True)

@@ -36,6 +36,8 @@ def connect(uri):
     """Return a MilvusClient; raise ReidError without pymilvus, for a wrong address, or if no engine answers."""
     if is_file(uri):
         Path(uri).parent.mkdir(parents=True, exist_ok=True)
+        if Path(uri).is_file() or (Path(uri).is_dir() and any(Path(uri).iterdir()) and not Path(uri, "LOCK").exists()):
+            raise ReidError(f"{uri}: exists, and is no gallery of Milvus; choose another --gallery_uri")
     elif not re.fullmatch("https?://[^@?/]+(/[^@?]*)?", uri):
         raise ReidError(f"--gallery_uri {without_secrets(uri)}: give index/<run>.pt, a name.db, or http://host:19530; "
                         f"user:password belongs in {TOKEN}")
@@ -50,7 +52,7 @@ def connect(uri):
         return MilvusClient(str(uri), token=os.environ.get(TOKEN, ""), timeout=TIMEOUT, dedicated=True,
                             grpc_options={"grpc.use_local_subchannel_pool": 1})
     except Exception as error:  # MilvusException, and anything from the embedded engine
-        advice = ("is it a folder? Does another process use it? Only one can: start `milvus-lite server` for more"
+        advice = ("does another process use it? Only one can: start `milvus-lite server` for more"
                   if is_file(uri) else f"check the address, whether the server runs, and {TOKEN} if it wants one")
         raise ReidError(f"{uri}: no Milvus engine ({_reason(error)}); {advice}") from None
 

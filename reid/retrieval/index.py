@@ -3,6 +3,7 @@
 import copy
 import os
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -235,7 +236,7 @@ class GalleryIndex(Rows):
     def save_built(self, path, overwrite=False):
         """Write an index that `build` has made, with what other processes have enrolled and erased in the stored one since."""
         with changing(path):
-            stored = self.reusable(path, self, self.data_root, verbose=False)
+            stored = self.reusable(path, self, self.data_root, overwrite, verbose=False)
             for part, other in ((self, stored), (self.queries, stored and stored.queries)):
                 if part is not None and other is not None:
                     part.take_changes(other)
@@ -269,17 +270,24 @@ class GalleryIndex(Rows):
         return index
 
     @classmethod
-    def reusable(cls, path, extractor, data_root, verbose=True):
+    def reusable(cls, path, extractor, data_root, overwrite=False, verbose=True):
         """Open the index whose rows a new one of `data_root` may take over: of the same network, mirror images and folder.
 
-        extractor: an Extractor, or another index of it. Without such an index, return None.
+        extractor: an Extractor, or another index of it. Without such an index, return None. One that was changed by hand and
+        cannot be taken over raises ReidError, unless `overwrite`.
         """
-        try:
-            index = cls.load(path, extractor)
-        except ReidError:
-            index = None
-        if index and index.mirror == extractor.mirror and index.split is not None and same_folder(index.data_root, data_root):
-            return index
+        changed = 0
+        with suppress(ReidError):  # missing, or damaged
+            index = cls.load(path)
+            index.device = getattr(extractor, "device", "cpu")
+            settings = index.fingerprint, index.preprocessing, index.mirror
+            if settings == (extractor.fingerprint, PREPROCESSING, extractor.mirror) and index.split is not None \
+                    and same_folder(index.data_root, data_root):
+                return index
+            changed = sum(map(os.path.isabs, index.paths)) + sum(reason == ERASED for _, reason, *_ in index.bad)
+        if changed and not overwrite:
+            raise ReidError(f"{path}: of another network or other settings, and {changed:,} images were enrolled or erased by "
+                            "hand, which would be forgotten; give another --gallery_uri, or replace it with --overwrite")
         if verbose and Path(path).exists() and distributed.rank == 0:
             print(f"{path}: of another network, of other settings or damaged, so it is made anew", flush=True)
         return None

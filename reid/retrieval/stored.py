@@ -143,6 +143,8 @@ def save_command(args, index=None, uri=None):
     index: what is stored, or None where that cannot be read; one that lists no folder was made by --add. uri: instead of that of
     `args`.
     """
+    if not hasattr(args, "gallery") and getattr(index, "split", "") is None:  # eval.py does not replace what was enrolled
+        index, uri = None, _another(uri or args.gallery_uri)
     gallery, uri, far = getattr(args, "gallery", None), uri or args.gallery_uri, getattr(index, "false_accept_rate", None)
     queries = gallery is None if index is None else not hasattr(args, "gallery") or getattr(index, "queries", None) is not None
     options = {"exp_name": None if args.network else args.exp_name, "network": args.network, "network_input": args.network_input}

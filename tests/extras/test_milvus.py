@@ -19,6 +19,7 @@ from reid.retrieval.index import COLUMNS, GalleryIndex
 REASON = "pymilvus and milvus-lite are not installed: pip install -e '.[milvus]'"
 pytest.importorskip("pymilvus", reason=REASON)
 pytest.importorskip("milvus_lite", reason=REASON)
+from fault_lab import small_disk  # noqa: E402
 from test_ingest import DIM, PRINT, RUN, server  # noqa: E402, F401
 
 from reid.extras.milvus import create_gallery, load_index, open_gallery, save_index  # noqa: E402
@@ -178,7 +179,7 @@ def test_refused_galleries(tmp_path):
     with pytest.raises(ReidError, match="choose one of FLAT"):
         create_gallery(uri, RUN, PRINT, True, DIM, "nowhere", "FLATTER")
     (tmp_path / "plain.db").write_text("not a folder")
-    with pytest.raises(ReidError, match=r"is it a folder\?"):
+    with pytest.raises(ReidError, match="is no gallery of Milvus"):
         open_gallery(str(tmp_path / "plain.db"), RUN, PRINT)
 
 
@@ -227,3 +228,24 @@ def test_walk_through(root, people, tmp_path, monkeypatch, capsys):
         answers.append(capsys.readouterr().out.split("query my/query.jpg")[1])
     assert len(answers) == 4 and (tmp_path / "milvus.db").is_dir() and (tmp_path / "index/masked-hog-908--crops.pt").is_file()
     assert len(set(answers)) == 1 and answers[0].count("my/crops/") == 5
+
+
+def test_files_and_folders_of_others_are_not_written_into(tmp_path):
+    (tmp_path / "mine.db").write_bytes(b"SQLite format 3\0")
+    (tmp_path / "folder.db").mkdir()
+    (tmp_path / "folder.db/notes.txt").touch()
+    for name in "mine.db", "folder.db":
+        with pytest.raises(ReidError, match="exists, and is no gallery of Milvus"):
+            create_gallery(str(tmp_path / name), RUN, PRINT, True, DIM, "")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["folder.db", "mine.db", "notes.txt"]
+
+
+def test_a_read_only_folder_is_one_line(tmp_path):
+    with small_disk(tmp_path) as folder:
+        (folder / "sub").mkdir()
+        subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+        for uri in folder / "new.db", folder / "sub/../new.db", folder / "none/new.db":
+            with pytest.raises((ReidError, OSError), match=r"Read-only|no Milvus engine") as caught:
+                create_gallery(str(uri), RUN, PRINT, True, DIM, "")
+            assert "\n" not in str(caught.value)
+        assert [path.name for path in folder.iterdir()] == ["sub"]

@@ -120,6 +120,22 @@ def test_hostile_checkpoint(tiny, refused, tmp_path, kind):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+@pytest.mark.parametrize("command", [
+    "data_prep --archive pipe --any_counts", "data_prep --from folder --times pipe", "data_prep --mot pipe --frames folder",
+    "train --weights pipe", "train --weights none --teacher pipe", "eval --load_index --gallery_uri pipe",
+    "inference --network pipe --network_input rgb255", "inference --gallery pipe --save_index", "inference --add pipe"])
+def test_a_pipe_that_nobody_writes_to_is_refused(tiny, refused, tmp_path, command):
+    """To open it would wait forever."""
+    workplace(tmp_path, tiny)
+    os.mkfifo("pipe")
+    os.mkdir("folder")
+    name, *options = command.split()
+    model = {"train": ["--data_root", "people", *TRAIN[:8]], "eval": ["--exp_name", "tiny", "--data_root", "people"],
+             "inference": ["--exp_name", "tiny"]}
+    assert "pipe" in refused(name, *model.get(name, ()), *options)
+
+
 @pytest.mark.parametrize("kind", [*BYTES, *INDEXES])
 def test_hostile_index(tiny, index, refused, tmp_path, kind):
     workplace(tmp_path, tiny)

@@ -72,6 +72,15 @@ def test_one_of_anything_is_evaluated_and_searched(here, kind):
                 assert "/0001/" in document["rankings"][0]["hits"][0]["path"], what
 
 
+def test_a_gallery_from_which_everybody_was_erased(here):
+    draw({"query": [(1, 3)], "gallery": [(1, 1)], "train": [(1, 1)]})
+    assert here("inference", *here.network, "--add", "people/gallery", "--gallery_uri", "x.pt")[0] == 0
+    assert here("inference", *here.network, "--remove", "1", "--gallery_uri", "x.pt")[0] == 0
+    for options in (["--query_paths", "people/query"], ["--group", "g"]):
+        assert "holds no image" in here.refused("inference", *here.network, "--load_index", "--gallery_uri", "x.pt", *options)
+    assert here("inference", *here.network, "--list", "--gallery_uri", "x.pt")[0] == 0
+
+
 @pytest.mark.parametrize("people, words", [
     ({"train": MANY[:2]}, "1 identities to train on"), ({"train": [(1, 1)]}, "1 identities to train on"),
     ({"train": [(0, 1)]}, "0 identities to train on"), ({}, "no images")])

@@ -26,6 +26,9 @@ CENTRES = F.normalize(torch.randn(9, DIM, generator=torch.Generator().manual_see
 class Network:
     fingerprint, mirror, dim, device = PRINT, True, DIM, "cpu"
 
+    def embed_records(self, files, *_):
+        return torch.zeros(len(files), DIM), torch.arange(len(files)), []
+
 
 def embedded(folder):
     """The index of a folder whose images p0_... show person 0."""
@@ -117,13 +120,9 @@ def test_an_index_of_a_folder_is_still_of_it_after_changes_and_when_brought_up_t
         enrol.erase(gallery, "anna")
     assert not any(differences(opened()).values()) and left_out_status(opened().bad) == 0
 
-    class Extractor(Network):
-        def embed_records(self, files, *_):
-            return torch.zeros(len(files), DIM), torch.arange(len(files)), []
-
     crops(folder, "ben/p2_c.png")
     os.remove(folder / "ben/p2_b.png")
-    new = GalleryIndex.build(Extractor(), read_folder(folder), old=opened())
+    new = GalleryIndex.build(Network(), read_folder(folder), old=opened())
     assert state(new) == {"ben/p2_a.png": "ben", "ben/p2_c.png": "ben", "door/p3_a.png": "carl"} and new.kept == 2
     assert not any(differences(new).values())
     enrol.enrol(new, embedded(folder))  # on purpose
@@ -176,6 +175,22 @@ def test_what_others_change_while_an_index_is_built_is_kept(tmp_path, monkeypatc
     with stored.changing(uri), pytest.raises(ReidError, match="another process has been changing galleries"):
         built.save_built(uri)
     assert "another process has locked it; waiting for 0.1 s" in capsys.readouterr().err
+
+
+def test_what_was_changed_by_hand_is_not_forgotten_when_everybody_is_erased_or_the_network_changes(tmp_path):
+    folder = crops(tmp_path / "crops", "anna/p1_a.png")
+    uri, opened = kept(tmp_path, "file", embedded(folder))
+    with enrol.changing(uri, opened) as gallery:
+        enrol.erase(gallery, "anna")
+    old = GalleryIndex.reusable(uri, Network, folder)
+    assert len(GalleryIndex.build(Network(), read_folder(folder), old=old)) == 0  # she is not embedded again
+
+    class Other(Network):
+        mirror = False
+
+    with pytest.raises(ReidError, match="1 images were enrolled or erased by hand, which would be forgotten"):
+        GalleryIndex.reusable(uri, Other, folder)
+    assert GalleryIndex.reusable(uri, Other, folder, overwrite=True) is None
 
 
 def test_another_writer_that_does_not_end_is_one_clear_error(tmp_path, monkeypatch):

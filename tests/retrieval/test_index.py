@@ -328,7 +328,8 @@ def test_the_command_that_makes_an_index(given, queries, expected):
     assert save_command(args, index).startswith("python eval.py --save_index --exp_name run --data_root d")
     assert save_command(args) == "python eval.py --save_index --exp_name run --data_root d"
     index.split = None
-    assert save_command(args, index) == "python inference.py --add DIR --exp_name run"
+    assert save_command(args, index) == "python eval.py --save_index --exp_name run --data_root d --gallery_uri index/run-2.pt"
+    assert save_command(options(), index) == "python inference.py --add DIR --exp_name run"
 
 
 @pytest.mark.parametrize("count", [1, 2])
