@@ -117,6 +117,17 @@ def test_read_only_disk(lab, old, name):
         assert state(folder) == before
 
 
+def test_milvus_on_a_read_only_disk(here, tmp_path):
+    pytest.importorskip("milvus_lite", reason="milvus-lite is not installed: pip install -e '.[milvus]'")
+    with small_disk(tmp_path) as folder:
+        (folder / "crops").mkdir()
+        image(folder / "crops/anna_1.jpg")
+        subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+        for uri in folder / "new.db", folder / "none/new.db":
+            assert str(uri.parent) in here.refused("inference", *here.network, "--add", folder / "crops", "--gallery_uri", uri)
+        assert [path.name for path in folder.iterdir()] == ["crops"]
+
+
 @pytest.mark.long
 def test_two_evaluations_at_once(lab, moment):
     folder = lab.folder("eval")
