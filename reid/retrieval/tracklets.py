@@ -1,13 +1,19 @@
-"""Tracklets: the images of one person in successive frames of one camera as one entry, the mean of their embeddings."""
+"""Tracklets: the images of one person in successive frames of one camera as one entry, the mean of their embeddings.
+
+Crops that may be cut off count less in the mean.
+"""
 
 import copy
 import re
+from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
+from PIL import ExifTags, Image
 
 from reid.data.names import DISTRACTOR, JUNK, UNKNOWN
 from reid.data.paths import Paths
+from reid.images import FORMATS
 from reid.retrieval import metrics
 from reid.retrieval.evaluation import gather_data
 from reid.retrieval.rows import COLUMNS
@@ -33,19 +39,34 @@ def number_tracklets(paths, pids, camids, seqs):
     return torch.tensor(numbers, dtype=torch.int64)
 
 
-def first_and_mean(embeddings, numbers):
-    """Return (first row of each number, int64 [T]; mean of its embeddings, float32 [T, D] of norm 1)."""
+def shape_weights(files):
+    """Return the weight of each crop in the mean, float32 [N]: (height / width / 2)^2, at most 1; 1 where there is no image.
+
+    A person is about twice as high as wide, so lower crops are often cut off, by the border of the frame or a box that is wrong.
+    """
+    weights = torch.ones(len(files))
+    for row, file in enumerate(files):
+        with suppress(Exception), Image.open(file, formats=FORMATS) as image:  # the header; Pillow raises errors of all kinds
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+            height, width = image.size if turned else image.size[::-1]
+            weights[row] = min(1, height / width / 2) ** 2
+    return weights
+
+
+def first_and_mean(embeddings, numbers, weights):
+    """Return (first row of each number, int64 [T]; weighted mean of its embeddings, float32 [T, D] of norm 1)."""
     count = int(numbers.max()) + 1 if len(numbers) else 0
     rows = torch.arange(len(numbers))
     first = torch.full((count,), len(numbers)).scatter_reduce(0, numbers, rows, "amin")
-    return first, F.normalize(embeddings.new_zeros(count, embeddings.shape[1]).index_add_(0, numbers, embeddings))
+    total = embeddings.new_zeros(count, embeddings.shape[1]).index_add_(0, numbers, embeddings * weights[:, None])
+    return first, F.normalize(total)
 
 
 def pool(index):
     """Return a copy of a GalleryIndex with one row for each tracklet, with the labels and the path of its first image."""
     pooled = copy.copy(index)
     numbers = number_tracklets(index.paths, index.pids, index.camids, index.seqs)
-    first, mean = first_and_mean(index.embeddings.float(), numbers)
+    first, mean = first_and_mean(index.embeddings.float(), numbers, shape_weights(index.records().files()))
     pooled.embeddings, pooled._search, pooled._copy = mean.to(index.embeddings.dtype), {}, None
     pooled.paths = Paths.of([index.paths[row] for row in first.tolist()])
     for name in COLUMNS:
@@ -56,7 +77,8 @@ def pool(index):
 def pool_queries(queries, embeddings):
     """Return the Query of each tracklet's first image, and the means, float32 [T, D], of float32 [Q, D]."""
     columns = [torch.tensor([query[i] for query in queries], dtype=torch.int64) for i in (1, 2, 3)]  # pid, camid, seq
-    first, mean = first_and_mean(embeddings, number_tracklets([str(query.file) for query in queries], *columns))
+    files = [str(query.file) for query in queries]
+    first, mean = first_and_mean(embeddings, number_tracklets(files, *columns), shape_weights(files))
     return [queries[i] for i in first.tolist()], mean
 
 
@@ -71,8 +93,9 @@ def evaluate_tracklets(index, protocol):
     numbers, split = number_tracklets([f"all/{name}" for name in names], *columns), len(index.queries)
     queries, gallery = numbers[:split].unique(), numbers[split:].unique(return_inverse=True)[1]
     every = torch.cat([data["q_emb"], data["g_emb"]]).cpu()
-    first, mean = first_and_mean(every, numbers)
-    g_first, g_mean = first_and_mean(every[split:], gallery)
+    weights = shape_weights([file for part in (index.queries, index) for file in part.records().files()])
+    first, mean = first_and_mean(every, numbers, weights)
+    g_first, g_mean = first_and_mean(every[split:], gallery, weights[split:])
     print(f"tracklets: {len(queries):,} queries of {len(mean[queries]):,}, {len(g_mean):,} in the gallery")
     found = {}
     q_first = first[queries]

@@ -2,10 +2,19 @@
 
 import torch
 import torch.nn.functional as F
+from PIL import ExifTags, Image
 
-from reid.data.datasets import make_records
+from reid.data.datasets import make_records, read_folder
 from reid.retrieval.index import GalleryIndex
-from reid.retrieval.tracklets import evaluate_tracklets, first_and_mean, number_tracklets, pool
+from reid.retrieval.ranked import Query
+from reid.retrieval.tracklets import (
+    evaluate_tracklets,
+    first_and_mean,
+    number_tracklets,
+    pool,
+    pool_queries,
+    shape_weights,
+)
 
 
 def number(*paths, grouped=False):
@@ -24,8 +33,30 @@ def test_images_of_a_folder_or_a_track_id_are_a_tracklet():
 
 
 def test_the_mean_has_norm_one():
-    first, mean = first_and_mean(torch.tensor([[1.0, 0], [0, 1], [0, 1]]), torch.tensor([0, 0, 1]))
+    first, mean = first_and_mean(torch.tensor([[1.0, 0], [0, 1], [0, 1]]), torch.tensor([0, 0, 1]), torch.ones(3))
     assert first.tolist() == [0, 2] and torch.allclose(mean, torch.tensor([[0.5**0.5, 0.5**0.5], [0, 1]]))
+
+
+def test_crops_that_may_be_cut_off_count_less(tmp_path):
+    for name, size in (("1.png", (20, 40)), ("2.png", (20, 60)), ("3.png", (20, 20)), ("4.png", (40, 20))):
+        Image.new("RGB", size).save(tmp_path / name)
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (40, 20)).save(tmp_path / "5.jpg", exif=turned)
+    (tmp_path / "6.png").write_text("no image")
+    files = [tmp_path / name for name in ("1.png", "2.png", "3.png", "4.png", "5.jpg", "6.png", "gone.png")]
+    assert shape_weights(files).tolist() == [1, 1, 0.25, 0.0625, 1, 1, 1]
+
+    folder = tmp_path / "track_1"
+    folder.mkdir()
+    for name in ("1.png", "3.png"):
+        (folder / name).write_bytes((tmp_path / name).read_bytes())
+    index = GalleryIndex(torch.eye(2), read_folder(folder.parent).select(torch.tensor([-2, -1])), "f" * 16, True)
+    assert list(index.paths) == ["track_1/1.png", "track_1/3.png"]
+    expected = F.normalize(torch.tensor([[1, 0.25]]))
+    assert torch.allclose(pool(index).embeddings, expected)
+    queries = [Query(folder / name) for name in ("1.png", "3.png")]
+    assert torch.allclose(pool_queries(queries, torch.eye(2))[1], expected)
 
 
 def make_index(names, embeddings):
