@@ -160,9 +160,8 @@ class MilvusGallery:
             conditions.append(f"camid in {[int(camid) for camid in camids]}")
         if frames is not None:
             conditions.append(f"frame >= {int(frames[0])} and frame <= {int(frames[1])}")
-        exclude = exclude.tolist() if isinstance(exclude, torch.Tensor) else exclude or [[]] * len(embeddings)
-        exclude = [{rows} if isinstance(rows, int) else set(rows) for rows in exclude]
-        need = topk + max(map(len, exclude), default=0)
+        exclude = [-1] * len(embeddings) if exclude is None else exclude.tolist()
+        need = topk + any(row >= 0 for row in exclude)
         if need > DEPTH:
             raise ReidError(f"topk {topk}: Milvus returns at most {DEPTH:,} rows for a query, {need:,} are needed")
         limit = min(need + TIES, DEPTH)
@@ -171,7 +170,7 @@ class MilvusGallery:
         valid = (~embeddings.isnan().any(1)).nonzero().flatten()
         for part in valid.split(max(1, HITS // limit)) if len(valid) else ():
             for i, hits in zip(part.tolist(), self._request(embeddings[part].float(), need, limit, " and ".join(conditions))):
-                kept = [(score, row) for score, _, row in sorted(hits) if row not in exclude[i]][:topk]
+                kept = [(score, row) for score, _, row in sorted(hits) if row != exclude[i]][:topk]
                 for place, (score, row) in enumerate(kept):
                     scores[i, place], rows[i, place] = -score, row
         return scores, rows

@@ -164,8 +164,9 @@ def font(size):
     return ImageFont.load_default(size)
 
 
-def _smooth(size, paint, scale=4):
+def _smooth(size, paint):
     """Call `paint(draw, scale)` on a larger picture and shrink it: Pillow's shapes have no antialiasing."""
+    scale = 4
     large = Image.new("RGBA", (size[0] * scale, size[1] * scale), (255, 255, 255, 0))
     paint(ImageDraw.Draw(large), scale)
     return large.resize(size, Image.Resampling.BOX)

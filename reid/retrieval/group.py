@@ -20,15 +20,14 @@ FLOOR = 0.02  # Jaccard index below which two crops count as 0, which bounds the
 LINK = 0.1  # mean Jaccard index above which two groups are one person
 
 
-def group(embeddings: Tensor, threshold: float, apart: Tensor | None = None, together: Tensor | None = None, link: float = LINK,
-          k1: int = K1, k2: int = K2, block: int = 512) -> Tensor:
+def group(embeddings: Tensor, threshold: float, apart: Tensor | None = None, together: Tensor | None = None) -> Tensor:
     """Return the group of each crop, int64 [N], numbered from 0 in the order of their first crops.
 
     embeddings: float [N, D]. threshold: cosine below which two crops have similarity 0. apart: int64 [P, 2], pairs of crops of
     different people. together: int64 [N]: crops with the same number of 0 or more are one person, those with two of these numbers
-    are two; -1 for free crops. link: mean similarity below which groups are not merged.
+    are two; -1 for free crops.
     """
-    low, high, similarity = jaccard_pairs(embeddings, k1, k2, FLOOR, threshold, block)
+    low, high, similarity = jaccard_pairs(embeddings, K1, K2, FLOOR, threshold)
     count = len(embeddings)
     start = torch.arange(count)
     if together is not None and (together >= 0).any():
@@ -39,7 +38,7 @@ def group(embeddings: Tensor, threshold: float, apart: Tensor | None = None, tog
     if apart is not None and len(apart):
         low, high = torch.cat([low, apart[:, 0]]), torch.cat([high, apart[:, 1]])
         similarity = torch.cat([similarity, similarity.new_full((len(apart),), -torch.inf)])
-    return agglomerate(low, high, similarity, start, fixed, link)
+    return agglomerate(low, high, similarity, start, fixed, LINK)
 
 
 def agglomerate(one: Tensor, other: Tensor, similarity: Tensor, groups: Tensor, fixed: Tensor, link: float) -> Tensor:

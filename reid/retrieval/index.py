@@ -198,9 +198,9 @@ class GalleryIndex(Rows):
         """The `topk` most similar rows of each query, exact: (scores float32 [Q, k], rows int64 [Q, k]), best first.
 
         embeddings: float32 [Q, D] of norm 1. camids: cameras to keep. frames: (first, last) frame to keep. exclude: row to
-        leave out for each query, int64 [Q] (-1: none), or a list of lists of rows. Equal scores are ordered by row. Where
-        fewer than topk rows are left, and for a query that is NaN, score is -inf and row -1. Under torchrun each rank searches
-        its stretch of the rows, and all get the whole answer.
+        leave out for each query, int64 [Q] (-1: none). Equal scores are ordered by row. Where fewer than topk rows are left,
+        and for a query that is NaN, score is -inf and row -1. Under torchrun each rank searches its stretch of the rows, and
+        all get the whole answer.
         """
         if embeddings.ndim != 2 or embeddings.shape[1] != self.embeddings.shape[1]:
             raise ReidError(f"queries of shape {tuple(embeddings.shape)} in a gallery of {self.embeddings.shape[1]} dimensions")
@@ -213,9 +213,7 @@ class GalleryIndex(Rows):
             within = (self.frames[start:stop] >= frames[0]) & (self.frames[start:stop] <= frames[1])
             keep = within if keep is None else keep & within
         if exclude is not None:
-            exclude = exclude.tolist() if isinstance(exclude, torch.Tensor) else exclude
-            exclude = [[row - start for row in ([rows] if isinstance(rows, int) else rows) if start <= row < stop]
-                       for rows in exclude]
+            exclude = torch.where((exclude >= start) & (exclude < stop), exclude - start, -1)
         if (start, stop) not in self._search:
             self._search = {(start, stop): ExactSearch(self.embeddings[start:stop], self.device)}
         scores, rows = self._search[start, stop].search(embeddings.nan_to_num(), topk, keep, exclude)

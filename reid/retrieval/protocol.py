@@ -78,7 +78,7 @@ def make_task(q_emb, g_emb, q_pids, q_camids, g_pids, g_camids, q_ids=None, g_id
     return Task(source, q, g, protocol != "nocam", block)
 
 
-def random_splits(protocol: str, q_pids: Tensor, g_pids: Tensor, seed: int = 0):
+def random_splits(protocol: str, q_pids: Tensor, g_pids: Tensor):
     """Yield (rows of queries, rows of the gallery), int64, for each of the REPEATS random splits of a published protocol.
 
     viper: 316 of the 632 people (Gray et al., Evaluating Appearance Models for Recognition, Reacquisition, and Tracking, PETS
@@ -86,7 +86,7 @@ def random_splits(protocol: str, q_pids: Tensor, g_pids: Tensor, seed: int = 0):
     Discriminative Classification, SCIA 2011). Of the people in queries and gallery only those drawn are left in the gallery; all
     its other images are distractors of every split. Raises ReidError for fewer people.
     """
-    people, generator = q_pids[(q_pids > 0) & torch.isin(q_pids, g_pids)].unique(), torch.Generator().manual_seed(seed)
+    people, generator = q_pids[(q_pids > 0) & torch.isin(q_pids, g_pids)].unique(), torch.Generator().manual_seed(0)
     if len(people) < SPLITS[protocol]:
         raise ReidError(f"--protocol {protocol}: takes {SPLITS[protocol]} people of queries and gallery, not {len(people)}")
     for _ in range(REPEATS):

@@ -68,13 +68,10 @@ class RankedList:
         """bool [K]: whether each score exceeds the threshold; None without a threshold."""
         return None if self.threshold is None else self.scores > self.threshold
 
-    def reordered(self, scores, topk=None, threshold=None):
-        """Sort the hits by other scores, float32 [K], one for each hit (stable), and cut the list to `topk`.
-
-        A threshold belongs to one kind of score, so the old one is dropped unless `threshold` gives a new one.
-        """
+    def reordered(self, scores, topk=None):
+        """Sort the hits by other scores, float32 [K] (stable), and cut the list to `topk`; the threshold goes."""
         order = scores.sort(descending=True, stable=True).indices[:topk]
-        return replace(self, rows=self.rows[order], scores=scores[order], threshold=threshold)
+        return replace(self, rows=self.rows[order], scores=scores[order], threshold=None)
 
     def to_dict(self):
         """Plain values for JSON: file, identity, name and camera of the query, and the hits. Identities are texts, or None."""

@@ -41,8 +41,8 @@ class ExactSearch:
     def search(self, embeddings, topk, keep=None, exclude=None):
         """Return (scores float32 [Q, topk], rows int64 [Q, topk]), best first; -inf and -1 where rows run out.
 
-        embeddings: float32 [Q, D] of norm 1. keep: bool [N], rows that may be found. exclude: list of Q lists of rows to
-        leave out. The order is that of float64 products, and equal scores are ordered by row.
+        embeddings: float32 [Q, D] of norm 1. keep: bool [N], rows that may be found. exclude: int64 [Q], a row to
+        leave out for each query, or -1. The order is that of float64 products, and equal scores are ordered by row.
         """
         scores = torch.full((len(embeddings), topk), -torch.inf)
         rows = torch.full((len(embeddings), topk), -1)
@@ -52,7 +52,7 @@ class ExactSearch:
             try:
                 with exact_products():
                     queries = embeddings[block].float().to(self.exact.device)
-                    best, found = self._block(queries, topk, keep, exclude and exclude[block], SPARE)
+                    best, found = self._block(queries, topk, keep, _rows(exclude, block), SPARE)
             except torch.OutOfMemoryError:  # of a GPU; on a CPU PyTorch raises something else
                 size //= 2
                 best = None
@@ -76,7 +76,7 @@ class ExactSearch:
             floor = scores[:, -1] - self._bound(queries, scores[:, -1])
             unsure = ((rough[:, -1] >= floor) & (rough[:, -1] > -torch.inf)).nonzero().flatten()
             if len(unsure):
-                left_out = exclude and [exclude[i] for i in unsure.tolist()]
+                left_out = _rows(exclude, unsure.cpu())
                 scores[unsure], rows[unsure] = self._block(queries[unsure], topk, keep, left_out, MORE) if spare < MORE else \
                     self._near(queries[unsure], topk, floor[unsure], keep, left_out)
         return scores, rows
@@ -84,15 +84,14 @@ class ExactSearch:
     def _scores(self, queries, keep, exclude):
         """Yield (first row of a chunk, scores [Q, n] by the copy in memory), -inf for rows that are left out."""
         on_device = queries.to(self.device, self.chunks[0].dtype)
-        out, start = [(i, row) for i, rows in enumerate(exclude or ()) for row in rows], 0
-        query, row = torch.tensor(out, dtype=torch.int64, device=self.device).view(-1, 2).T
+        start, exclude = 0, None if exclude is None else exclude.to(self.device)
         for chunk in self.chunks:
             scores = (chunk @ on_device[0])[None] if len(queries) == 1 else on_device @ chunk.T
             if keep is not None:
                 scores.masked_fill_(~keep[start : start + len(chunk)].to(self.device), -torch.inf)
-            if out:
-                here = (row >= start) & (row < start + len(chunk))
-                scores[query[here], row[here] - start] = -torch.inf
+            if exclude is not None:
+                here = ((exclude >= start) & (exclude < start + len(chunk))).nonzero().flatten()
+                scores[here, exclude[here] - start] = -torch.inf
             yield start, scores
             start += len(chunk)
 
@@ -140,12 +139,16 @@ class ExactSearch:
         best = queries.new_empty(len(queries), topk), torch.empty(len(queries), topk, dtype=torch.int64, device=queries.device)
         for i, (query, floor) in enumerate(zip(queries, floors)):
             near = [(scores[0].float() >= floor.to(self.device)).nonzero().flatten() + start
-                    for start, scores in self._scores(query[None], keep, exclude and exclude[i : i + 1])]
+                    for start, scores in self._scores(query[None], keep, _rows(exclude, slice(i, i + 1)))]
             rows = torch.cat(near).to(queries.device)
             scores = torch.cat([self.exact[part].double() @ query.double() for part in rows.split(1 << 13)])
             scores, order = scores.sort(descending=True, stable=True)
             best[0][i], best[1][i] = scores[:topk], rows[order[:topk]]
         return best
+
+
+def _rows(values, rows):
+    return None if values is None else values[rows]
 
 
 def merge_shards(parts, topk):

@@ -69,7 +69,6 @@ def test_same_ranked_lists_as_the_index(where, tmp_path, request):
         for filters in ({"camids": [1, 4]}, {"camids": [99]}, {"frames": (1000, 2000)}, {"camids": [2], "frames": (0, 9000)}):
             compare(topk, **filters)
         found, expected = compare(topk)
-    compare(5, [ranked.rows.tolist()[:2] for ranked in found], [ranked.rows.tolist()[:2] for ranked in expected])
     compare(5, gallery.nearest(queries, 1)[1][:, 0], index.nearest(queries, 1)[1][:, 0])
     assert len(gallery) == 1000 and gallery.cameras == [1, 2, 3, 4, 5, 6]
     rows, places = found[0].rows, expected[0].rows

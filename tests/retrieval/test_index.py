@@ -1,4 +1,4 @@
-"""The gallery index: exact search against float64, filters, ties, files that are damaged or of another model."""
+"""The gallery index: its file, what is damaged or of another model or folder, bringing it up to date, rows that are added."""
 
 import argparse
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from index_lab import make_index, random_rows
 
 from reid import ReidError, files
 from reid.data.datasets import make_records, read_folder
@@ -15,139 +16,7 @@ from reid.data.names import UNKNOWN, UNKNOWN_PID, folder_pid, identity_name
 from reid.retrieval.extract import Extractor
 from reid.retrieval.index import COLUMNS, FORMAT, VERSION, GalleryIndex
 from reid.retrieval.ranked import Query
-from reid.retrieval.search import ExactSearch, exact_products, merge_shards
 from reid.retrieval.stored import check_current, differences, save_command
-
-
-def random_rows(count, dim=64, seed=0, spread=0.3):
-    """Unit rows around a few centres, so that neighbours are near each other, with copies (exact ties)."""
-    generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(max(2, count // 50), dim, generator=generator)
-    rows = centres[torch.randint(len(centres), (count,), generator=generator)]
-    rows = F.normalize(rows + spread * torch.randn(count, dim, generator=generator))
-    rows[count // 2 : count // 2 + count // 10] = rows[: count // 10]
-    return rows
-
-
-def reference(queries, gallery, topk, keep=None):
-    scores = queries.double() @ gallery.double().T
-    if keep is not None:
-        scores[:, ~keep] = -torch.inf
-    scores, rows = scores.sort(dim=1, descending=True, stable=True)
-    return scores[:, :topk], rows[:, :topk]
-
-
-def make_index(count=500, dim=64, dtype=torch.float32, root="nowhere"):
-    records = make_records(root, [f"{i % 7:04}/{i % 7:04}_c{i % 3 + 1}s1_{i:06}_00.jpg" for i in range(count)], grouped=True)
-    return GalleryIndex(random_rows(count, dim).to(dtype), records, "f" * 16, True)
-
-
-@pytest.mark.parametrize("count, topk, spread", [(5000, 10, 0.3), (5000, 1, 0.01), (300, 50, 0.3), (20, 10, 1.0), (3, 10, 1.0)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_search_has_the_order_of_float64(monkeypatch, count, topk, spread, dtype):
-    monkeypatch.setattr("reid.retrieval.search.fast_dtype", lambda device: dtype)
-    monkeypatch.setattr("reid.retrieval.search.CHUNK", {"cpu": 1700})
-    gallery, queries = random_rows(count, spread=spread), random_rows(40, seed=1)
-    queries[: min(10, count)] = gallery[:10]
-    scores, rows = ExactSearch(gallery).search(queries, topk)
-    expected, order = reference(queries, gallery, topk)
-    found = min(count, topk)
-    assert torch.equal(rows[:, :found], order) and torch.allclose(scores[:, :found], expected.float(), atol=1e-6)
-    assert (rows[:, found:] == -1).all() and (scores[:, found:] == -torch.inf).all()
-
-
-@pytest.mark.parametrize("more, expected", [(300, ["_block"]), (8, ["_block", "_near"])])
-def test_search_among_many_that_are_about_as_near(monkeypatch, more, expected):
-    """First among more candidates; where those are still too few, among every row that may be one."""
-    monkeypatch.setattr("reid.retrieval.search.SPARE", 2)
-    monkeypatch.setattr("reid.retrieval.search.MORE", more)
-    monkeypatch.setattr("reid.retrieval.search.fast_dtype", lambda device: torch.bfloat16)
-    gallery, calls = random_rows(1000, spread=1e-3), []
-    queries = F.normalize(gallery[::97] + 0.02 * random_rows(11, seed=5))
-    exact = ExactSearch(gallery)
-    for name in ("_block", "_near"):
-        method = getattr(exact, name)
-        monkeypatch.setattr(exact, name, lambda *args, name=name, method=method: calls.append(name) or method(*args))
-    keep, exclude = torch.arange(1000) % 7 > 0, [[row, 8] for row in range(0, 1000, 97)]
-    scores, rows = exact.search(queries, 3, keep, exclude)
-    every = queries.double() @ gallery.double().T
-    every[:, ~keep] = -torch.inf
-    for i, left_out in enumerate(exclude):
-        every[i, left_out] = -torch.inf
-    best, order = every.sort(dim=1, descending=True, stable=True)
-    assert torch.equal(rows, order[:, :3]) and torch.allclose(scores, best[:, :3].float(), atol=1e-6)
-    assert calls[1:] == expected
-
-
-class SmallCard(ExactSearch):
-    """Pretends that its first copy is on a GPU with memory for the scores of `room` queries."""
-
-    room, copies = 0, 0
-
-    def _copy_to(self, device):
-        self.copies += 1
-        super()._copy_to(device)
-
-    def _block(self, queries, *options):
-        if self.copies == 1:
-            self.tried.append(len(queries))
-            if len(queries) > self.room:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-        return super()._block(queries, *options)
-
-
-@pytest.mark.parametrize("room, tried", [(3, [5, 2, 2, 2, 1]), (0, [5, 2, 1])])
-def test_out_of_memory_halves_the_queries_and_gives_the_gpu_up(monkeypatch, room, tried):
-    monkeypatch.setattr("reid.retrieval.search.QUERIES", 5)
-    gallery, queries = random_rows(300), random_rows(7, seed=1)
-    small = SmallCard(gallery)
-    small.room, small.tried = room, []
-    _, rows = small.search(queries, 5)
-    assert torch.equal(rows, reference(queries, gallery, 5)[1])
-    assert small.tried == tried and small.copies == (1 if room else 2)
-
-
-def test_exact_products_switch_tf32_off_and_on_again():
-    before, found = torch.backends.cuda.matmul.allow_tf32, []
-    torch.backends.cuda.matmul.allow_tf32 = True
-
-    @exact_products()
-    def product():
-        found.append(torch.backends.cuda.matmul.allow_tf32)
-
-    product()
-    with pytest.raises(KeyError), exact_products():
-        found.append(torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction)
-        raise KeyError
-    assert found == [False, False] and torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = before
-
-
-def test_filters():
-    index = make_index()
-    queries = random_rows(5, seed=2)
-    scores, rows = index.nearest(queries, 8, camids=[2])
-    expected, order = reference(queries, index.embeddings, 8, index.camids == 2)
-    assert torch.equal(rows, order) and torch.allclose(scores, expected.float(), atol=1e-6)
-    best = index.nearest(queries, 2)[1]
-    assert torch.equal(index.nearest(queries, 1, exclude=best[:, 0])[1][:, 0], best[:, 1])
-    assert torch.equal(index.nearest(queries, 1, exclude=[[row] for row in best[:, 0].tolist()])[1][:, 0], best[:, 1])
-    assert (index.nearest(queries, 3, camids=[99])[1] == -1).all()
-    with pytest.raises(ReidError, match="dimensions"):
-        index.nearest(torch.zeros(2, 3), 1)
-    with pytest.raises(ReidError, match="topk 0: give the number of images to find, from 1"):
-        index.search(queries, topk=0)
-
-
-def test_shards_merge_to_the_whole():
-    gallery, queries = random_rows(900), random_rows(30, seed=3)
-    parts = []
-    for start in range(0, 900, 300):
-        scores, rows = ExactSearch(gallery[start : start + 300]).search(queries, 12)
-        parts.append((scores, rows + start))
-    scores, rows = merge_shards(parts, 12)
-    expected, order = ExactSearch(gallery).search(queries, 12)
-    assert torch.equal(rows, order) and torch.allclose(scores, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
