@@ -111,7 +111,8 @@ def create_app(extractor, index, allowed_hosts=(), index_file=None, topk_limit=2
     results. token: what clients must give, or None. writable: None, or what makes a Writer of a Searcher, to change people.
     """
     app = FastAPI(title="Human Re-Identification", version=__version__, docs_url=None, redoc_url=None,
-                  responses={"4XX": {"model": Error, "description": "one line of what is wrong"}})
+                  responses={"4XX": {"model": Error, "description": "one line of what is wrong"},
+                             "503": {"model": Error, "description": "one line of why not now"}})
     harden(app, "default-src 'none'; frame-ancestors 'none'", {"localhost", *(name.lower() for name in allowed_hosts)}, token)
     searcher, decoders = Searcher(extractor, index, index_file), ThreadPoolExecutor(2, "decode")  # 50 megapixels: up to 0.75 GB
     app.state.changed, writer = searcher.changed, writable and writable(searcher)
