@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from reid import ReidError
+from reid import ReidError, distributed
 from reid.cli import first_line
 from reid.extras.openvino import CompiledGraph, engine_of
 from reid.images import MEAN, PREPROCESSING, STD
@@ -18,11 +18,15 @@ SIZE = (256, 128)  # height and width of the crops for a network that takes any
 
 
 def make_extractor(args, checkpoint=None):
-    """Return the Extractor of a script's options: of --network where it is given, else of `checkpoint` with --engine."""
+    """Return the Extractor of a script's options: of --network where it is given, else of `checkpoint` with --engine.
+
+    Under torchrun it embeds on the GPU of this rank.
+    """
+    mirror = args.mirror is not False
     if args.network:
-        return NetworkExtractor(args.network, args.network_input, args.device, args.precision, args.mirror is not False,
-                                args.batch_size)
-    return Extractor.from_args(checkpoint, args, engine_of(args))
+        return NetworkExtractor(args.network, args.network_input, args.device, args.precision, mirror, args.batch_size)
+    device = distributed.device or args.device
+    return Extractor(checkpoint, device, args.precision, engine_of(args), mirror, args.batch_size, args.compile)
 
 
 def network_fingerprint(path, pixels):

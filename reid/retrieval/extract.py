@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from reid import ReidError, distributed
+from reid import ReidError
 from reid.checkpoint import checkpoint_path, fingerprint, load_checkpoint, restore_model
 from reid.cli import first_line
 from reid.data.datasets import read_folder
@@ -29,12 +29,11 @@ class Extractor:
 
     checkpoint: name of a run (`masked-hog-908` is models/masked-hog-908/best.pth) or path of a .pth file. device: auto, cpu,
     cuda, cuda:1 ... precision: auto (on a GPU fp16, else the fastest that the CPU supports), fp32, bf16 or fp16; a batch that
-    overflows fp16 is embedded again in fp32. network: another engine for
-    the CPU, such as the one of reid.extras.openvino: a callable (model, precision, workers, path, fingerprint) that returns
-    the features as a callable like `plain_network`'s, or None to leave them to PyTorch. mirror: the embedding is the
-    normalised sum of the neck's outputs for an image and its mirror image: twice the work, better ranking. batch_size: images
-    that go through the network together (in each worker of a CPU). compile: on or off (CUDA only). Raises ReidError for what
-    this machine does not support.
+    overflows fp16 is embedded again in fp32. network: another engine for the CPU, such as the one of reid.extras.openvino: a
+    callable (model, precision, workers, path, fingerprint) that returns the features as a callable like `plain_network`'s, or
+    None to leave them to PyTorch. mirror: the embedding is the normalised sum of the neck's outputs for an image and its mirror
+    image: twice the work, better ranking. batch_size: images that go through the network together (in each worker of a CPU).
+    compile: on or off (CUDA only). Raises ReidError for what this machine does not support.
     """
 
     def __init__(self, checkpoint, device="auto", precision="auto", network=None, mirror=True, batch_size=None, compile="off"):
@@ -73,12 +72,6 @@ class Extractor:
             except (AttributeError, RuntimeError, TypeError, NotImplementedError):
                 pass  # a PyTorch or a processor without the operators that it is made of
         return (cast_network if self.device.type == "cuda" else plain_network)(self._model, dtype)
-
-    @classmethod
-    def from_args(cls, checkpoint, args, network=None):
-        """The Extractor for the options of `add_arguments`, on this rank's GPU under torchrun."""
-        return cls(checkpoint, distributed.device or args.device, args.precision, network, args.mirror is not False,
-                   args.batch_size, args.compile)
 
     def describe(self):
         """One line: network, input size, device, precision, engine."""

@@ -257,10 +257,9 @@ class GalleryIndex(Rows):
         if not Path(path).is_file():
             raise ReidError(f"{path}: no such index; make it: {command(None)}")
         try:
-            part = load(path, FORMAT, VERSION, mmap=True)
+            index = cls._restore(load(path, FORMAT, VERSION, mmap=True), path)
         except ReidError as error:
             raise ReidError(f"{error}: {command(None)}" if str(error).endswith("make it again") else error) from error
-        index = cls._restore(part, path, command(None))
         wanted = getattr(extractor_or_fingerprint, "fingerprint", extractor_or_fingerprint)
         index.device = getattr(extractor_or_fingerprint, "device", "cpu")
         if index.preprocessing != PREPROCESSING or (wanted is not None and index.fingerprint != wanted):
@@ -298,11 +297,11 @@ class GalleryIndex(Rows):
                 + f", {erased:,} erased ones left out; --add enrols them again" * bool(erased))
 
     @classmethod
-    def _restore(cls, part, path, command):
+    def _restore(cls, part, path):
         """The index of a dict that `_part` made; raises ReidError for one that contradicts itself."""
         def require(condition, reason):
             if not condition:
-                raise ReidError(f"{path}: {reason}; the index is damaged, remove it and make it again: {command}")
+                raise ReidError(f"{path}: {reason}; the index is damaged, remove it and make it again")
 
         embeddings, blob, ends = (part.get(name) for name in ("embeddings", "path_blob", "path_offsets"))
         require(isinstance(embeddings, torch.Tensor) and embeddings.ndim == 2, "has no embeddings [N, D]")
@@ -331,5 +330,5 @@ class GalleryIndex(Rows):
             index._statistics = CameraStatistics.checked(part["statistics"], embeddings.shape[1])
             require(index._statistics is not None, "its camera statistics are damaged")
         if isinstance(part.get("queries"), dict):
-            index.queries = cls._restore(part["queries"], path, command)
+            index.queries = cls._restore(part["queries"], path)
         return index

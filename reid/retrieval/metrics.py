@@ -107,21 +107,12 @@ def evaluate(q_emb, g_emb, q_pids, q_camids, g_pids, g_camids, q_ids=None, g_ids
 
 def pooled(results: list[EvalResult]) -> EvalResult:
     """Average the results of splits with equally many queries; the values of every query follow each other, split by split."""
-    count = len(results)
-
-    def mean(name):
-        return sum(getattr(result, name) for result in results) / count
-
-    def joined(name):
-        return torch.cat([getattr(result, name) for result in results])
-
-    skipped = Counter()
-    for result in results:
-        skipped.update(result.skipped)
-    return EvalResult(mean("mAP"), mean("mAP_trapezoid"), mean("mINP"),
-                      {k: sum(result.rank[k] for result in results) / count for k in results[0].rank}, mean("cmc"),
-                      mean("match_rate"), sum(result.valid for result in results), dict(skipped),
-                      *map(joined, ("ap", "inp", "first_rank", "matches", "reason")))
+    columns = {name: [getattr(result, name) for result in results] for name in vars(results[0])}
+    means = {name: sum(columns[name]) / len(results) for name in ("mAP", "mAP_trapezoid", "mINP", "cmc", "match_rate")}
+    joined = {name: torch.cat(columns[name]) for name in ("ap", "inp", "first_rank", "matches", "reason")}
+    rank = {k: sum(ranks[k] for ranks in columns["rank"]) / len(results) for k in results[0].rank}
+    skipped = sum(map(Counter, columns["skipped"]), Counter())
+    return EvalResult(**means, **joined, rank=rank, valid=sum(columns["valid"]), skipped=dict(skipped))
 
 
 def camera_table(*data, **options) -> CameraTable:
