@@ -319,7 +319,7 @@ class GalleryIndex(Rows):
         small = embeddings.numel() * embeddings.element_size() <= VERIFY_LIMIT
         require(not small or not embeddings.numel() or bool(torch.isfinite(embeddings.float().sum())),
                 "embeddings hold NaN or infinite values")
-        require(part["split"] in (None, "", "gallery", "query", "train", "val"), "its split is wrong")
+        require(part.get("split", ...) in (None, "", "gallery", "query", "train", "val"), "its split is wrong")
         require(all(isinstance(row, list) and [type(value) for value in row] == [str, str, int, int] for row in part["bad"]),
                 "its list of unreadable images is wrong")
         records = Records(Path(part["data_root"]), Paths(blob, ends), *(part[name] for name in COLUMNS[:4]))

@@ -84,7 +84,7 @@ INDEXES = RECORDS | {
     "ids are decimals": lambda r: {"pids": r["pids"].float()}, "another model": lambda r: {"fingerprint": "0" * 16},
     "another preprocessing": lambda r: {"preprocessing": "rgb-u8/nearest/1"},
     "paths out of bounds": lambda r: {"path_offsets": r["path_offsets"] + (1 << 40)},
-    "paths backwards": lambda r: {"path_offsets": r["path_offsets"].flip(0)}}
+    "no split": lambda r: {"split": ...}, "paths backwards": lambda r: {"path_offsets": r["path_offsets"].flip(0)}}
 
 
 def write_hostile(source, target, kind, records):
@@ -93,7 +93,8 @@ def write_hostile(source, target, kind, records):
         target.write_bytes(BYTES[kind](source.read_bytes()))
     else:
         record = torch.load(source, weights_only=True)
-        raw(target, record | records[kind](record))
+        record |= records[kind](record)
+        raw(target, {key: value for key, value in record.items() if value is not ...})
 
 
 def workplace(folder, tiny):
