@@ -17,7 +17,10 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for RGB 
 MAX_PIXELS = 50_000_000  # larger images are refused before they are decoded (decompression bombs)
 MAX_BYTES = 256 << 20  # larger files are refused before they are read; no image of MAX_PIXELS needs more
 MAX_SCANS = 100  # of a JPEG: a scan of a few bytes costs a pass over all pixels; progressive files of cameras have about 10
+MAX_SEGMENTS = 10_000  # of a JPEG; cameras write less than a hundred
 MARKER = re.compile(rb"\xff([\xc0-\xcf\xd8-\xfe])")  # of a JPEG's segment; others (stuffing, restarts) are part of the data
+# The header of a PPM that is not written as text, which Pillow reads slowly: 10 MB of comments take minutes
+PPM = re.compile(rb"P(4(?=(NUMBER){2})|[56fF](?=(NUMBER){3}))".replace(b"NUMBER", rb"\s+(?:#[^\n]*\n\s*)*[-+.\d]+"))
 # A fixed list, because Pillow otherwise loads further plug-ins at the first unknown file, while other threads read its list;
 # and because some of its formats run other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -30,16 +33,17 @@ def decode(source):
     source: path, bytes, or a PIL image. EXIF rotation is applied; grey, palette, CMYK, 16-bit, float and transparent images
     are converted (transparency onto white; grey values of more than 8 bits by the range that holds them); of an animation
     the first frame is taken. Raises ReidError (path and reason) for what is not a whole image, has more than MAX_PIXELS, or
-    is a JPEG of more than MAX_SCANS scans.
+    would take minutes: a JPEG of more than MAX_SCANS scans, a PPM written as text.
     """
-    name = source if isinstance(source, (str, Path)) else "image"
+    name, most = source if isinstance(source, (str, Path)) else "image", MAX_PIXELS
     try:
         image = source if isinstance(source, Image.Image) else _open(source)
-        if image.width * image.height > MAX_PIXELS:
+        most //= 4 if image.format == "JPEG2000" else 1  # whose decoder takes 24 bytes for each
+        if image.width * image.height > most:
             raise Image.DecompressionBombError
         pixels = np.array(_to_rgb(image))
     except Image.DecompressionBombError as error:
-        raise ReidError(f"{name}: more than {MAX_PIXELS:,} pixels; make it smaller") from error
+        raise ReidError(f"{name}: more than {most:,} pixels; make it smaller") from error
     except MemoryError:  # says nothing about this image
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, IndexError ...
@@ -67,17 +71,19 @@ def _open(source):
             raise OSError(f"{found.st_size:,} bytes, more than {MAX_BYTES:,}")
         source = Path(source).read_bytes()  # one read: handles that lazy decoders keep open would add up over 100,000 files
     if source[:2] == b"\xff\xd8" and _has_too_many_scans(source):
-        raise OSError(f"a JPEG of more than {MAX_SCANS} scans")
+        raise OSError(f"a JPEG of more than {MAX_SCANS} scans or {MAX_SEGMENTS:,} segments")
+    if re.match(rb"P[1-6fF]\s", source) and not PPM.match(source[:1024]):
+        raise OSError("a PPM written as text, or with long comments; save it in another format")
     return Image.open(io.BytesIO(source), formats=FORMATS)
 
 
 def _has_too_many_scans(data):
-    """Whether a JPEG has more than MAX_SCANS scans, from its segments alone; every segment states its length."""
-    scans, found = 0, MARKER.search(data, 2)
-    while found and found[1] != b"\xd9" and scans <= MAX_SCANS:
-        scans += found[1] == b"\xda"
+    """Whether a JPEG has more than MAX_SCANS scans or MAX_SEGMENTS segments, each of which states its length."""
+    scans, segments, found = 0, 0, MARKER.search(data, 2)
+    while found and found[1] != b"\xd9" and scans <= MAX_SCANS and segments <= MAX_SEGMENTS:
+        scans, segments = scans + (found[1] == b"\xda"), segments + 1
         found = MARKER.search(data, found.end() + int.from_bytes(data[found.end() : found.end() + 2]))
-    return scans > MAX_SCANS
+    return scans > MAX_SCANS or segments > MAX_SEGMENTS
 
 
 def _to_rgb(image):

@@ -78,6 +78,44 @@ def test_transparency_becomes_white(tmp_path):
     assert (decode(tmp_path / "a.png") == 255).all()
 
 
+def jpeg2000(side):
+    buffer = io.BytesIO()
+    Image.new("RGB", (side, side)).save(buffer, "JPEG2000")
+    return buffer.getvalue()
+
+
+SLOW = {"P3": b"P3 10 10 255\n" + b"0 " * 300, "P2": b"P2\n#\n#\n2 2 255\n1 2 3 4", "P1": b"P1 2 2\n1 0 1 0",
+        "P6 comments": b"P6\n" + b"#\n" * 1000 + b"1 1 255\n\1\2\3", "P6 spaces": b"P6 1 1" + b" " * 2000 + b"255 \1\2\3",
+        "P4 comments": b"P4 8 #" + b"\n#" * 1000 + b"\n1 \1"}
+
+
+@pytest.mark.parametrize("kind", SLOW)
+def test_ppm_that_is_read_slowly_is_refused(kind):
+    with pytest.raises(ReidError, match="a PPM written as text, or with long comments"):
+        decode(SLOW[kind])
+
+
+@pytest.mark.parametrize("data, shape", [
+    (b"P6\n# a comment\n2 1\n#\n255\n\1\2\3\4\5\6", (3, 1, 2)), (b"P5 1 2 255 \1\2", (3, 2, 1)), (b"P4\n8 1\n\1", (3, 1, 8)),
+    (b"Pf\n1 1\n-1.0\n\0\0\0\0", (3, 1, 1))])
+def test_other_ppm_is_read(data, shape):
+    assert decode(data).shape == shape
+
+
+def test_budgets_of_decoders(monkeypatch):
+    """JPEG 2000 needs four times the memory of other formats; each segment of a JPEG takes its time."""
+    monkeypatch.setattr("reid.images.MAX_PIXELS", 4 * 64 * 64)
+    assert decode(jpeg2000(64)).shape == (3, 64, 64)
+    with pytest.raises(ReidError, match="more than 4,096 pixels"):
+        decode(jpeg2000(65))
+    buffer = io.BytesIO()
+    picture().save(buffer, "JPEG")
+    monkeypatch.setattr("reid.images.MAX_SEGMENTS", 20)
+    assert decode(buffer.getvalue()).shape == (3, 30, 20)
+    with pytest.raises(ReidError, match="scans or 20 segments"):
+        decode(buffer.getvalue()[:2] + b"\xff\xfe\0\2" * 20 + buffer.getvalue()[2:])
+
+
 def test_first_frame_of_an_animation(tmp_path):
     red, blue = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
     red.save(tmp_path / "a.gif", save_all=True, append_images=[blue])
