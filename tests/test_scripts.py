@@ -5,10 +5,12 @@ import os
 import re
 import shlex
 import shutil
+import threading
 from contextlib import chdir
 
 import numpy as np
 import pytest
+import requests
 import torch
 from PIL import Image
 from tiny_network import tiny_model
@@ -148,6 +150,34 @@ def test_an_index_of_one_image(here, people, workplace, tmp_path):
     assert len(GalleryIndex.load(workplace / "index/one.pt")) == 1
     out, _ = here.works("inference", *one, "--load_index", "--rerank")
     assert re.search(rf"^   1  \d\.\d{{4}}  {re.escape(str(tmp_path))}/one\.jpg$", out, re.MULTILINE)
+
+
+def test_a_server_that_may_write(here, people, workplace, tmp_path, monkeypatch):
+    """Into the index that it searches, and with camera statistics and tracklets as they are searched."""
+    pytest.importorskip("fastapi", reason="fastapi is not installed")
+    from reid.extras import server
+
+    file, query, found = shutil.copy("index/small.pt", tmp_path), next((people / "query").rglob("*.jpg")).read_bytes(), []
+
+    def serve(app, listener):
+        running, address = server.make_server(app), f"http://127.0.0.1:{listener.getsockname()[1]}"
+        thread = threading.Thread(target=running.run, args=([listener],))
+        thread.start()
+        try:
+            requests.post(f"{address}/people", files={"files": query}, data={"name": "anna"}, timeout=60)
+            answer = requests.post(f"{address}/search", files={"files": query}, timeout=60).json()
+            found.extend((hit["name"], round(hit["score"], 2)) for hit in answer["rankings"][0]["hits"][:1])
+        finally:
+            running.should_exit = True
+            thread.join()
+
+    monkeypatch.setattr(server, "serve", serve)
+    options = ("inference", "--exp_name", "small", "--data_root", people, "--gallery_uri", file, "--serve", "--port", 0)
+    before = len(GalleryIndex.load(file))
+    here.works(*options, "--load_index", "--writable")
+    here.works(*options, "--load_index", "--writable", "--tracklets")
+    assert found == [("anna", 1.0)] * 2 and len(GalleryIndex.load(file)) == before + 1
+    assert "--writable: is of --load_index; give both" in here.refused(*options, "--writable")
 
 
 def test_python_api(people, workplace):

@@ -216,7 +216,7 @@ def make_server(app):
         server.should_exit |= app.state.changed()
 
     server = uvicorn.Server(uvicorn.Config(
-        app, http=Protocol, ws="none", lifespan="off", log_level="error", access_log=False, server_header=False,
+        app, http=Protocol, ws="none", lifespan="off", log_level="error", log_config=None, access_log=False, server_header=False,
         backlog=CONNECTIONS // 8 + 1,  # asyncio accepts so many connections at once, and again before `Protocol` can close them
         limit_concurrency=ANSWERED, timeout_graceful_shutdown=5, callback_notify=stop_if_changed, timeout_notify=1))
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a bad form is answered, not logged

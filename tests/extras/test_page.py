@@ -209,11 +209,12 @@ def test_one_search_too_many_is_refused(index, crop, monkeypatch):
         assert [answer.result().status_code for answer in answers] == [200, 200]
 
 
-def test_a_failure_is_one_answer_and_not_the_end(site, crop):
+def test_a_failure_is_one_answer_and_not_the_end(site, crop, caplog):
     site.extractor.failure = RuntimeError("out of memory")
     answer = site.post(crop)
     site.extractor.failure = None
     assert (answer.status_code, answer.json()) == (500, {"error": "the server failed; its log has the reason"})
+    assert "RuntimeError: out of memory" in caplog.text
     assert site.post(crop).status_code == 200
 
 
