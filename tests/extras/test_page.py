@@ -214,8 +214,8 @@ def test_a_failure_is_one_answer_and_not_the_end(site, crop, caplog):
     answer = site.post(crop)
     site.extractor.failure = None
     assert (answer.status_code, answer.json()) == (500, {"error": "the server failed; its log has the reason"})
-    assert "RuntimeError: out of memory" in caplog.text
     assert site.post(crop).status_code == 200
+    assert "RuntimeError: out of memory" in caplog.text
 
 
 def test_the_operations_are_listed_without_other_servers(site):
