@@ -242,7 +242,7 @@ def main(args):
                                 nesterov=True, weight_decay=args.weight_decay, fused=True)
     trainer = Trainer(model, optimizer, train_step, args, steps, device, teacher)
     files = train_set.files + crops
-    start, first = run.restore(trainer, files)  # the epoch, and the step within it, to go on at
+    start, first = run.restore(trainer, files, val_set.files if val_set else [])  # the epoch, and the step within it, to go on at
     run.check_tracking()
 
     files += val_set.files if val_set else []

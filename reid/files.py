@@ -24,6 +24,7 @@ try:
 except ImportError:  # Windows: no locks, and leftovers of killed processes are not removed
     fcntl = None
 
+TEMPORARY = re.compile(r"\.reid-[0-9a-f]{32}\.tmp")
 VERIFY_LIMIT = 256 << 20  # bytes up to which a file's checksum is compared on every load (about 0.2 s)
 # Kinds of files that scripts write. The kind is a mark inside of the file, by which `check_output` recognises it.
 CHECKPOINT, RESULTS, PICTURE, ONNX, PEOPLE = "reid-checkpoint", "reid-results", "reid-picture", "reid-onnx", "reid-people"
@@ -139,6 +140,8 @@ def write_json(path, document, overwrite=False):
 def _remove_abandoned(folder):
     """Remove the temporary files of `atomic_path` in `folder` that no living process has locked."""
     for path in folder.glob(".reid-*.tmp"):
+        if not TEMPORARY.fullmatch(path.name) or path.is_symlink():
+            continue
         with suppress(OSError):  # another process may remove it, too
             if time.time() - path.lstat().st_mtime > 5:  # a new one may not be locked yet
                 with open(path, "rb") as file:

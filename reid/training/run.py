@@ -99,22 +99,24 @@ class Run:
                 raise ReidError(f"--resume goes on with --{key} {saved[key]}, not {value}; leave it out, or start a new run")
         return argparse.Namespace(**saved | given)
 
-    def restore(self, trainer, files):
+    def restore(self, trainer, files, validation=()):
         """Bring the trainer to where the run has stopped, and return (epoch, step within it) to go on at.
 
-        files: the paths of the training images, those without identities included. Raises ReidError if they, or the embeddings
-        of a teacher, are not those that the run was started with.
+        files: the paths of the training images, those without identities included; validation: those of the images that choose
+        best.pth. Raises ReidError if they, or the embeddings of a teacher, are not those that the run was started with.
         """
-        names = [f"{Path(file).parent.name}/{Path(file).name} of {os.path.getsize(file)} bytes" for file in files]
+        names, others = ([f"{Path(file).parent.name}/{Path(file).name} of {os.path.getsize(file)} bytes" for file in part]
+                         for part in (files, validation))
         targets = [value for name, value in sorted(trainer.teacher.named_buffers())] if trainer.teacher else []
-        self.images = [len(names), checksum(names + targets)]
+        self.images = [len(names), checksum(names + targets), checksum(others)]
         if not self.state:
             return 0, 0
         training, last = self.state["training"], self.folder / "last.pth"
+        known = training.get("images")  # of older checkpoints without the validation, or missing
         if list(self.state["config"]["classes"]) != list(trainer.model.config["classes"]) \
-                or training.get("images", self.images) != self.images:  # older checkpoints have no such entry
-            raise ReidError(f"{last}: was trained on other images or embeddings than these {len(names):,}; give the same "
-                            "--data_root, --unlabelled and --teacher")
+                or not (known is None or known in (self.images, self.images[:2])):
+            raise ReidError(f"{last}: was trained or validated on other images or embeddings than these {len(names):,}; give the "
+                            "same --data_root, --unlabelled and --teacher")
         if not 0 <= training["step"] < trainer.steps or training["epoch"] < 0:
             raise ReidError(f"{last}: stopped at step {training['step']} of an epoch that has {trainer.steps}; it is damaged")
         try:

@@ -248,16 +248,20 @@ def remove_half(train_folder):
             file.unlink()
 
 
+def remove_validation(train_folder):
+    next((train_folder.parent / "val").rglob("*.jpg")).unlink()
+
+
 def other_bytes(train_folder):
     with open(next(train_folder.rglob("*.jpg")), "ab") as file:
         file.write(b"0")
 
 
-@pytest.mark.parametrize("change", [rename_identity, swap_identities, remove_half, other_bytes])
+@pytest.mark.parametrize("change", [rename_identity, swap_identities, remove_half, other_bytes, remove_validation])
 def test_only_the_same_images_can_be_resumed(stopped, change):
     folder, arguments = stopped
     change(folder / "data" / "train")
-    assert "other images" in fails(folder, *arguments)
+    assert "validated on other images" in fails(folder, *arguments)
 
 
 def test_resume_takes_the_dataset_of_the_run(stopped, few, capsys):
