@@ -179,7 +179,7 @@ def test_killed_writer_leaves_the_old_file_and_the_next_sweeps(path):
 @pytest.mark.parametrize("name", ["x", "x[0]*", "y" * 250])
 def test_only_our_own_leftovers_are_removed(tmp_path, name):
     """Whatever a file is called: its name is never a pattern."""
-    mine = [tmp_path / f".{name[:200]}.mine.tmp", tmp_path / "x0.tmp", tmp_path / ".reid-notes.tmp", tmp_path / f".reid-{0:032}.tmp"]
+    mine = [tmp_path / file for file in (f".{name[:200]}.mine.tmp", "x0.tmp", ".reid-notes.tmp", f".reid-{0:032}.tmp")]
     left = tmp_path / f".reid-{'0a' * 16}.tmp"
     mine[-1].symlink_to("x0.tmp")
     for path in (*mine, left):

@@ -13,11 +13,13 @@ import re
 from collections import Counter, defaultdict
 from contextlib import suppress
 from pathlib import Path
+from urllib.parse import quote
 
 import torch
 from PIL import Image, ImageDraw
 
 from reid import ReidError
+from reid.cli import printable
 from reid.extras import pictures
 from reid.extras.report import render
 from reid.files import PEOPLE, PICTURE, REPORT, atomic_path, is_ours, locked
@@ -309,9 +311,10 @@ def _write_page(folder, index, people, singles):
         rows = person["rows"]
         cameras = sorted({int(camid) for camid in index.camids[rows]} - {-1})
         thumbs = [_thumb(_file(index, rows[i * len(rows) // min(SHOWN, len(rows))])) for i in range(min(SHOWN, len(rows)))]
-        shown.append(person | {"cameras": cameras, "thumbs": thumbs, "sheet": _sheet(person["number"])})
+        name = {"folder": printable(person["folder"]), "link": quote(os.fsencode(person["folder"]))}
+        shown.append(person | name | {"cameras": cameras, "thumbs": thumbs, "sheet": _sheet(person["number"])})
     html = render("people.html", title="People", people=shown, count=len(people), crops=len(index), singles=singles,
-                  gallery=index.data_root)
+                  gallery=printable(index.data_root))
     with atomic_path(folder / PAGE, REPORT) as temporary:
         temporary.write_bytes(html)
 

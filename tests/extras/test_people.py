@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from types import SimpleNamespace
+from urllib.parse import quote
 
 import pytest
 import torch
@@ -151,6 +152,16 @@ def test_a_link_of_the_users_own_stays_whatever_its_name(out, tmp_path, place, n
         assert os.readlink(out / place) == str(tmp_path / "photo.png")
     found = {os.path.basename(os.path.realpath(path)) for path in out.rglob("*") if path.is_symlink()}
     assert found == {os.path.basename(name) for name in names} | {"photo.png"}  # no crop is lost
+
+
+@pytest.mark.parametrize("name", [b"\xff\n", b"<b>'&\"?#%41", b"javascript:alert(1)"])
+def test_folders_of_odd_names_are_linked_and_escaped(out, crops, name):
+    os.rename(out / "0001", out / os.fsdecode(name))
+    for _ in range(2):
+        write_people(out, crops, 0.5)
+    page = (out / "people.html").read_text()
+    assert f'<a href="{quote(name)}/">' in page and "<b>'" not in page and "\n</a>" not in page
+    assert (out / os.fsdecode(name) / "a1.png").is_symlink() and not (out / "0001").exists()
 
 
 def test_a_gallery_that_was_copied_elsewhere_keeps_its_people(out, tmp_path):
