@@ -76,6 +76,10 @@ class Run:
             return load_checkpoint(self.folder / "last.pth")
         if any((self.folder / name).exists() for name in ("last.pth", "best.pth")):
             raise ReidError(f"--exp_name {self.name}: {self.folder} exists; add --resume to go on, or choose another name")
+        with suppress(OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder.is_dir() and os.access(self.folder, os.W_OK)):  # else the first epoch would be lost
+            raise ReidError(f"--exp_name {self.name}: {self.folder} is no folder that can be written; choose another name")
         return None
 
     def _settings(self, args, typed, parser, operational):

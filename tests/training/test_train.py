@@ -194,11 +194,22 @@ def test_resume_after_a_stop_equals_an_undisturbed_run(few, database, distilled,
         assert measured[0] == measured[1] and "train/loss" in measured[0] and "val/loss" in measured[0]
 
 
+@pytest.mark.parametrize("kind", ["file", "link to nothing", "link to a file"])
+def test_a_place_that_weights_cannot_be_written_to_is_refused_before_the_training(tmp_path, kind):
+    place = tmp_path / "models/mine"
+    place.parent.mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    shutil.copy(tmp_path / "notes.txt", place) if kind == "file" else place.symlink_to(
+        "nowhere" if kind == "link to nothing" else tmp_path / "notes.txt")
+    assert "models/mine is no folder that can be written" in fails(tmp_path, "--exp_name", "mine", "--data_root", "nowhere")
+    assert sorted(path.name for path in tmp_path.rglob("*") if not path.name.endswith(".lock")) == ["mine", "models", "notes.txt"]
+    assert kind == "link to nothing" or place.read_text() == "mine"
+
+
 def test_two_trainings_of_one_name(people, tmp_path):
     arguments = ["--data_root", people, *TINY, "--exp_name", "twice"]
     with chdir(tmp_path):
         first = Run(train.get_args_parser().parse_args([str(argument) for argument in arguments]), train.get_args_parser(), set())
-    (tmp_path / "models" / "twice").mkdir()
     (tmp_path / "models" / "twice").rmdir()  # rm -rf of the folder must not open the way for a second run
     for more in ([], ["--resume"]):
         assert "another process is training twice" in fails(tmp_path, *arguments, *more)
