@@ -154,7 +154,7 @@ def open_model(args):
 
 
 def saved_run(name, args):
-    """(name, index, EvalResult) of a run, or of a --network by its name, whose index was saved with its queries."""
+    """Return (name, index, EvalResult) of a run or a --network, by its name, whose index was saved with its queries."""
     uri, checkpoint = default_uri(name), Path(f"models/{name}/best.pth")
     wanted = fingerprint(load_checkpoint(checkpoint_path(name))) if checkpoint.exists() or not Path(uri).exists() else None
     again = command("eval.py", save_index=True, exp_name=name)

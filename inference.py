@@ -216,7 +216,7 @@ def export(args, checkpoint):
 
 
 def find_queries(args):
-    """The query files of --query_paths; a path without images raises ReidError."""
+    """Return the query files of --query_paths; a path without images raises ReidError."""
     if not args.query_paths:
         return [] if args.save_index else read_split(args.data_root or DATA_ROOT, "query").files()[:1]
     found = []

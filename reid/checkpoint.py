@@ -63,19 +63,19 @@ def _check_finite(state, owner, advice):
 
 
 def versions():
-    """Library versions as plain strings (torch's own version object is refused by weights_only loading)."""
+    """Return library versions as plain strings (torch's own version object is refused by weights_only loading)."""
     return {"python": platform.python_version(), "torch": str(torch.__version__), "cuda": str(torch.version.cuda)}
 
 
 def check_name(exp_name):
-    """The name of a run, which becomes folders and files; raises ReidError where it could not, on any system."""
+    """Return the name of a run, which becomes folders and files; raise ReidError where it could not, on any system."""
     if not PLAIN_NAME.fullmatch(exp_name) or DEVICE_NAME.match(exp_name):
         raise ReidError(f"--exp_name {exp_name!r:.120}: a plain name is needed, it becomes a folder")
     return exp_name
 
 
 def checkpoint_path(exp_name, name="best.pth", models="models"):
-    """`models/<run>/<name>`; an unknown run raises ReidError that lists the runs there are."""
+    """Return `models/<run>/<name>`; an unknown run raises ReidError that lists the runs there are."""
     path = Path(models) / check_name(exp_name) / name
     if not path.is_file():
         known = sorted(p.parent.name for p in Path(models).glob(f"*/{name}"))
@@ -84,7 +84,7 @@ def checkpoint_path(exp_name, name="best.pth", models="models"):
 
 
 def load_checkpoint(path):
-    """The dict of a checkpoint on the CPU: config, state_dict, metrics, args, versions (and training for last.pth)."""
+    """Return the dict of a checkpoint, on the CPU: config, state_dict, metrics, args, versions (and training for last.pth)."""
     if Path(path).is_file() and not is_ours(path, FORMAT):
         raise ReidError(f"{path}: not a checkpoint of this project; to start from weights of another origin, train from them: "
                         f"python train.py --weights {shlex.quote(str(path))}")
@@ -103,7 +103,7 @@ def load_checkpoint(path):
 
 
 def restore_model(record, path="checkpoint"):
-    """The ReidModel of a loaded checkpoint, in float32. Raises ReidError where weights do not fit or are not finite."""
+    """Return the ReidModel of a loaded checkpoint, in float32. Raises ReidError where weights do not fit or are not finite."""
     model = build_model(record["config"])
     try:
         model.load_state_dict(record["state_dict"])

@@ -74,7 +74,7 @@ class FoldedDenseNet:
         return pointwise(gated.reshape(-1, c)).view(*gated.shape[:3], -1)
 
     def _shift(self, norms):
-        """float64 [channels] to add to each stored channel, so that no bound of the layers that read it is negative."""
+        """Return float64 [channels] to add to each stored channel, so that no bound of the layers that read it is negative."""
         shift = torch.zeros(norms[-1].num_features, dtype=torch.float64)
         for norm in norms if self.bits != self.dtype else []:
             scale, offset = _affine(norm)
@@ -109,12 +109,12 @@ class FoldedDenseNet:
 
 
 def _affine(norm):
-    """A batch norm in evaluation as a x + b, float64 [c] each; a dead channel's `a` is not quite zero, so that t exists."""
+    """Return a batch norm in evaluation as a x + b, float64 [c] each; a dead channel's `a` is not 0, so that t exists."""
     scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
     return scale.where(scale.abs() > 1e-12, 1e-12), norm.bias.double() - norm.running_mean.double() * scale
 
 
 def _fold(conv, norm):
-    """A convolution and the norm after it as one: float64 weight and bias."""
+    """Fold a norm into the convolution before it: float64 weight and bias."""
     scale, offset = _affine(norm)
     return conv.weight.double() * scale[:, None, None, None], offset

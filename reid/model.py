@@ -13,7 +13,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def default_config(classes, backbone="densenet121", height=256, width=128):
-    """Everything needed to build the network again; travels in the checkpoint. classes: the sorted training ids."""
+    """Return what it takes to build the network again; it is part of the checkpoint. classes: the sorted training ids."""
     return {"backbone": backbone, "height": height, "width": width, "embedding_size": EMBEDDING_SIZES[backbone],
             "classes": classes}
 
@@ -82,7 +82,7 @@ class DenseNet121(nn.Sequential):
 
 
 def resnet50():
-    """torchvision's ResNet-50 (v1.5 strides) without its head and with last stride 1, under torchvision's names."""
+    """Make torchvision's ResNet-50 (v1.5 strides) without its head and with last stride 1, under torchvision's names."""
     from torchvision.models import resnet  # the import that DenseNet's users do not pay for
 
     full = resnet.resnet50()
@@ -118,7 +118,7 @@ class ReidModel(nn.Module):
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1) * 255, persistent=False)
 
     def features(self, images):
-        """uint8 (or float of the same 0..255 range) [N, 3, H, W] -> pooled backbone features, float32 [N, D]."""
+        """Map uint8 (or float of the same 0..255 range) [N, 3, H, W] to pooled backbone features, float32 [N, D]."""
         x = ((images.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         return self.body(x).float().mean((2, 3))
 
@@ -135,7 +135,7 @@ class ReidModel(nn.Module):
 
 
 def check_config(config):
-    """Raise ReidError for a config that `build_model` does not know."""
+    """Raise ReidError for a config that `build_model` cannot build."""
     try:
         for name, only in REMOVED.items():
             if config.get(name, only) != only:
@@ -152,13 +152,13 @@ def check_config(config):
 
 
 def build_model(config):
-    """A ReidModel in float32, channels last, with fresh weights. Raises ReidError for a config it does not know."""
+    """Make a ReidModel in float32, channels last, with fresh weights. Raises ReidError for a config that it cannot build."""
     check_config(config)
     return ReidModel(config).to(memory_format=torch.channels_last)
 
 
 def plain_network(model, dtype):
-    """A callable uint8 [n, 3, H, W] -> pooled features float32 [n, D] of a ReidModel, with convolutions in `dtype`."""
+    """Return a callable uint8 [n, 3, H, W] -> pooled features float32 [n, D] of a ReidModel, its convolutions in `dtype`."""
     @torch.no_grad()
     def features(images):
         with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
@@ -168,7 +168,7 @@ def plain_network(model, dtype):
 
 
 def cast_network(model, dtype):
-    """`plain_network` for a GPU: norms folded into the convolutions before them, and weights cast once, not for every batch."""
+    """Return a `plain_network` for a GPU: norms are folded into the convolutions before them, weights are cast only once."""
     from torch.fx.experimental.optimization import fuse
 
     body = fuse(model.body)
@@ -185,7 +185,7 @@ def cast_network(model, dtype):
 
 
 def pick_device(name="auto"):
-    """`auto` is CUDA where there is a GPU, else the CPU. Raises ReidError for a device that is not there."""
+    """Choose a device: `auto` is CUDA where there is a GPU, else the CPU. Raises ReidError for a device that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -197,7 +197,7 @@ def pick_device(name="auto"):
 
 
 def pick_precision(device, name="auto"):
-    """`auto` is bf16 where the device computes it fast, else fp16 on a GPU and fp32 on a CPU; the result is a key of DTYPES.
+    """Choose a key of DTYPES: `auto` is bf16 where the device computes it fast, else fp16 on a GPU and fp32 on a CPU.
 
     Raises ReidError for a precision that the device does not support.
     """

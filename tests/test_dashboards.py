@@ -96,7 +96,7 @@ class Dashboards:
 
     def page(self, name, path="/", host="localhost"):
         request = Request(f"http://127.0.0.1:{self.ports[name]}{path}", headers={"Host": host})
-        with urlopen(request, timeout=30) as answer:
+        with urlopen(request, timeout=90) as answer:
             return answer.read().decode()
 
     def _reaped(self):

@@ -25,11 +25,11 @@ def workplace(root, people, tmp_path_factory):
     torch.manual_seed(0)
     started = load_checkpoint(root / "models" / "masked-hog-908" / "best.pth")
     started["config"].update(height=64, width=32)
-    started["state_dict"] = {name: weight.float() + 1.5 * weight.float().std() * torch.randn(weight.shape)
+    started["state_dict"] = {name: weight.float() + 4 * weight.float().std() * torch.randn(weight.shape)
                              if weight.ndim == 4 else weight for name, weight in started["state_dict"].items()}
     save_checkpoint(folder / "models/start/best.pth", restore_model(started), {}, {})
     works(folder, "train.py", "--data_root", people, "--exp_name", "small", "--weights", folder / "models/start/best.pth",
-          "--num_epochs", 5, "--height", 64, "--width", 32, "--batch_size", 16, "--lr", 0.01, "--warmup_epochs", 1)
+          "--num_epochs", 6, "--height", 64, "--width", 32, "--batch_size", 16, "--lr", 0.05, "--warmup_epochs", 1)
     for run in ("small", "start"):
         works(folder, "eval.py", "--exp_name", run, "--data_root", people, "--save_index", "--json", f"{run}.json", "--far", 0.01)
     return folder

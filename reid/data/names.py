@@ -65,7 +65,7 @@ def is_clip(folder):
 
 
 def _camera(match):
-    """The number of a camera; letters count from a = 1."""
+    """Return the number of a camera; letters count from a = 1."""
     return ord(match[2].lower()) - ord("a") + 1 if match[2] else int(match[1] or match[3])
 
 
@@ -110,7 +110,7 @@ def folder_pid(folder):
 
 
 def order(name):
-    """A sort key that is the same everywhere and, unlike the name itself, favours no camera."""
+    """Return a sort key that is the same everywhere and, unlike the name itself, favours no camera."""
     return hashlib.sha256(os.fsencode(str(name))).digest()
 
 

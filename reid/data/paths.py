@@ -36,7 +36,7 @@ class Paths:
 
 
 def file_stats(files):
-    """Size in bytes, modification time in ns and a 63-bit hash of the content of each file, int64 [3, N].
+    """Return size in bytes, modification time in ns and a 63-bit hash of the content of each file, int64 [3, N].
 
     All three are -1 for a file that cannot be read, the hash also for what is no file or too large for an image.
     """
@@ -53,5 +53,5 @@ def file_stats(files):
 
 
 def content_number(data):
-    """63 bits of a hash of bytes."""
+    """Return 63 bits of a hash of bytes."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") >> 1

@@ -150,7 +150,7 @@ class MilvusGallery:
         return ranked_lists(self, *self.nearest(embeddings, topk, camids, frames, exclude), queries)
 
     def nearest(self, embeddings, topk, camids=None, frames=None, exclude=None, condition=""):
-        """The `topk` most similar rows of each query: (scores float32 [Q, k], rows int64 [Q, k]), best first.
+        """Find the `topk` most similar rows of each query: (scores float32 [Q, k], rows int64 [Q, k]), best first.
 
         The arguments are those of `GalleryIndex.nearest`, and a condition in Milvus' language; the engine applies it, camids
         and frames. Equal scores are ordered by path. FLAT is exact. More than 16,384 rows for a query raise ReidError.
@@ -176,7 +176,7 @@ class MilvusGallery:
         return scores, rows
 
     def _request(self, embeddings, need, limit, condition):
-        """[(-score, path, row)] for each query, unsorted; asks for more if the list ends within equal scores."""
+        """Return [(-score, path, row)] for each query, unsorted; ask for more if the list ends within equal scores."""
         parameters = INDEXES[self.index_type][1](min(10 * need, DEPTH))
         found = self.collection.call("search", data=list(embeddings.numpy()), limit=limit, filter=condition,
                                      output_fields=list(FIELDS), anns_field="vector",
@@ -241,7 +241,7 @@ class MilvusGallery:
         return len(new)
 
     def _new(self, records, stats):
-        """Positions in `records` of the images that are not in the gallery, or with other contents: int64 [n]."""
+        """Return positions in `records` of the images that are not in the gallery, or with other contents: int64 [n]."""
         keys, new = [key_of(path) for path in records.paths], []
         there = self.collection.fetch(keys, ["content"])
         for i, (key, path, content) in enumerate(zip(keys, records.paths, stats[2].tolist())):
@@ -263,7 +263,7 @@ class MilvusGallery:
         self.collection.set(cameras=self.cameras)
 
     def listing(self):
-        """Row, path, identity and modification time of every image, as `GalleryIndex.listing`."""
+        """Return row, path, identity and modification time of every image, as `GalleryIndex.listing`."""
         found = [row for block in self.collection.read(["path", "pid", "mtime"]) for row in block]
         return tuple([row[name] for row in found] for name in ("key", "path", "pid", "mtime"))
 
@@ -333,5 +333,5 @@ class MilvusGallery:
 
 
 def key_of(path):
-    """Primary key of a path below the data root."""
+    """Return the primary key of a path below the data root."""
     return content_number(os.fsencode(path))

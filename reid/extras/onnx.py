@@ -81,7 +81,7 @@ def _write(network, size, path):
 
 
 def _embed(session, files, size, pixels):
-    """The same files through the ONNX graph, in batches of different sizes: float32 [N, D]."""
+    """Embed the same files through the ONNX graph, in batches of different sizes: float32 [N, D]."""
     rows = []
     for part in [files[:1], *(files[i : i + BATCH] for i in range(1, len(files), BATCH))]:
         batch = resize([decode(file) for file in part], size)

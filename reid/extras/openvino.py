@@ -23,7 +23,7 @@ PARITY = 0.999  # lowest cosine to PyTorch's float32 features
 
 
 def engine_of(args):
-    """The `network` of an Extractor for a script's --engine and --device: None leaves the network to PyTorch.
+    """Return the `network` of an Extractor for a script's --engine and --device: None leaves the network to PyTorch.
 
     `auto` takes OpenVINO on a CPU if the package is installed and gives the same features for this network.
     """
@@ -126,7 +126,7 @@ class OpenVinoNetwork(CompiledGraph):
 
 
 def build_graph(model):
-    """The features of a ReidModel (densenet121) as an OpenVINO graph: uint8 [?, 3, H, W] -> float32 [?, D]."""
+    """Build the features of a ReidModel (densenet121) as an OpenVINO graph: uint8 [?, 3, H, W] -> float32 [?, D]."""
     import openvino
     from openvino import opset13 as ops
 

@@ -40,7 +40,7 @@ def verdict(query_pid, pid):
 
 
 def identity(pid, path):
-    """Text for an identity: "id 12", the name of its folder, "junk", "distractor", or "" for an unlabelled image."""
+    """Return text for an identity: "id 12", the name of its folder, "junk", "distractor", or "" for an unlabelled image."""
     if pid in (JUNK, DISTRACTOR):
         return "junk" if pid == JUNK else "distractor"
     name = identity_name(pid, path)
@@ -85,7 +85,7 @@ def _lines(shown):
 
 
 def _draw_sheet(sheet):
-    """One picture of [(RankedList, its hits that are shown)], with a legend of the badges that occur."""
+    """Draw one picture of [(RankedList, its hits that are shown)], with a legend of the badges that occur."""
     columns = max(1, min(PER_LINE, max(len(shown) for _, shown in sheet)))
     width = 2 * MARGIN + CELL[0] * (1 + columns) + QUERY_GAP
     present = {verdict(ranked.query.pid, hit.pid) for ranked, shown in sheet for hit in shown}
@@ -136,7 +136,7 @@ def ellipsis(text, font, width):
 
 
 def _tile(picture, x, y, file, kind, label):
-    """A framed crop with its badge, and a label (rank or "query") in the corner."""
+    """Paste a framed crop with its badge, and a label (rank or "query") in the corner."""
     picture.paste(crop(file), (x + BORDER, y + BORDER))
     picture.paste(_frame(kind), (x, y), _frame(kind))
     if kind not in ("query", "unlabelled"):
@@ -145,7 +145,7 @@ def _tile(picture, x, y, file, kind, label):
 
 
 def crop(file):
-    """The image fitted into a WIDTH x HEIGHT tile, or a tile that says "missing" or "unreadable"."""
+    """Return the image fitted into a WIDTH x HEIGHT tile, or a tile that says "missing" or "unreadable"."""
     tile = Image.new("RGB", (WIDTH, HEIGHT), LETTERBOX)
     try:
         image = Image.fromarray(images.decode(file).permute(1, 2, 0).contiguous().numpy())
@@ -174,7 +174,7 @@ def _smooth(size, paint):
 
 @lru_cache
 def _frame(kind):
-    """A border with rounded corners, white outside of them; junk has a dashed one."""
+    """Draw a border with rounded corners, white outside of them; junk has a dashed one."""
     def paint(draw, s):
         w, h = FRAME[0] * s - 1, FRAME[1] * s - 1
         draw.rectangle([0, 0, w, h], fill=PAPER)
@@ -191,7 +191,7 @@ def _frame(kind):
 
 @lru_cache
 def _badge(kind):
-    """A disc with a tick (right), a cross (wrong, distractor) or a bar (junk)."""
+    """Draw a disc with a tick (right), a cross (wrong, distractor) or a bar (junk)."""
     cross, bar, tick = [[(8, 8), (16, 16)], [(8, 16), (16, 8)]], [[(7, 12), (17, 12)]], [[(7, 12.5), (10.5, 16), (17, 8.5)]]
     strokes = {"right": tick, "wrong": cross, "distractor": cross, "junk": bar, "unlabelled": []}[kind]
 
@@ -205,7 +205,7 @@ def _badge(kind):
 
 @lru_cache
 def _pill(label):
-    """White text on a dark rounded box."""
+    """Draw white text on a dark rounded box."""
     size = (max(26, round(font(15).getlength(label)) + 16), 24)
     box = _smooth(size, lambda draw, s: draw.rounded_rectangle([0, 0, size[0] * s - 1, size[1] * s - 1], 8 * s, fill=INK))
     ImageDraw.Draw(box).text((size[0] / 2, size[1] / 2), label, PAPER, font(15), "mm")

@@ -78,7 +78,7 @@ class Tiles:
             self.first = first.scatter_reduce(0, group, torch.arange(len(group)), "amin").tolist()
 
     def counts(self, query):
-        """bool [G]: the gallery images that count for a query."""
+        """Return bool [G]: the gallery images that count for a query."""
         one = {name: values[query : query + 1] if name.startswith("q_") else values for name, values in self.data.items()}
         task = make_task(**one, protocol=self.protocol)
         counts = task.g.pids >= 0
@@ -110,7 +110,7 @@ def _data_uri(file):
 
 
 def _worst_query(tiles, query, result, found):
-    """(row of the query, Tiles of its hits): the best ones, and the first match where it ranks below them."""
+    """Return (row of the query, tiles of its hits): the best ones, and the first match where it ranks below them."""
     scores, counts = tiles.data["g_emb"] @ tiles.data["q_emb"][query], tiles.counts(query)
     rank, hits, first = 0, [], int(result.first_rank[query])
     for row in analysis.ranked_rows(scores, counts, SHOWN, IGNORED).tolist():
@@ -123,7 +123,7 @@ def _worst_query(tiles, query, result, found):
 
 
 def _left_out(tiles, result, unreadable):
-    """Skipped queries by reason, and unreadable images: [(what, why, some names, number of all)]."""
+    """List skipped queries by reason, and unreadable images: [(what, why, some names, number of all)]."""
     rows = []
     for why, count in result.skipped.items():
         skipped = (result.reason == metrics.REASONS.index(why)).nonzero()[:NAMED, 0].tolist()
@@ -148,7 +148,7 @@ def _cmc_chart(results):
 
 
 def _roc_chart(roc):
-    """Rates on a logarithmic scale; the dots are the rates that were computed exactly."""
+    """Draw rates on a logarithmic scale; the dots are the rates that were computed exactly."""
     low = math.floor(math.log10(max(min(roc.tpr) / 10, 1 / roc.different_pairs)))
     rates, shares = ((histogram.flip(0).cumsum(0) / histogram.sum()).tolist()
                      for histogram in (roc.different_histogram, roc.same_histogram))

@@ -78,7 +78,7 @@ class CameraStatistics(NamedTuple):
 
 
 def _sums(embeddings, place, groups):
-    """Number, sum and sum of squares of the rows of each group: float64 [G, 1], [G, D], [G, D].
+    """Return number, sum and sum of squares of the rows of each group: float64 [G, 1], [G, D], [G, D].
 
     embeddings: float [N, D]; place: int64 [N], the group of each row.
     """
@@ -90,7 +90,7 @@ def _sums(embeddings, place, groups):
 
 
 def _shrunk(sums, mean, variance):
-    """Mean and variance, float32 [G, D], of groups with these `_sums`, shrunk towards the given ones, float32 [D]."""
+    """Return mean and variance, float32 [G, D], of groups with these `_sums`, shrunk towards given ones, float32 [D]."""
     count, total, square = sums
     own, share = total / count, count / (count + PRIOR)
     spread = (square / count - own**2).clamp(min=0)

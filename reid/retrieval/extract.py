@@ -60,7 +60,7 @@ class Extractor:
         self._room = 1 << 30  # images that have been found to fit into the GPU's memory together
 
     def _network(self, network, path):
-        """uint8 [n, 3, H, W] -> pooled features float32 [n, D], as fast as engine, precision and backbone allow."""
+        """Return uint8 [n, 3, H, W] -> pooled features float32 [n, D], as fast as engine, precision and backbone allow."""
         if network:
             features = network(self._model, self.precision, worker_count(), path, self.fingerprint)
             if features:
@@ -74,7 +74,7 @@ class Extractor:
         return (cast_network if self.device.type == "cuda" else plain_network)(self._model, dtype)
 
     def describe(self):
-        """One line: network, input size, device, precision, engine."""
+        """Return one line: network, input size, device, precision, engine."""
         cuda = self.device.type == "cuda"
         where = torch.cuda.get_device_name(self.device) if cuda else f"cpu ({torch.get_num_threads()} threads)"
         size = "x".join(map(str, self.size))
@@ -142,7 +142,7 @@ class Extractor:
                     yield torch.tensor([i for i in part if i not in failures]), rows
 
     def _on_cpu(self, files):
-        """Each worker takes its own images from file to embedding on a core of its own.
+        """Let each worker take its own images from file to embedding, on a core of its own.
 
         So no core waits for another inside the network, which costs much where other processes run too.
         """
@@ -158,7 +158,7 @@ class Extractor:
         return in_order(self._threads(workers), work, _parts(len(files), size), 2 * workers)
 
     def _threads(self, workers):
-        """A pool of `workers` threads that share PyTorch's threads evenly."""
+        """Return a pool of `workers` threads that share PyTorch's threads evenly."""
         if self._pool is None:
             threads, started = torch.get_num_threads(), threading.Barrier(workers)
 
@@ -177,7 +177,7 @@ class Extractor:
         return self._pool
 
     def _on_gpu(self, files):
-        """CPU threads decode and resize the next batches, which are copied on a stream of their own while this one computes."""
+        """Decode and resize the next batches in CPU threads, and copy them on a stream of their own while this one computes."""
         if self.compile == "on" and self._compiled is None:
             self._compiled = torch.compile(self._features)
         stream, waiting, workers = torch.cuda.Stream(self.device), deque(), worker_count()
@@ -217,7 +217,7 @@ class Extractor:
         return part, failures, rows
 
     def _fitting(self, batch, network=None):
-        """Embeddings of a batch on the GPU; when its memory is short, in halves, and so from then on."""
+        """Embed a batch on the GPU; when its memory is short, in halves, and so from then on."""
         while True:
             size = min(len(batch), self._room)
             compiled = self._compiled if network is None and self._room >= self.batch_size else None
@@ -239,7 +239,7 @@ class Extractor:
 
     @torch.no_grad()
     def _embed(self, batch, network=None):
-        """uint8 [n, 3, H, W] -> embeddings float32 [n, dim], on the device."""
+        """Map uint8 [n, 3, H, W] to embeddings float32 [n, dim], on the device."""
         views = torch.cat([batch, batch.flip(3)]) if self.mirror else batch
         neck = self._neck((network or self._features)(views).float())
         return F.normalize(neck[: len(batch)] + neck[len(batch) :] if self.mirror else neck)
@@ -267,7 +267,7 @@ def add_arguments(parser):
 
 
 def in_order(pool, work, parts, ahead):
-    """`pool.map` that runs at most `ahead` parts in front of the consumer, so that memory stays flat."""
+    """Yield as `pool.map` does, at most `ahead` parts in front of the consumer, so that memory stays flat."""
     waiting = deque()
     try:
         for part in parts:
@@ -282,7 +282,7 @@ def in_order(pool, work, parts, ahead):
 
 
 def worker_count():
-    """Threads that embed side by side on a CPU. Past 16 each has several cores, because they share one interpreter."""
+    """Return how many threads embed side by side on a CPU. Past 16 each has several cores, because they share one interpreter."""
     return min(torch.get_num_threads(), 16)
 
 

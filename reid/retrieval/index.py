@@ -82,7 +82,7 @@ class GalleryIndex(Rows):
 
     @classmethod
     def empty(cls, extractor, threshold=None):
-        """An index without images, for `add`. threshold: cosine above which a hit is a match."""
+        """Make an index without images, for `add`. threshold: cosine above which a hit is a match."""
         none = torch.empty(0, dtype=torch.int64)
         index = cls(torch.empty(0, extractor.dim, dtype=torch.float16), Records(Path(), [], none, none, none, none),
                     extractor.fingerprint, extractor.mirror)
@@ -122,7 +122,7 @@ class GalleryIndex(Rows):
         return len(self.embeddings)
 
     def records(self):
-        """The images as reid.data.datasets.Records."""
+        """Return the images as reid.data.datasets.Records."""
         columns = self.pids, self.camids, self.seqs, self.frames
         return Records(Path(self.data_root), list(self.paths), *columns, split=self.split)
 
@@ -182,20 +182,20 @@ class GalleryIndex(Rows):
         return self.statistics.joined(embeddings, camids).apply(embeddings, camids)
 
     def hit(self, row):
-        """(path, name of the identity or "" where it is unlabelled, pid, camid) of a row."""
+        """Return (path, name of the identity or "" where it is unlabelled, pid, camid) of a row."""
         path, pid = self.paths[row], int(self.pids[row])
         name = self.names.get(pid) or identity_name(pid, path)
         return str(Path(self.data_root) / path) if path else "", name, pid, int(self.camids[row])
 
     def search(self, embeddings, topk=5, camids=None, frames=None, exclude=None, queries=None, rank=0, world_size=1):
-        """The `topk` most similar images of each query: a list of RankedList, one for each of the Q embeddings.
+        """Find the `topk` most similar images of each query: a list of RankedList, one for each of the Q embeddings.
 
         queries: Q values of `reid.retrieval.ranked.Query`, or None. The rest is as in `nearest`.
         """
         return ranked_lists(self, *self.nearest(embeddings, topk, camids, frames, exclude, rank, world_size), queries)
 
     def nearest(self, embeddings, topk, camids=None, frames=None, exclude=None, rank=0, world_size=1):
-        """The `topk` most similar rows of each query, exact: (scores float32 [Q, k], rows int64 [Q, k]), best first.
+        """Find the `topk` most similar rows of each query, exact: (scores float32 [Q, k], rows int64 [Q, k]), best first.
 
         embeddings: float32 [Q, D] of norm 1. camids: cameras to keep. frames: (first, last) frame to keep. exclude: row to
         leave out for each query, int64 [Q] (-1: none). Equal scores are ordered by row. Where fewer than topk rows are left,
@@ -298,7 +298,7 @@ class GalleryIndex(Rows):
 
     @classmethod
     def _restore(cls, part, path):
-        """The index of a dict that `_part` made; raises ReidError for one that contradicts itself."""
+        """Make the index of a dict that `_part` made; raise ReidError for one that contradicts itself."""
         def require(condition, reason):
             if not condition:
                 raise ReidError(f"{path}: {reason}; the index is damaged, remove it and make it again")

@@ -245,7 +245,7 @@ def _sort_rows(block: Tensor) -> Tensor:
 
 
 def _places(block: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-    """Rank of entries (rows, cols) in their row, from 1, sorted by score descending, equal scores by column."""
+    """Return the rank of entries (rows, cols) in their row, from 1, sorted by score descending, equal scores by column."""
     if not len(rows):
         return rows
     ordered = _sort_rows(block)
@@ -265,7 +265,7 @@ def _places(block: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
 
 
 def _rank_block(block: Tensor, rows: Tensor, cols: Tensor, kind: Tensor, depth: int) -> dict[str, Tensor]:
-    """Of each query of the block: float64 [b] ap, trapezoid, inp (NaN without a match), int64 [b] first (0 without),
+    """Rank the queries of a block: float64 [b] ap, trapezoid, inp (NaN without a match), int64 [b] first (0 without),
     int64 [b, 4] kinds (number of pairs of each kind); and int64 [1, depth + 1] hits, matches at each rank."""
     size, width = len(block), block.shape[1] + 1
     kinds = torch.bincount(rows * 4 + kind, minlength=size * 4).view(size, 4)
@@ -289,7 +289,7 @@ def _rank_block(block: Tensor, rows: Tensor, cols: Tensor, kind: Tensor, depth: 
 
 
 def _rank(task: Task, galleries: list[Tensor], depth: int = 20) -> list[dict[str, Tensor]]:
-    """The values of `_rank_block` for all queries, on the CPU, for each gallery; hits are added up to [depth + 1]."""
+    """Return the values of `_rank_block` for all queries, on the CPU, for each gallery; hits are added up to [depth + 1]."""
     parts = [[] for _ in galleries]
     for number, *block in blocks(task, galleries):
         parts[number].append(_rank_block(*block, depth))

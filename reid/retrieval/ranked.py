@@ -50,7 +50,7 @@ class RankedList:
         return len(self.rows)
 
     def __getitem__(self, i):
-        """The hit at index i (from 0)."""
+        """Return the hit at index i (from 0)."""
         i = range(len(self))[i]
         row, score = int(self.rows[i]), float(self.scores[i])
         return Hit(i + 1, row, *self.gallery.hit(row), score, None if self.threshold is None else score > self.threshold)
@@ -74,7 +74,7 @@ class RankedList:
         return replace(self, rows=self.rows[order], scores=scores[order], threshold=None)
 
     def to_dict(self):
-        """Plain values for JSON: file, identity, name and camera of the query, and the hits. Identities are texts, or None."""
+        """Return the query (file, identity, name, camera) and the hits as plain values for JSON. An identity is text or None."""
         query, ids = self.query, {UNKNOWN_PID: None}
         file = None if query.file is None else str(query.file)
         return {"query": file, "pid": ids.get(query.pid, str(query.pid)), "name": identity_name(query.pid, file or ""),
@@ -120,7 +120,7 @@ def weigh_lists(lists, evidence, topk=None):
 
 
 def _sightings(ranked):
-    """camids, seqs, frames, int64 [1 + K] each: the query first, then its hits."""
+    """Return camids, seqs, frames, int64 [1 + K] each: the query first, then its hits."""
     gallery, rows = ranked.gallery, ranked.rows.tolist()
     return [torch.tensor([value, *(int(column[row]) for row in rows)]) for value, column in
             zip(ranked.query[2:], (gallery.camids, gallery.seqs, gallery.frames))]

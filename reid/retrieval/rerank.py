@@ -110,7 +110,7 @@ def jaccard_pairs(embeddings: Tensor, k1: int, k2: int, floor: float, cosine: fl
 
 
 def _encoded(x: Tensor, k1: int, k2: int, block: int, bonus: Callable | None) -> Rows:
-    """The encodings of embeddings float32 [N, D], which are normalised in place."""
+    """Encode embeddings float32 [N, D], which are normalised in place."""
     norm = x.norm(dim=1, keepdim=True)
     if not norm.isfinite().all():
         raise ReidError("some embeddings are not finite (NaN or infinite): make them again before re-ranking")
@@ -138,12 +138,12 @@ def _similarity(x: Tensor, rows: slice, bonus: Callable | None) -> Tensor:
 
 
 def _distance(sim: Tensor, low: Tensor) -> Tensor:
-    """2 - 2 cos over its maximum in the row. The bounds only matter for copies of one image, a case of 0 / 0."""
+    """Return 2 - 2 cos over its maximum in the row. The bounds only matter for copies of one image, a case of 0 / 0."""
     return (1 - sim).clamp(min=0) / (1 - low).clamp(min=1e-6)
 
 
 def _neighbours(x: Tensor, k: int, block: int, bonus: Callable | None) -> tuple[Tensor, Tensor]:
-    """The k rows most similar to each row, int64 [N, k], best first, and the lowest similarity of each row, [N]."""
+    """Find the k rows most similar to each row, int64 [N, k], best first, and the lowest similarity of each row, [N]."""
     n = len(x)
     keep = math.ceil(k * SHORTLIST)
     if n > 4 * GROUP * keep and _fast_bf16(x):
@@ -163,7 +163,7 @@ def _fast_bf16(x: Tensor) -> bool:
 
 
 def _neighbours_by_shortlist(x, k, keep, block, bonus):
-    """`_neighbours` by a bf16 product that picks `keep` candidates and float32 products that rank those.
+    """Find `_neighbours` by a bf16 product that picks `keep` candidates and float32 products that rank those.
 
     The k best are surely among them if the k-th, in float32, beats the last candidate's bf16 value by more than the
     error of that value; other rows are computed again in full. The lowest is the best of 8 candidates: it may
@@ -197,7 +197,7 @@ def _neighbours_by_shortlist(x, k, keep, block, bonus):
 
 
 def _best(sim: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`sim.topk(k, 1)`, faster: the k best are within the k groups of columns whose maxima are the best."""
+    """Return `sim.topk(k, 1)`, faster: the k best are within the k groups of columns whose maxima are the best."""
     groups = sim.view(len(sim), GROUP, -1)
     best = groups.amax(1).topk(k, 1, sorted=False).indices
     column = (best[:, None] + torch.arange(0, sim.shape[1], groups.shape[2])[:, None]).flatten(1)
@@ -207,7 +207,7 @@ def _best(sim: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 @exact_products()
 def _pair_similarity(x: Tensor, rows: slice, ptr: Tensor, col: Tensor, bonus: Callable | None) -> Tensor:
-    """Similarity of row rows.start + r and each column in col[ptr[r]:ptr[r + 1]], without gathering vectors."""
+    """Return the similarity of row rows.start + r and each column in col[ptr[r]:ptr[r + 1]], without gathering vectors."""
     size = (len(ptr) - 1, len(x))
     with warnings.catch_warnings():  # "Sparse CSR tensor support is in beta state"
         warnings.simplefilter("ignore", UserWarning)
@@ -217,7 +217,7 @@ def _pair_similarity(x: Tensor, rows: slice, ptr: Tensor, col: Tensor, bonus: Ca
 
 
 def _encode(x: Tensor, rank: Tensor, low: Tensor, half: int, block: int, bonus: Callable | None) -> Rows:
-    """V: for each row its mutual neighbours, and theirs where most of them are its own too, weighted by distance."""
+    """Make V: for each row its mutual neighbours, and theirs where most of them are its own too, weighted by distance."""
     n = len(x)
     mutual, mutual_half = _mutual(rank, block), _mutual(rank[:, :half], block)
     member = torch.zeros(min(block, n), n, dtype=torch.bool, device=x.device)
@@ -243,13 +243,13 @@ def _encode(x: Tensor, rank: Tensor, low: Tensor, half: int, block: int, bonus: 
 
 
 def _mutual(rank: Tensor, block: int) -> Tensor:
-    """bool [N, k]: whether row i is among the k nearest of its a-th nearest."""
+    """Return bool [N, k]: whether row i is among the k nearest of its a-th nearest."""
     own = torch.arange(len(rank), device=rank.device)[:, None, None]
     return torch.cat([(rank[near] == i).any(2) for near, i in zip(rank.split(block), own.split(block))])
 
 
 def _expand(v: Rows, rank: Tensor, block: int) -> Rows:
-    """Local query expansion: each row becomes the mean of the rows nearest to it."""
+    """Replace each row by the mean of the rows nearest to it (local query expansion)."""
     n, k = rank.shape
     owner = torch.empty(min(block, n) * n, dtype=torch.int32, device=rank.device)
     parts = []

@@ -201,7 +201,7 @@ class _Half:
         self.evidence = model.prob(camids[q], seqs[q], frames[q], camids, seqs, frames).logit()
 
     def cosines(self, level):
-        """Cosines [queries, images], and their standard deviation where the people are different."""
+        """Return cosines [queries, images], and their standard deviation where the people are different."""
         x = F.normalize(self.emb.float() + level * self.noise, dim=1)
         cosine = x[self.q] @ x.T
         return cosine, cosine[self.labels[0][:, None] != self.labels[2]].std().item()
@@ -248,7 +248,7 @@ def _densest(value: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _log_odds(pids: Tensor, camera: Tensor, tick: Tensor, c: int) -> Tensor:
-    """float32 [c + 1, c + 1, bins + 1], see SpaceTime."""
+    """Return float32 [c + 1, c + 1, bins + 1], see SpaceTime."""
     bins = int(_bins("cpu").max())
     i, j, weight = _pairs(pids, camera)
     same = torch.zeros(c * c * (bins + 1), dtype=torch.float64)
@@ -304,8 +304,8 @@ def _find(known: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 
 @cache
 def _bins(device) -> Tensor:
-    """Bin of each difference in ticks, -REACH - 1 .. REACH + 1, int32: narrow around 0, wide far out. Both ends have the
-    bin of unknown differences."""
+    """Return the bin of each difference in ticks, -REACH - 1 .. REACH + 1, int32: narrow around 0, wide far out. Both ends
+    have the bin of unknown differences."""
     axis = torch.asinh(torch.arange(-REACH - 1, REACH + 2, dtype=torch.float64) * TICK / TAU).div(STEP).round().int()
     axis -= axis[1].item()
     axis[[0, -1]] = axis[-2] + 1
@@ -313,7 +313,7 @@ def _bins(device) -> Tensor:
 
 
 def _bin_of(difference: Tensor) -> Tensor:
-    """Bin of differences in ticks, int32; `difference` is overwritten."""
+    """Return the bin of differences in ticks, int32; `difference` is overwritten."""
     place = difference.clamp_(-REACH - 1, REACH + 1).add_(REACH + 1)
     return _bins(difference.device).index_select(0, place.flatten()).view_as(place)
 

@@ -108,7 +108,7 @@ def differences(index):
 
 
 def find_unchanged(index, paths):
-    """For each path the row whose file is still the same, or -1, and the file's modification time in ns: int64 [2, N].
+    """Find for each path the row whose file is still the same, or -1, and the file's modification time in ns: int64 [2, N].
 
     A file is the same by its size and time or, where only the time differs, by its content.
     """
@@ -124,7 +124,7 @@ def find_unchanged(index, paths):
 
 
 def _stat(file):
-    """Size in bytes and modification time in ns, -1 for a file that is gone."""
+    """Return size in bytes and modification time in ns, -1 for a file that is gone."""
     try:
         found = os.stat(file)
     except OSError:
@@ -133,7 +133,7 @@ def _stat(file):
 
 
 def default_uri(exp_name, gallery=None):
-    """The index file of a run: of its dataset's gallery, or of a folder that --gallery names."""
+    """Return the index file of a run: of its dataset's gallery, or of a folder that --gallery names."""
     return f"index/{exp_name}{f'--{Path(gallery).resolve().name}' if gallery else ''}.pt"
 
 

@@ -4,12 +4,15 @@ import torch.nn.functional as F
 
 
 def identity_loss(logits, labels, smoothing=0.1):
-    """Cross-entropy with label smoothing (Szegedy et al., CVPR 2016), mean over the batch. logits: [N, C]; labels: int64 [N]."""
+    """Return the cross-entropy with label smoothing (Szegedy et al., CVPR 2016), mean over the batch.
+
+    logits: [N, C]; labels: int64 [N].
+    """
     return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
 
 
 def triplet_loss(features, labels, margin=0.3):
-    """Batch-hard triplet loss (Hermans et al., arXiv 1703.07737) of L2-normalised features, mean over the anchors.
+    """Return the batch-hard triplet loss (Hermans et al., arXiv 1703.07737) of L2-normalised features, mean over the anchors.
 
     features: [N, D]; labels: int64 [N], at least two identities with at least two images each. For each anchor the hardest
     positive is the furthest image of its identity, the hardest negative the nearest of another one, by Euclidean distance.
@@ -23,7 +26,7 @@ def triplet_loss(features, labels, margin=0.3):
 
 
 def relational_loss(embeddings, targets):
-    """Similarities within the batch equal to a teacher's (similarity-preserving distillation; Tung and Mori, ICCV 2019).
+    """Compare similarities within the batch with a teacher's (similarity-preserving distillation; Tung and Mori, ICCV 2019).
 
     embeddings: [N, D]; targets: [N, T], the teacher's, of any dimension. N times the mean squared error of the two [N, N]
     matrices of cosine similarities; the factor N keeps the weight of an image the same in batches of any size.
@@ -33,7 +36,7 @@ def relational_loss(embeddings, targets):
 
 
 def cosine_loss(mapped, targets):
-    """1 - cosine similarity with a teacher's embeddings, mean over the batch. mapped, targets: [N, T].
+    """Return 1 - cosine similarity with a teacher's embeddings, mean over the batch. mapped, targets: [N, T].
 
     mapped: a linear map of the embeddings to the teacher's space, which learns as well (a regressor as of FitNets; Romero et al.,
     ICLR 2015).
