@@ -61,9 +61,12 @@ class GalleryIndex(Rows):
             records = records.select(torch.tensor([os.path.abspath(file) not in files for file in records.files()]))
         rows, mtimes = torch.full((2, len(records)), -1) if old is None else find_unchanged(old, records.paths)
         own = (rows < 0).nonzero()[:, 0][rank::world_size]  # under torchrun each rank embeds its share, which may be empty
-        embeddings, kept, bad = extractor.embed_records(records.select(own).files(), strict, progress, dtype)
-        kept, bad = own[kept], [(str(file), str(reason), *file_stats([file])[:2, 0].tolist()) for file, reason in bad]
-        stats = file_stats(records.select(kept).files())
+        files = records.select(own).files()
+        stats = file_stats(files)  # first: an image that is replaced while it is embedded must count as changed
+        embeddings, kept, bad = extractor.embed_records(files, strict, progress, dtype)
+        found = dict(zip(map(str, files), stats[:2].T.tolist())) if bad else {}
+        bad = [(str(file), str(reason), *found[str(file)]) for file, reason in bad]
+        stats, kept = stats[:, kept], own[kept]
         if world_size > 1:
             embeddings, kept, order, parts = distributed.gather_rows(embeddings, kept, (stats, bad))
             stats, bad = torch.cat([part for part, _ in parts], 1)[:, order], [row for _, rows in parts for row in rows]

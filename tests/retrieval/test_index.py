@@ -201,6 +201,20 @@ def test_the_command_that_makes_an_index(given, queries, expected):
     assert save_command(options(), index) == "python inference.py --add DIR --exp_name run"
 
 
+def test_images_that_are_replaced_while_they_are_embedded_count_as_changed(tmp_path):
+    class Slow(Flat):
+        def stream(self, files, *args):
+            yield from super().stream(files, *args)
+            for file in files[:2]:
+                file.write_bytes(b"other")
+
+    records = photos(tmp_path / "photos", 3)
+    (tmp_path / "photos/1/1.jpg").write_bytes(b"")  # cannot be read, and is mended meanwhile
+    index = GalleryIndex.build(Slow(), records, progress=False)
+    index.split = ""
+    assert differences(index) == {"changed": ["1/0.jpg"], "new": ["1/1.jpg"], "missing": []}
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_an_index_of_one_image_is_saved(tmp_path, count):
     index = GalleryIndex.build(Flat(), photos(tmp_path / "photos", count), progress=False)
