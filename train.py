@@ -85,7 +85,7 @@ def get_args_parser():
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cuda, cuda:1, cpu")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="of the network's arithmetic")
-    add("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile; auto: on a GPU, for long runs")
+    add("--compile", choices=["on", "off"], default="off", help="torch.compile, which takes minutes; its gain is not measured")
     add("--cache", choices=["auto", "device", "host", "none"], default="auto", help="where the decoded images stay")
     add("--num_data_loaders", type=int, default=4, help="threads that decode images")
     add("--projector", action="store_true", help="show training images in TensorBoard: 32 as augmented, and about 1,000 in its "

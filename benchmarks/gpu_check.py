@@ -45,7 +45,7 @@ class Setup:
     def trainer(self, *options, device=None, graph=True):
         """Return a Trainer with the step of train.py, which follows random embeddings of a teacher as well."""
         device = device or self.device
-        args = train.get_args_parser().parse_args(["--batch_size", str(self.batch), "--compile", "off", *options])
+        args = train.get_args_parser().parse_args(["--batch_size", str(self.batch), *options])
         torch.manual_seed(0)
         model = build_model(default_config(list(range(751)), height=self.size[0], width=self.size[1])).to(device)
         teacher = Teacher(1024, torch.randn(self.batch, 64)).to(device)
@@ -73,13 +73,16 @@ def allow_tf32(allowed):
 
 
 def ways_of_the_step(setup):
-    """All ways of a step give the same losses and weights, and move the weights, which an empty graph does not."""
+    """All ways of a step give the same losses and weights, and move the weights, which an empty graph does not.
+
+    Two steps: a change of 1e-7 of the first weights changes the loss of the second by 1e-5, that of the fourth by 1e-2.
+    """
     losses, moved = {}, {}
     for way, (graph, compiled) in WAYS.items():
         trainer = setup.trainer("--precision", "fp32", "--compile", compiled if setup.cuda else "off", graph=graph)
         allow_tf32(False)
         start = setup.train(trainer, 0, 0)[1]
-        losses[way], end = setup.train(trainer, 0, 6)
+        losses[way], end = setup.train(trainer, 0, 2)
         moved[way] = end - start
         taken = trainer.graph is not None, trainer.network is not trainer.model
         apart = (moved[way] - moved["eager"]).norm() / moved["eager"].norm()
@@ -115,18 +118,22 @@ def resume(setup):
 
 
 def speed_and_memory(setup):
-    if setup.cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    trainer = setup.trainer("--compile", "on" if setup.cuda else "off")
-    setup.train(trainer, 0, 5)
-    started = time.perf_counter()
-    setup.train(trainer, 5, 5 + setup.steps)
-    speed = setup.batch * setup.steps / (time.perf_counter() - started)
-    gib = torch.cuda.max_memory_reserved() / 2**30 if setup.cuda else 0
-    yield "training speed", not setup.cuda or speed >= 4000, f"{speed:,.0f} images/s; the goal is 4,000 on an H100"
-    yield "training memory", gib < 6, f"{gib:.2f} GiB reserved; the goal is less than 6"
-    trainer.close()
+    """The goals are for an H100; compiling should pay."""
+    speeds = {}
+    for compiled in ("off", "on") if setup.cuda else ("off",):
+        if setup.cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        trainer = setup.trainer("--compile", compiled)
+        setup.train(trainer, 0, 5)
+        started = time.perf_counter()
+        setup.train(trainer, 5, 5 + setup.steps)
+        speed = speeds[compiled] = setup.batch * setup.steps / (time.perf_counter() - started)
+        gib = torch.cuda.max_memory_reserved() / 2**30 if setup.cuda else 0
+        goal = (2000 if compiled == "off" else max(4000, speeds["off"])) if setup.cuda else 0
+        yield f"training speed, compile {compiled}", speed >= goal, f"{speed:,.0f} images/s; the goal is {goal:,.0f}"
+        yield f"training memory, compile {compiled}", gib < 6, f"{gib:.2f} GiB reserved; the goal is less than 6"
+        trainer.close()
 
 
 def pixels(setup):
@@ -199,7 +206,7 @@ def command_line(setup):
     yield "eval.py", apart < 0.1, f"percentages differ by {apart:.2f} from those of the CPU"
     for count in sorted({1, torch.cuda.device_count()} if setup.cuda else {2}):
         launcher = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count
-        run("train.py", *options, "--exp_name", f"ranks-{count}", "--compile", "off", launcher=launcher)
+        run("train.py", *options, "--exp_name", f"ranks-{count}", launcher=launcher)
         yield "torchrun", True, f"ends, processes: {count}"
 
 

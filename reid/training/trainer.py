@@ -12,8 +12,6 @@ from reid import ReidError, distributed
 from reid.cli import first_line
 from reid.model import DTYPES, pick_precision
 
-COMPILE_STEPS = 10_000  # steps of a run from which compiling, which takes 70 to 100 s on a GPU, pays
-
 
 class Trainer:
     """Call `train_step(trainer, images, numbers, labels, rows)` for every batch, in the fastest way that the machine supports.
@@ -44,8 +42,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         self.scaler.scale(torch.zeros((), device=device))  # creates its tensors, which a graph may not
         self.averaged = copy.deepcopy(model).requires_grad_(False) if args.ema else None
-        long = cuda and args.num_epochs * steps >= COMPILE_STEPS
-        self.compile_wanted, self.graph_wanted = args.compile == "on" or (args.compile == "auto" and long), cuda
+        self.compile_wanted, self.graph_wanted = args.compile == "on", cuda
         self.prepared, self.graph, self.inputs, self.scalars = False, None, None, None
         self.stream = torch.cuda.Stream(device) if cuda else None  # of the attempts in `_prepare`, and of the graph
         self.steps, self.logged, self.rates = steps, [], []  # what the steps of an epoch return, and their learning rates
