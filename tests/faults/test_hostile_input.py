@@ -132,7 +132,7 @@ def test_a_pipe_that_nobody_writes_to_is_refused(tiny, refused, tmp_path, comman
     os.mkfifo("pipe")
     os.mkdir("folder")
     name, *options = command.split()
-    model = {"train": ["--data_root", "people", *TRAIN[:8]], "eval": ["--exp_name", "tiny", "--data_root", "people"],
+    model = {"train": ["--data_root", "people", *TRAIN], "eval": ["--exp_name", "tiny", "--data_root", "people"],
              "inference": ["--exp_name", "tiny"]}
     assert "pipe" in refused(name, *model.get(name, ()), *options)
 
