@@ -34,12 +34,13 @@ def get_args_parser():
     source.add_argument("--synthetic", action="store_true", help="draw people instead of reading images of real ones")
     source.add_argument("--mot", metavar="TXT", help="boxes of a tracker: lines of frame, track id, left, top, width, height")
     group.add_argument("--frames", metavar="VIDEO|DIR", help="of --mot: the video, or a folder of its frames, whose names end in "
-                       "their numbers; a name like cam2.mp4 or cam2 gives the camera (default: 1)")
+                       "their numbers; a name like cam2.mp4 or cam2 gives the camera, else it is 1")
     group.add_argument("--any_counts", action="store_true", help="accept another dataset of Market-1501's layout: do not "
                        "compare the numbers of images with those of Market-1501")
     output = parser.add_argument_group("output")
     output.add_argument("--output", "--data_root", metavar="DIR", help="the tree to make (default: "
-                        "data/market-1501-grouped; data/<folder> with --from; data/synthetic with --synthetic)")
+                        "data/market-1501-grouped; data/<folder> with --from; data/synthetic with --synthetic; "
+                        "<frames>-tracks with --mot)")
     output.add_argument("--link", action="store_true", help="make hard links to the images of --from or of a folder, which then "
                         "change with them, instead of copies")
     output.add_argument("--strict", action="store_true", help="fail where a file is left out, except hidden ones")
@@ -62,13 +63,13 @@ def main(args):
     for option in ("times", "camera", "identity"):
         if getattr(args, option) and not args.folder:
             raise ReidError(f"--{option} needs --from: other sources have them in their file names")
-    for path in filter(None, (args.archive, args.times, args.mot)):
+    for path in filter(None, (args.archive, args.times, args.mot, args.frames)):
         if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
             raise ReidError(f"{path}: is neither a file nor a folder; a pipe or a device may never end")
     if args.times and args.camera:
         raise ReidError("--times has the camera of every image: leave --camera out")
     if bool(args.mot) != bool(args.frames):
-        raise ReidError("--mot and --frames: give both, the boxes and the images")
+        raise ReidError("--mot needs --frames, its images" if args.mot else "--frames needs --mot, the boxes of a tracker")
     if args.mot:
         return build_tracks(args)
     output = choose_output(args)

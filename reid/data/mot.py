@@ -25,7 +25,12 @@ def read_mot(file):
     Lines with a track of -1 (no track) or a seventh value of 0 (to be ignored) are left out. Raises ReidError for other lines.
     """
     boxes = {}
-    for number, row in enumerate(csv.reader(Path(file).read_text("utf-8-sig").splitlines()), 1):
+    try:
+        rows = list(csv.reader(Path(file).read_text("utf-8-sig").splitlines()))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ReidError(f"{file}: is no text of numbers separated by commas ({first_line(error)}); give the boxes as UTF-8 text, "
+                        "and the video as --frames") from error
+    for number, row in enumerate(rows, 1):
         if not row:
             continue
         try:
@@ -63,6 +68,7 @@ def read_frames(source, numbers, left_out):
         import av
     except ImportError as error:
         raise ReidError(f"--frames {source}: a video needs av: pip install -e '.[video]'") from error
+    number = 0
     try:
         with av.open(source) as video:
             for number, frame in enumerate(video.decode(video=0), 1):
@@ -72,6 +78,9 @@ def read_frames(source, numbers, left_out):
                 if number >= max(numbers):
                     return
     except (av.FFmpegError, IndexError) as error:  # IndexError: a file of sound only
+        if number:
+            raise ReidError(f"--frames {source}: is damaged after frame {number:,}; copy it again "
+                            f"({first_line(error)})") from error
         raise ReidError(f"--frames {source}: is neither a folder nor a video that can be read ({first_line(error)})") from error
 
 

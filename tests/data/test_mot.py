@@ -1,5 +1,7 @@
 """data_prep.py --mot: boxes of a tracker become a folder of crops for each track."""
 
+import os
+import re
 import struct
 import sys
 
@@ -111,9 +113,42 @@ def test_bad_boxes_are_one_clear_error(video, prep, text, reason):
 
 def test_both_options_are_needed(video, prep):
     status, _, err = prep("--mot", video / "det.txt")
-    assert status == 1 and "give both" in err
+    assert status == 1 and "--mot needs --frames" in err
+    status, _, err = prep("--frames", video / "cam2")
+    assert status == 1 and "--frames needs --mot" in err
     status, _, err = prep("--mot", video / "det.txt", "--frames", video / "nowhere")
     assert status == 1 and "no such folder or video" in err
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes as on POSIX")
+def test_a_pipe_is_no_video(video, prep):
+    os.mkfifo(video / "cam2.mp4")
+    status, _, err = prep("--mot", video / "det.txt", "--frames", video / "cam2.mp4")
+    assert status == 1 and "is neither a file nor a folder" in err
+
+
+@pytest.mark.parametrize("content", [
+    b"\x00\x00\x00 ftypisom\xff\xfe", "1,7,1,1,9,9\n".encode("utf-16"), "1,7,1,1,9,9 \xe9".encode("latin-1"),
+    b"1,7,1,1,9," + b"9" * 200_000], ids=["binary", "UTF-16", "Latin-1", "a long field"])
+def test_what_is_no_text_of_boxes_is_one_clear_error(video, prep, content):
+    (video / "det.txt").write_bytes(content)
+    status, _, err = prep("--mot", video / "det.txt", "--frames", video / "cam2", output=video / "tracks")
+    assert status == 1 and "det.txt: is no text of numbers separated by commas (" in err and err.count("\n") == 1
+    assert not (video / "tracks").exists()
+
+
+def test_a_damaged_video_is_one_clear_error(video, prep):
+    colours = [(number * 12, 200 - number * 9, number * 5) for number in range(20)]
+    write_video(video / "cam2.mp4", colours)
+    content = bytearray((video / "cam2.mp4").read_bytes())
+    start = len(content) // 3
+    content[start:2 * start] = bytes(start)
+    (video / "cam2.mp4").write_bytes(content)
+    (video / "det.txt").write_text("".join(f"{number},7,10,20,30,60\n" for number in range(1, 21)))
+    before = sorted(video.iterdir())
+    status, _, err = prep("--mot", video / "det.txt", "--frames", video / "cam2.mp4", output=video / "tracks")
+    assert status == 1 and re.search(r"cam2.mp4: is damaged after frame \d+; copy it again", err) and err.count("\n") == 1
+    assert sorted(video.iterdir()) == before
 
 
 def test_lines_without_a_track_are_left_out(video):
