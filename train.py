@@ -65,7 +65,7 @@ def get_args_parser():
     add("--tint", type=float, default=0.0, help="each channel scaled by up to 1 +- this, and a gamma of up to exp(+-this)")
     add = parser.add_argument_group("loss").add_argument
     add("--smoothing", type=float, default=0.1, help="label smoothing of the cross-entropy")
-    add("--pair_weight", type=float, default=1.0, help="weight of the triplet loss")
+    add("--triplet_weight", type=float, default=1.0, help="weight of the triplet loss")
     add("--margin", type=float, default=0.3, help="margin of the triplet loss")
     add("--teacher", metavar="FILE", help="distil from it: a network (OpenVINO, .xml) or a checkpoint trained on the same "
         "identities, which see each image as it is cropped and erased, before its colours change; or embeddings of the "
@@ -105,16 +105,16 @@ def learning_rate(step, steps, args):
     return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def plan_epoch(args, labels, crops, epoch):
+def plan_epoch(args, labels, crop_count, epoch):
     """Return this rank's part of an epoch: rows int64 [steps, B / world_size], and random numbers for their augmentation.
 
-    The first columns are images of `labels`; those of the `crops` without identities follow, and their rows, too. A pure function
-    of (seed, epoch), of which each rank takes its own columns. So no rank sees the images of another, together they see what one
-    process would, and resuming needs no state.
+    The first columns are images of `labels`; those of `crop_count` crops without identities follow, and so do their rows. A pure
+    function of (seed, epoch), of which each rank takes its own columns. So no rank sees the images of another, together they see
+    what one process would, and resuming needs no state.
     """
     rows = pk_batches(labels, args.batch_size, args.num_instances, args.seed, epoch)
-    if crops:
-        more = unlabelled_batches(crops, len(rows), args.unlabelled_batch, args.seed, epoch)
+    if crop_count:
+        more = unlabelled_batches(crop_count, len(rows), args.unlabelled_batch, args.seed, epoch)
         rows = torch.cat([rows, len(labels) + more], 1)
     numbers = augment.draw(*rows.shape, args.seed, epoch)
     columns = torch.arange(rows.shape[1]).tensor_split([args.batch_size])  # with and without identities
@@ -142,8 +142,8 @@ def train_step(trainer, images, numbers, labels, rows):
         targets, target_logits = trainer.teacher(seen, rows) if trainer.teacher else (None, None)
 
     logged = {"loss_id": identity_loss(logits[:labelled], labels, args.smoothing),
-              "loss_pair": triplet_loss(distributed.gather(features[:labelled]), distributed.gather(labels), args.margin)}
-    loss = logged["loss_id"] + args.pair_weight * logged["loss_pair"]
+              "loss_triplet": triplet_loss(distributed.gather(features[:labelled]), distributed.gather(labels), args.margin)}
+    loss = logged["loss_id"] + args.triplet_weight * logged["loss_triplet"]
     if targets is not None:  # of all images; what is gathered is that of all ranks
         logged["loss_relational"] = relational_loss(distributed.gather(embeddings), distributed.gather(targets))
         logged["loss_cosine"] = cosine_loss(trainer.teacher.map(embeddings), targets)
@@ -269,8 +269,8 @@ def main(args):
             first, last = 0, epoch + 1 == args.num_epochs
             if last or (val_set and (epoch + 1) % args.eval_freq == 0):
                 if args.ema:
-                    batches = zip(cache.batches(rows[:NORM_BATCHES]), numbers)
-                    trainer.refresh_norms(augmented(images, drawn, args) for images, drawn in batches)
+                    trainer.refresh_norms(augmented(images, drawn, args)
+                                          for images, drawn in zip(cache.batches(rows[:NORM_BATCHES]), numbers))
                 if val_set:
                     metrics |= validate(trainer, cache, val_set)
             if tracker and args.projector and epoch == 0:

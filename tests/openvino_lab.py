@@ -5,8 +5,11 @@ import numpy as np
 SIZE = 32, 16
 
 
-def graph(last="Sigmoid", padding=1):
-    """An openvino.Model with every layer of LAYERS, of a batch of one. last: the layer before the last product."""
+def graph(last="Sigmoid", padding=1, end=None):
+    """An openvino.Model with every layer of LAYERS, of a batch of one.
+
+    last: the layer before the last product; end: what is wrong with the output.
+    """
     import openvino
     from openvino import opset13 as layers
 
@@ -28,7 +31,10 @@ def graph(last="Sigmoid", padding=1):
     gate = layers.convolution(layers.reduce_mean(x, [2, 3], True), weights(8, 8, 1, 1), [1, 1], [0, 0], [0, 0], [1, 1])
     x = layers.multiply(x, layers.sigmoid(gate) if last == "Sigmoid" else layers.softmax(gate, 1))
     x = layers.matmul(layers.reduce_mean(x, [2, 3], False), weights(5, 8), False, True)
-    return openvino.Model([layers.prelu(x, weights(5))], [image])
+    x = layers.prelu(x, weights(5))
+    if end == "batch":  # four rows for an image
+        x = layers.reshape(layers.matmul(x, weights(20, 5), False, True), [4, 5], False)
+    return openvino.Model([x, layers.relu(x)] if end == "outputs" else [x], [image])
 
 
 def write(path, **options):

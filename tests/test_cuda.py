@@ -130,7 +130,7 @@ def trace_step(precision="bf16", teacher=None, backbone="densenet121", options=E
 def test_the_step_stays_on_the_gpu(traced, precision, backbone):
     """Augmentation, forward pass, each loss and the averaged weights; the teacher's embeddings are from a file."""
     logged = trace_step(precision, teacher(EMBEDDING_SIZES[backbone]), backbone)
-    assert set(logged) == {"loss", "loss_id", "loss_pair", "loss_relational", "loss_cosine", "accuracy"}
+    assert set(logged) == {"loss", "loss_id", "loss_triplet", "loss_relational", "loss_cosine", "accuracy"}
     assert all(value.device.type == "cuda" and value.shape == () for value in logged.values())
 
 

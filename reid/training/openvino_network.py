@@ -19,7 +19,7 @@ def _numbers(text):
     return [int(value) for value in text.split(",")]
 
 
-def _window(data):
+def _stride_and_padding(data):
     """Return the strides and the padding of a layer; raise ValueError for padding that differs between the sides."""
     if data["pads_begin"] != data["pads_end"] or data.get("auto_pad", "explicit") != "explicit":
         raise ValueError("padding that differs between the sides")
@@ -27,25 +27,29 @@ def _window(data):
 
 
 def _convolve(x, weights, data, groups=1):
-    return F.conv2d(x, weights, **_window(data), dilation=_numbers(data["dilations"]), groups=groups)
+    return F.conv2d(x, weights, **_stride_and_padding(data), dilation=_numbers(data["dilations"]), groups=groups)
 
 
 def _pool(function, x, data, **options):
     if data["rounding_type"] != "floor":
         raise ValueError("pooling that rounds up")
-    return function(x, _numbers(data["kernel"]), **_window(data), **options)
+    return function(x, _numbers(data["kernel"]), **_stride_and_padding(data), **options)
 
 
 def _normalise(x, axes, data):
     """Mean-variance normalisation (MVN), in float32."""
     if data["eps_mode"].upper() != "INSIDE_SQRT" or data["normalize_variance"] != "true":
-        raise ValueError("this kind of MVN")
+        raise ValueError("MVN without variance, or with eps outside of the square root")
     variance, mean = torch.var_mean(x.float(), axes, correction=0, keepdim=True)
     return ((x - mean) * (variance + float(data["eps"])).rsqrt()).to(x.dtype)
 
 
 def _gather(x, rows, axis, data):
-    return torch.cat([x.narrow(axis[0], row, 1) for row in rows], axis[0])  # a graph may not copy indices
+    """Pick rows of an axis, int or list of int, by slices: a CUDA graph may not copy indices to the GPU."""
+    axis = axis if isinstance(axis, int) else axis[0]
+    if data.get("batch_dims", "0") != "0":
+        raise ValueError("Gather with batch_dims")
+    return x.select(axis, rows) if isinstance(rows, int) else torch.cat([x.narrow(axis, row, 1) for row in rows], axis)
 
 
 # What a layer computes: its inputs, then `data`, the attributes of the layer (https://docs.openvino.ai, operation sets).
@@ -79,7 +83,7 @@ class OpenVinoNetwork(nn.Module):
     def __init__(self, path, pixels):
         super().__init__()
         self.pixels, self.size, self.image, self.result = pixels, None, None, None
-        self.integers = {}  # constants: lists of int
+        self.integers = {}  # constants: int or lists of int
         self.steps = []  # (result, function, inputs, attributes, results to forget)
         for name, values in ("mean", MEAN), ("std", STD):
             self.register_buffer(name, 255 * torch.tensor(values).view(3, 1, 1), persistent=False)
@@ -88,9 +92,15 @@ class OpenVinoNetwork(nn.Module):
             source = {(edge.get("to-layer"), edge.get("to-port")): edge.get("from-layer") for edge in root.iter("edge")}
             for layer in root.iter("layer"):  # in the order in which they are computed
                 self._add(layer, [source[layer.get("id"), port.get("id")] for port in layer.findall("input/port")], weights)
+            for kind in ("Parameter", "Result"):
+                if (count := sum(layer.get("type") == kind for layer in root.iter("layer"))) != 1:
+                    raise ValueError(f"{count} layers of the kind {kind}")
             self._keep_what_is_needed()
             with torch.no_grad():
-                self.config = {"embedding_size": self(torch.zeros(2, 3, *self.size)).shape[1]}
+                found = self(torch.zeros(2, 3, *self.size))
+            if found.ndim != 2 or len(found) != 2:
+                raise ValueError(f"the output for 2 images is {list(found.shape)}")
+            self.config = {"embedding_size": found.shape[1]}
         except (ElementTree.ParseError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
             raise ReidError(f"{path}: cannot teach ({type(error).__name__}: {first_line(error)}); embed the images once with "
                             "inference.py --network, and give the files to --teacher") from error
@@ -131,7 +141,7 @@ class OpenVinoNetwork(nn.Module):
         if value.is_floating_point():
             self.register_buffer(f"constant_{name}", value.float(), persistent=False)
         else:
-            self.integers[name] = value.flatten().tolist()
+            self.integers[name] = value.tolist()
 
     def _is_constant(self, name):
         return name in self.integers or hasattr(self, f"constant_{name}")

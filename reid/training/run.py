@@ -20,7 +20,7 @@ MANY = 1 << 20
 LIMITS = dict.fromkeys(["flip", "erase", "jitter", "gray", "blur", "tint", "smoothing", "ema", "weight_decay"], (0, 1)) | {
     "held_out": (0, 0.5), "batch_size": (2, MANY), "num_instances": (2, MANY), "height": (32, 2048), "width": (32, 2048),
     "num_data_loaders": (0, 1024), "num_epochs": (1, MANY), "eval_freq": (1, MANY), "warmup_epochs": (0, MANY), "lr": (0, 1e38),
-    "pair_weight": (0, MANY), "margin": (-MANY, MANY), "distill": (0, MANY), "cosine": (0, MANY), "clip": (0, 1e38),
+    "triplet_weight": (0, MANY), "margin": (-MANY, MANY), "distill": (0, MANY), "cosine": (0, MANY), "clip": (0, 1e38),
     "unlabelled_batch": (1, MANY), "seed": (0, 1 << 40)}
 # settings of earlier versions, and the only value that a run may have had to be resumed
 REMOVED = {"pair_loss": "triplet", "mixstyle": 0, "ibn": False, "grid": 0, "jpeg": 0, "dropout": 0, "drop_path": 0, "swa": 0,

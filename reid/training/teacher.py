@@ -55,12 +55,14 @@ def load_teacher(args, model, files, unlabelled):
     if not args.teacher:
         if args.unlabelled or args.unlabelled_teacher:
             raise ReidError("--unlabelled needs a --teacher: crops without identities are only distilled")
+        if args.teacher_input:
+            raise ReidError("--teacher_input needs a --teacher, a network (.xml)")
         return None
     name, size = f"--teacher {args.teacher}", model.config["embedding_size"]
-    network = Path(args.teacher).suffix == ".xml"
-    if network != bool(args.teacher_input):
+    is_network = Path(args.teacher).suffix == ".xml"
+    if is_network != bool(args.teacher_input):
         raise ReidError(f"{name}: --teacher_input is for a network (.xml), the pixels that it expects; give both or neither")
-    if network:
+    if is_network:
         _refuse_file_of_crops(args)
         return Teacher(size, network=OpenVinoNetwork(args.teacher, args.teacher_input))
     record = _load(args.teacher, name)
@@ -147,4 +149,4 @@ def match(files, paths, embeddings, name):
         reason = f"fits {len(rows)} rows" if len(rows) > 1 else f"shares the row {paths[rows[0]]} with another image"
         raise ReidError(f"{name}: {len(unclear):,} of {len(files):,} images have no row of their own, such as {file}, which "
                         f"{reason}; {advice}")
-    return embeddings[[row for row, in found]]
+    return embeddings[[rows[0] for rows in found]]

@@ -191,7 +191,7 @@ def test_live_statistics_converge_the_same(people, folder):
         run(world_size, folder, "train.py", *settings(people, name, "--batch_size", 16))
     one, two = last(folder, "live-one")["metrics"], last(folder, "live-two")["metrics"]
     assert two["train/loss_id"] == pytest.approx(one["train/loss_id"], rel=0.1)
-    assert two["train/loss_pair"] == pytest.approx(one["train/loss_pair"], rel=0.3)
+    assert two["train/loss_triplet"] == pytest.approx(one["train/loss_triplet"], rel=0.3)
 
 
 def test_ranks_agree_on_the_way_of_the_step_and_leave_after_the_graph(few, folder):

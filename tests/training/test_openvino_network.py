@@ -54,9 +54,11 @@ def test_the_precision_of_the_student_does_not_reach_it(network):
 
 @pytest.mark.parametrize("how, reason", [
     ("no weights", "No such file"), ("short weights", "ValueError"), ("no xml", "ParseError"),
-    ("padding", "padding that differs between the sides"), ("layer", "layers of the kind SoftMax")])
+    ("padding", "padding that differs between the sides"), ("layer", "layers of the kind SoftMax"),
+    ("outputs", "2 layers of the kind Result"), ("batch", r"the output for 2 images is \[8, 5\]")])
 def test_what_cannot_teach(tmp_path, how, reason):
-    path = write(tmp_path / "net.xml", last="SoftMax" if how == "layer" else "Sigmoid", padding=2 if how == "padding" else 1)
+    path = write(tmp_path / "net.xml", last="SoftMax" if how == "layer" else "Sigmoid", padding=2 if how == "padding" else 1,
+                 end=how if how in ("outputs", "batch") else None)
     weights = path.with_suffix(".bin")
     if how == "no weights":
         weights.unlink()
@@ -82,6 +84,7 @@ def test_a_network_as_the_teacher(network):
 
 @pytest.mark.parametrize("given, reason", [
     ({"teacher_input": None}, "--teacher_input is for a network"), ({"teacher": "t.pt"}, "--teacher_input is for a network"),
+    ({"teacher": None, "unlabelled": None}, "--teacher_input needs a --teacher"),
     ({"unlabelled_teacher": "t.pt"}, "embeds the crops itself; leave it out")])
 def test_options_that_do_not_fit(network, given, reason):
     args = {"teacher": str(network), "teacher_input": "rgb255", "unlabelled": "crops", "unlabelled_teacher": None, **given}

@@ -20,10 +20,10 @@ from reid.training.teacher import load_teacher
 
 
 def test_the_loss_is_the_sum_of_its_parts():
-    trainer = tiny_trainer("--pair_weight", "0.5", "--distill", "0.7", "--cosine", "3", targets=random_targets(12))
+    trainer = tiny_trainer("--triplet_weight", "0.5", "--distill", "0.7", "--cosine", "3", targets=random_targets(12))
     images, numbers, labels, rows = tiny_batches(1, crops=4)
     logged = {name: value.item() for name, value in train.train_step(trainer, images[0], numbers[0], labels, rows).items()}
-    expected = logged["loss_id"] + 0.5 * logged["loss_pair"] + 0.7 * (logged["loss_relational"] + 3 * logged["loss_cosine"])
+    expected = logged["loss_id"] + 0.5 * logged["loss_triplet"] + 0.7 * (logged["loss_relational"] + 3 * logged["loss_cosine"])
     assert logged["loss"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -47,7 +47,7 @@ def test_crops_without_identities_are_only_distilled():
         trainer = freeze(tiny_trainer(targets=random_targets(12)))
         logged.append(train.train_step(trainer, images[0], numbers[0], labels, rows))
         weights.append(trainer.model.body.conv0.weight.detach().clone())
-    for name in ("loss_id", "loss_pair", "accuracy"):
+    for name in ("loss_id", "loss_triplet", "accuracy"):
         assert logged[0][name].item() == pytest.approx(logged[1][name].item(), rel=1e-5), name
     assert logged[0]["loss_relational"] != logged[1]["loss_relational"]
     assert (weights[0] - weights[1]).abs().max() > 1e-6

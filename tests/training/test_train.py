@@ -68,7 +68,7 @@ def test_writes_down_what_happened(undisturbed):
 
     folder, _ = undisturbed
     board = EventAccumulator(str(folder / "runs" / "whole")).Reload()
-    scalars = {"train/loss", "train/loss_id", "train/loss_pair", "train/loss_relational", "train/loss_cosine", "train/lr",
+    scalars = {"train/loss", "train/loss_id", "train/loss_triplet", "train/loss_relational", "train/loss_cosine", "train/lr",
                "train/images_per_s", "val/mAP", "val/rank1", "val/accuracy", "val/loss"}
     assert scalars <= set(board.Tags()["scalars"])
     assert [event.step for event in board.Scalars("train/loss")] == [1, 2]
@@ -115,7 +115,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(few, database, tmp_path, monkey
     shutil.copy(database, tmp_path)
     monkeypatch.setattr(train, "learning_rate", lambda step, steps, args: 1e30 if step > steps else 0.005)
     line = fails(tmp_path, "--data_root", few, *TINY, "--exp_name", "nan", "--num_epochs", 3, "--eval_freq", 1)
-    expected = r"not finite at step \d+, learning rate [\de.+]+: loss .*loss_id .*loss_pair |weights of this run: NaN"
+    expected = r"not finite at step \d+, learning rate [\de.+]+: loss .*loss_id .*loss_triplet |weights of this run: NaN"
     assert re.search(expected, line), line
     for name in ("best.pth", "last.pth"):
         record = weights(tmp_path, "nan", name)
