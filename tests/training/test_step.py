@@ -111,7 +111,7 @@ def test_a_teacher_of_another_backbone_and_size(tmp_path):
         pupil.step(images[0], numbers[0], labels, rows, 0.01)
         found[weight] = pupil.end_epoch(1)
     assert found[1]["train/loss"] > found[0]["train/loss"] and found[1]["train/loss_id"] == found[0]["train/loss_id"]
-    parts = [found[1][f"train/loss_{name}"] for name in ("id", "pair", "relational", "soft")]
+    parts = [found[1][f"train/loss_{name}"] for name in ("id", "triplet", "relational", "soft")]
     assert found[1]["train/loss"] == pytest.approx(sum(parts) + 5 * found[1]["train/loss_cosine"], rel=1e-5)
     network = pupil.teacher.network
     assert not network.training and all(parameter.grad is None for parameter in network.parameters())
