@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from reid import __version__
-from reid.cli import printable, without_secrets
+from reid.cli import ERASED, printable, without_secrets
 from reid.extras import analysis, pictures
 from reid.files import REPORT, atomic_path
 from reid.retrieval import metrics
@@ -128,7 +128,7 @@ def _left_out(tiles, result, unreadable):
     for why, count in result.skipped.items():
         skipped = (result.reason == metrics.REASONS.index(why)).nonzero()[:NAMED, 0].tolist()
         rows.append(("queries", why, [printable(tiles.queries.paths[tiles.first[row]]) for row in skipped], count))
-    if unreadable:
+    if unreadable := [row for row in unreadable if row[1] != ERASED]:
         named = [printable(f"{file}: {why}") for file, why, *_ in unreadable[:NAMED]]
         rows.append(("images", "cannot be read", named, len(unreadable)))
     return rows

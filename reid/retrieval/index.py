@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from reid import ReidError, distributed
-from reid.cli import ERASED
 from reid.data.datasets import Records
 from reid.data.names import UNKNOWN, UNKNOWN_PID, folder_pid, identity_name
 from reid.data.paths import Paths, file_stats
@@ -17,7 +16,7 @@ from reid.files import VERIFY_LIMIT, load, save
 from reid.images import PREPROCESSING
 from reid.retrieval.camera import CameraStatistics
 from reid.retrieval.ranked import ranked_lists
-from reid.retrieval.rows import COLUMNS, STATS, Rows
+from reid.retrieval.rows import COLUMNS, STATS, Rows, erased_key
 from reid.retrieval.search import ExactSearch, merge_shards
 from reid.retrieval.stored import FORMAT, VERSION, changing, check_replaceable, find_unchanged, same_folder
 
@@ -31,7 +30,8 @@ class GalleryIndex(Rows):
     Make one with `build` (from images), with `empty` and `add` (from embeddings), or with `load` (from a file).
     threshold: cosine above which two images are a match, at `false_accept_rate` (None: not measured); camera_threshold: the
     same for `camera_normalised`. names: {pid: name} of identities added by name. queries: a second GalleryIndex with the queries
-    of an evaluation, or None. bad: [(file, reason, size, time)] of images that `build` left out. split: folder of `data_root`
+    of an evaluation, or None. bad: [(file, reason, size, time)] of images that `build` left out; of erased ones the
+    `erased_key`. split: folder of `data_root`
     that was listed, "" for `data_root` itself, None once rows are added, erased or renamed, since it is no listing then.
     kept: rows that `build` took over. device: where it is searched, that of the Extractor.
     """
@@ -55,10 +55,8 @@ class GalleryIndex(Rows):
         old: an index of the same folder by the same network; its rows of files that have not changed are taken over, and those of
         images of elsewhere that were enrolled; what was erased from it is left out.
         """
-        erased = [] if old is None else [row for row in old.bad if row[1] == ERASED and os.path.exists(row[0])]
-        if erased:
-            files = {os.path.abspath(row[0]) for row in erased}
-            records = records.select(torch.tensor([os.path.abspath(file) not in files for file in records.files()]))
+        if old is not None and (erased := old.erased_keys()):
+            records = records.select(torch.tensor([erased_key(path) not in erased for path in records.paths]))
         rows, mtimes = torch.full((2, len(records)), -1) if old is None else find_unchanged(old, records.paths)
         own = (rows < 0).nonzero()[:, 0][rank::world_size]  # under torchrun each rank embeds its share, which may be empty
         files = records.select(own).files()
@@ -284,7 +282,7 @@ class GalleryIndex(Rows):
             if settings == (extractor.fingerprint, PREPROCESSING, extractor.mirror) and index.split is not None \
                     and same_folder(index.data_root, data_root):
                 return index
-            changed = sum(map(os.path.isabs, index.paths)) + sum(reason == ERASED for _, reason, *_ in index.bad)
+            changed = sum(map(os.path.isabs, index.paths)) + len(index.erased_keys())
         if changed and not overwrite:
             raise ReidError(f"{path}: of another network or other settings, and {changed:,} images were enrolled or erased by "
                             "hand, which would be forgotten; give another --gallery_uri, or replace it with --overwrite")
@@ -295,7 +293,7 @@ class GalleryIndex(Rows):
     def update(self, old):
         """Return text on how many rows `build` has taken over from `old`, embedded, and dropped."""
         dropped = len(set(old.paths) - set(self.paths))
-        erased = sum(reason == ERASED for _, reason, *_ in self.bad)
+        erased = len(self.erased_keys())
         return (f"{self.kept:,} images kept, {len(self) - self.kept:,} embedded, {dropped:,} dropped"
                 + f", {erased:,} erased ones left out; --add enrols them again" * bool(erased))
 

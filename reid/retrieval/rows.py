@@ -6,10 +6,15 @@ import torch
 
 from reid import ReidError
 from reid.cli import ERASED
-from reid.data.paths import Paths
+from reid.data.paths import Paths, content_number
 
 STATS = ("sizes", "mtimes", "contents")  # of the image files, see `reid.data.paths.file_stats`
 COLUMNS = ("pids", "camids", "seqs", "frames", *STATS)  # int64 [N] each
+
+
+def erased_key(path):
+    """Return what an index keeps of the path of an erased image, lest `build` takes it in again: a hash."""
+    return f"{content_number(os.fsencode(path)):016x}"
 
 
 class Rows:
@@ -27,7 +32,8 @@ class Rows:
     def replace(self, other):
         """Append the rows of another index, in the place of those of the same paths."""
         new = set(other.paths)
-        bad = [row for row in self.bad if os.path.relpath(row[0], self.data_root or ".") not in new]
+        keys = {erased_key(path) for path in new}
+        bad = [row for row in self.bad if row[0] not in keys and os.path.relpath(row[0], self.data_root or ".") not in new]
         self.erase([row for row, path in enumerate(self.paths) if path in new])
         self.bad = bad
         self.extend(other)
@@ -35,9 +41,8 @@ class Rows:
     def erase(self, rows):
         """Drop some rows, and names that no row has any more. Files of the index's own folder are not taken again."""
         self._require_plain("erase")
-        own = [row for row in rows if self.paths[row] and not os.path.isabs(self.paths[row])]
-        self.bad += [(os.path.join(self.data_root, self.paths[row]), ERASED, int(self.sizes[row]), int(self.mtimes[row]))
-                     for row in own]
+        paths = [self.paths[row] for row in rows]
+        self.bad += [(erased_key(path), ERASED, -1, -1) for path in paths if path and not os.path.isabs(path)]
         kept = torch.ones(len(self), dtype=torch.bool)
         kept[rows] = False
         self._set_rows([path for path, stays in zip(self.paths, kept.tolist()) if stays], lambda name: getattr(self, name)[kept])
@@ -45,14 +50,11 @@ class Rows:
 
     def take_changes(self, other):
         """Take over what was changed by hand in another index of the same folder: images of elsewhere, and those erased."""
-        erased = [row for row in other.bad if row[1] == ERASED and os.path.exists(row[0])]
-        elsewhere = [os.path.isabs(path) for path in other.paths]
-        gone = {os.path.abspath(row[0]) for row in erased}
-        rows = [row for row, path in enumerate(self.paths)
-                if os.path.isabs(path) or (gone and os.path.abspath(os.path.join(self.data_root, path)) in gone)]
+        elsewhere, erased = [os.path.isabs(path) for path in other.paths], other.erased_keys()
+        rows = [row for row, path in enumerate(self.paths) if os.path.isabs(path) or (erased and erased_key(path) in erased)]
         if rows:
             self.erase(rows)
-        self.bad = [row for row in self.bad if row[1] != ERASED] + erased
+        self.bad = [row for row in self.bad if row[1] != ERASED] + [row for row in other.bad if row[1] == ERASED]
         if any(elsewhere):
             enrolled = other.select(torch.tensor(elsewhere))
             enrolled.names, enrolled.embeddings = other.names, enrolled.embeddings.to(self.embeddings)
@@ -64,6 +66,10 @@ class Rows:
         self.pids = self.pids.index_fill(0, torch.tensor(rows), pid)
         self.names = {**self.names, pid: name}
         self.forget_names()
+
+    def erased_keys(self):
+        """Return the `erased_key` of each image of the index's own folder that was erased."""
+        return {key for key, reason, *_ in self.bad if reason == ERASED}
 
     def forget_names(self):
         present = set(self.pids.tolist())

@@ -11,6 +11,7 @@ from reid.cli import command
 from reid.data.datasets import list_split
 from reid.data.paths import file_stats
 from reid.files import check_output, locked
+from reid.retrieval.rows import erased_key
 
 FORMAT, VERSION = "reid-index", 4
 WAIT = 60  # seconds for the change of another process
@@ -86,9 +87,9 @@ def check_current(gallery, uri, data_root, args):
 def differences(index):
     """Compare the files of an index with its folder: {"changed", "new", "missing": paths}.
 
-    All are empty if the folder is gone, since an index works without its images. Enrolled images of elsewhere do not count. Files
-    that could not be read or were erased count as new once they have changed. Of an index without a listing (`split` is None)
-    only the files that are there are compared.
+    All are empty if the folder is gone, since an index works without its images. Enrolled images of elsewhere do not count, nor
+    do erased ones. Files that could not be read count as new once they have changed. Of an index without a listing (`split` is
+    None) only the files that are there are compared.
     """
     if index.split is None:
         there = [path for path, size in zip(index.paths, index.sizes.tolist())
@@ -101,9 +102,11 @@ def differences(index):
     listed = [prefix + path for path in list_split(index.data_root, index.split)[0]]
     same = dict(zip(listed, (find_unchanged(index, listed)[0] >= 0).tolist()))
     known = set(index.paths)
-    unreadable = {str(file) for file, _, size, mtime in index.bad if _stat(file) == (size, mtime)}
+    left_out = {os.path.abspath(file) for file, _, size, mtime in index.bad if _stat(file) == (size, mtime)}
+    erased = index.erased_keys()
+    new = [path for path in listed if path not in known and not (erased and erased_key(path) in erased)]
     return {"changed": [path for path in listed if path in known and not same[path]],
-            "new": [path for path in listed if path not in known and str(Path(index.data_root, path)) not in unreadable],
+            "new": [path for path in new if os.path.abspath(os.path.join(index.data_root, path)) not in left_out],
             "missing": [path for path in index.paths if path not in same and not os.path.isabs(path)]}
 
 
@@ -146,6 +149,8 @@ def save_command(args, index=None, uri=None):
     if not hasattr(args, "gallery") and getattr(index, "split", "") is None:  # eval.py does not replace what was enrolled
         index, uri = None, _another(uri or args.gallery_uri)
     gallery, uri, far = getattr(args, "gallery", None), uri or args.gallery_uri, getattr(index, "false_accept_rate", None)
+    if hasattr(args, "gallery") and getattr(index, "split", None) == "":  # the index of a folder without splits
+        gallery = gallery or index.data_root
     queries = gallery is None if index is None else not hasattr(args, "gallery") or getattr(index, "queries", None) is not None
     options = {"exp_name": None if args.network else args.exp_name, "network": args.network, "network_input": args.network_input}
     more = {"gallery_uri": None if uri == default_uri(args.exp_name, gallery) else uri,

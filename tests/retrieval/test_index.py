@@ -189,6 +189,8 @@ def test_an_index_of_other_settings_is_made_anew(tmp_path, capsys, setting, root
 ])
 def test_the_command_that_makes_an_index(given, queries, expected):
     index = make_index(4, root="d")
+    assert " --gallery d " in f"{save_command(options(**given | {'gallery': None}), index)} "  # of a folder without splits
+    index.split = "gallery"
     if queries:
         index.queries, index.false_accept_rate = make_index(2, root="d"), 0.01
     assert save_command(options(**given), index) == f"python {expected}"
