@@ -13,7 +13,7 @@ from reid.cli import first_line
 from reid.data.datasets import Records
 from reid.data.names import UNKNOWN
 from reid.data.paths import content_number
-from reid.retrieval import enrol
+from reid.retrieval import enrol, stored
 from reid.retrieval.index import GalleryIndex
 
 WAITING = 16  # changes that wait; more are refused
@@ -28,6 +28,8 @@ class Writer:
     def __init__(self, uri, open_gallery, prepare, searcher):
         self.uri, self.open_gallery, self.prepare, self.searcher = uri, open_gallery, prepare, searcher
         self.thread, self.waiting = ThreadPoolExecutor(1, "write"), 0
+        with stored.changing(uri):
+            stored.delete_images(uri, open_gallery())  # what a server that was killed has left
 
     async def change(self, function):
         """Call `function(gallery)`, which changes it and returns text, and answer when the change is stored and searched."""
@@ -56,7 +58,7 @@ class Writer:
 
         Each image, uint8 [3, H, W] as the network gets it, is kept as a file, named by its content.
         """
-        folder, rows = enrol.images_folder(self.uri, gallery), {}
+        folder, rows = stored.images_folder(self.uri, gallery), {}
         folder.mkdir(parents=True, exist_ok=True)
         for row, pixels in enumerate(images):
             content = io.BytesIO()

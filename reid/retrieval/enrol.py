@@ -7,7 +7,7 @@ keep their paths relative to it; others are stored with their absolute paths.
 import os
 import time
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -17,7 +17,6 @@ from reid import ReidError
 from reid.cli import printable
 from reid.data.datasets import Records
 from reid.data.names import folder_pid, identity_name
-from reid.data.paths import content_number
 from reid.retrieval import stored
 from reid.retrieval.index import GalleryIndex
 from reid.retrieval.stored import is_milvus
@@ -30,26 +29,23 @@ DAY = 86400 * 10**9  # ns
 def changing(uri, open_gallery, saved=None):
     """Yield the gallery that `open_gallery()` returns, to be changed; at the end an index file is saved.
 
+    Enrolled images without a file of their own are deleted with the last row that has them, also where the change failed.
     saved: called with the changed gallery, before another process may change it.
     """
     with stored.changing(uri):
         gallery = open_gallery()
-        yield gallery
-        if not is_milvus(uri):
-            gallery.save(uri)
-        if (folder := images_folder(uri, gallery)).is_dir():
-            names = {path.rpartition("/")[2] for path in gallery.listing()[1]}
-            for file in folder.glob("*.png"):
-                if file.name not in names:
-                    file.unlink()
+        before = set(gallery.listing()[1])
+        try:
+            yield gallery
+            if not is_milvus(uri):
+                gallery.save(uri)
+        except BaseException:
+            with suppress(ReidError, OSError):  # the cause is what counts
+                stored.delete_images(uri, open_gallery())
+            raise
+        stored.delete_images(uri, gallery, before - {*gallery.listing()[1]})
         if saved:
             saved(gallery)
-
-
-def images_folder(uri, gallery):
-    """Return the folder for enrolled images that have no file of their own; `changing` deletes those that no row has."""
-    name = f"{content_number(f'{uri} {gallery.run}'.encode()):016x}" if is_milvus(uri) else uri  # an address may have a password
-    return Path("index" if is_milvus(uri) else "", f"{name}.enrolled")
 
 
 def enrol(gallery, new, name=None):

@@ -18,7 +18,7 @@ from reid.retrieval.camera import CameraStatistics
 from reid.retrieval.ranked import ranked_lists
 from reid.retrieval.rows import COLUMNS, STATS, Rows, erased_key
 from reid.retrieval.search import ExactSearch, merge_shards
-from reid.retrieval.stored import FORMAT, VERSION, changing, check_replaceable, find_unchanged, same_folder
+from reid.retrieval.stored import FORMAT, VERSION, changing, check_replaceable, delete_images, find_unchanged, same_folder
 
 PLAIN = {"data_root": str, "split": (str, type(None)), "bad": list, "fingerprint": str, "preprocessing": str, "mirror": bool,
          "names": dict, **dict.fromkeys(("threshold", "camera_threshold", "false_accept_rate"), (int, float, type(None)))}
@@ -240,6 +240,7 @@ class GalleryIndex(Rows):
                 if part is not None and other is not None:
                     part.take_changes(other)
             self.save(path, overwrite)
+            delete_images(path, self)
 
     def _part(self):
         columns = {name: getattr(self, name).clone(memory_format=torch.contiguous_format) for name in COLUMNS}

@@ -1,6 +1,7 @@
 """Stored galleries: which one may be replaced, and whether one is still of the images that it was made of."""
 
 import os
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,12 +10,13 @@ import torch
 from reid import ReidError
 from reid.cli import command
 from reid.data.datasets import list_split
-from reid.data.paths import file_stats
+from reid.data.paths import content_number, file_stats
 from reid.files import check_output, locked
 from reid.retrieval.rows import erased_key
 
 FORMAT, VERSION = "reid-index", 4
 WAIT = 60  # seconds for the change of another process
+KEPT_IMAGE = re.compile(r"[0-9a-f]{16}\.png")  # named by the content, see `reid.extras.writer`
 
 
 def is_milvus(uri):
@@ -25,10 +27,38 @@ def is_milvus(uri):
 @contextmanager
 def changing(uri):
     """Keep other processes from changing the galleries of the folder of `uri`, for the time of the block."""
-    folder = Path("index" if "://" in str(uri) else Path(uri).parent)
+    folder = Path("index" if "://" in str(uri) else _real(uri).parent)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, f"another process has been changing galleries here for {WAIT} s; try again", WAIT):
         yield
+
+
+def images_folder(uri, gallery):
+    """Return the folder for enrolled images that have no file of their own. It is the same for each link to an index."""
+    if not is_milvus(uri):
+        return Path(f"{_real(uri)}.enrolled")
+    place = uri if "://" in str(uri) else _real(uri)  # an address may have a password, which the name of a folder shows to all
+    return Path("index", f"{content_number(f'{place} {gallery.run}'.encode()):016x}.enrolled")
+
+
+def delete_images(uri, gallery, dropped=()):
+    """Delete the images in `images_folder` that no row of a stored gallery has.
+
+    dropped: paths of rows that are gone; those in the folder of another index, as after `mv`, are deleted, too.
+    """
+    if (folder := images_folder(uri, gallery)).is_dir():
+        names = {path.rpartition("/")[2] for path in gallery.listing()[1]}
+        for file in folder.iterdir():
+            if KEPT_IMAGE.fullmatch(file.name) and file.name not in names:
+                file.unlink()
+    for file in (Path(gallery.data_root, path) for path in dropped):
+        if file.parent.suffix == ".enrolled" and KEPT_IMAGE.fullmatch(file.name) and file.is_file() \
+                and file.stem == f"{content_number(file.read_bytes()):016x}":  # no file of a user
+            file.unlink()
+
+
+def _real(uri):
+    return Path(os.path.realpath(uri))
 
 
 def same_folder(one, other):

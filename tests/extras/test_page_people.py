@@ -181,9 +181,21 @@ def test_a_change_that_fails_changes_nothing(door, uri, crop, monkeypatch):
         for answer in (enrolled(door, "ben", picture(3)), erased(door, "anna")):
             assert (answer.status_code, answer.json()) == (503, {"error": "door.pt: no space left"})
     assert people(door) == stored(uri) == GALLERY | {"anna": 1}
+    assert len(os.listdir(f"{uri}.enrolled")) == 1  # the image of the failed change is gone
     assert hits(door.post(crop))[0]["label"] == "anna"
     assert enrolled(door, "ben", picture(4)).status_code == 200
-    assert len(os.listdir(f"{uri}.enrolled")) == 2  # the image of the failed change is gone
+    assert len(os.listdir(f"{uri}.enrolled")) == 2
+
+
+def test_a_server_that_starts_deletes_what_a_killed_one_has_left(index, uri):
+    """Images are written before the index that has them, so that nobody is enrolled without."""
+    folder = uri.with_name("door.pt.enrolled")
+    folder.mkdir(parents=True)
+    for name in ("0123456789abcdef.png", "mine.png"):
+        (folder / name).write_bytes(picture(1))
+    options = writable(index, uri)
+    options["writable"](None)
+    assert os.listdir(folder) == ["mine.png"]
 
 
 def test_one_change_too_many_is_refused(door, crop, monkeypatch):

@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from reid import ReidError
 from reid.cli import left_out_status
 from reid.data.datasets import read_folder
 from reid.data.names import folder_pid
+from reid.data.paths import content_number
 from reid.retrieval import enrol, stored
 from reid.retrieval.arguments import check_search
 from reid.retrieval.index import GalleryIndex
@@ -140,6 +142,55 @@ def test_a_change_that_fails_leaves_the_index_as_it_was(tmp_path):
         enrol.erase(gallery, days=-1)
         raise KeyboardInterrupt
     assert uri.read_bytes() == before
+
+
+def sent(uri, opened):
+    """Enrol anna by an image as a server keeps it, and by a file of the user; return both files."""
+    folder = stored.images_folder(uri, opened())
+    [image] = crops(folder, "sent.png").iterdir()
+    image = image.rename(folder / f"{content_number(image.read_bytes()):016x}.png")
+    own = crops(uri.parent / "my.enrolled", "p2_a.png") / "p2_a.png"
+    with enrol.changing(uri, opened) as gallery:
+        enrol.enrol(gallery, GalleryIndex(CENTRES[2:3].half(), read_folder(folder), PRINT, True), "anna")
+        enrol.enrol(gallery, embedded(own.parent), "anna")
+    return image, own
+
+
+@pytest.mark.parametrize("way", ["link", "moved", "folder moved", "overwritten"])
+def test_images_that_a_server_keeps_go_with_their_rows(tmp_path, way):
+    """Also where the index is called by another path than when they were enrolled; files of the user stay."""
+    folder = crops(tmp_path / "crops", "p1_a.png")
+    uri, opened = kept(tmp_path, "file", embedded(folder))
+    link = tmp_path / "link.pt"
+    link.symlink_to(uri)
+    image, own = sent(link, opened)
+    assert image.parent == uri.with_name("door.pt.enrolled") and len(opened()) == 3
+    if way == "moved":
+        uri = uri.rename(tmp_path / "moved.pt")
+    elif way == "folder moved":
+        uri = uri.parent.rename(tmp_path / "other") / uri.name
+        image = uri.parent / image.parent.name / image.name
+    assert image.exists()
+    if way == "overwritten":
+        built = embedded(folder)
+        built.mirror = False
+        built.save_built(uri, overwrite=True)
+    else:
+        with enrol.changing(uri, partial(GalleryIndex.load, uri)) as gallery:
+            enrol.erase(gallery, "anna")
+    assert not image.exists() and own.exists()
+
+
+@pytest.mark.parametrize("name", ["anna", "nobody"])
+def test_images_without_a_row_go_also_where_a_change_fails(tmp_path, name):
+    uri, opened = kept(tmp_path, "file", embedded(crops(tmp_path / "crops", "p1_a.png")))
+    image, _ = sent(uri, opened)
+    other = image.with_name("0" * 16 + ".png")
+    with pytest.raises((ReidError, KeyboardInterrupt)), enrol.changing(uri, opened) as gallery:
+        other.write_bytes(b"of a server that was killed")
+        enrol.erase(gallery, name)
+        raise KeyboardInterrupt
+    assert image.exists() and not other.exists()
 
 
 def test_concurrent_writers_lose_nothing(tmp_path):
