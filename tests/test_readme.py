@@ -34,7 +34,8 @@ LINKED = [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", 
 LINKED += (ROOT / "models").glob("*/README.md")
 SCRIPTS = {"train.py": train, "eval.py": evaluate, "inference.py": inference, "data_prep.py": data_prep}
 MOST_WORDS = 1300  # of README.md
-FOREIGN = {"--tries", "--build-arg", "--extra-index-url", "--gpus", "--nproc_per_node", "--user"}  # options of Docker, pip and torchrun
+# options of Docker, pip, pytest and torchrun
+FOREIGN = {"--tries", "--build-arg", "--extra-index-url", "--gpus", "--nproc_per_node", "--user"}
 
 # Settings that turn hours into seconds; everything else of a command line stays as it is.
 SMALL = {"num_epochs": 1, "warmup_epochs": 0.0, "height": 64, "width": 32, "batch_size": 16, "weights": "none",
