@@ -29,6 +29,7 @@ from reid.retrieval.ranked import Query, rerank_lists, weigh_lists
 from reid.retrieval.spacetime import SpaceTime
 from reid.retrieval.stored import FORMAT, is_milvus
 
+STAYS = "the image files stay, and what --group has made of them until it runs again"  # of erased images
 CANDIDATES = 200  # hits that re-ranking and camera + time reorder
 
 
@@ -68,7 +69,8 @@ def get_args_parser():
     add("--add", metavar="DIR", help="enrol the images of a folder, also into an index that is not there yet")
     add("--name", help="of --add: the person whom they show (default: as their folders and names give it)")
     add("--rename", nargs=2, metavar=("OLD", "NEW"), help="give a person another name; one who has it already is the same person")
-    add("--remove", metavar="NAME|PATH", help="erase a person, an image or the images below a folder from the index")
+    add("--remove", metavar="NAME|PATH", help="erase a person, or an image or the images below a folder, whose path has a "
+        "/ (./crops), from the index")
     add("--older_than", type=float, metavar="DAYS", help="erase the images whose files were modified longer ago")
     add("--list", action="store_true", help="print the people of the index")
     add = parser.add_argument_group("scoring").add_argument
@@ -200,7 +202,7 @@ def change_gallery(args, checkpoint):
         elif args.rename:
             text = enrol.rename(gallery, *args.rename)
         else:
-            text = enrol.erase(gallery, args.remove, args.older_than) + "; the image files are not deleted"
+            text = enrol.erase(gallery, args.remove, args.older_than) + f"; {STAYS}"
     print(printable(f"{args.gallery_uri}: {text}"))
     return left_out_status(bad)
 

@@ -12,6 +12,7 @@ from reid import ReidError
 JUNK, DISTRACTOR = -1, 0  # Market-1501's reserved ids: ignored; kept and always wrong
 UNKNOWN = -1  # camera, sequence or frame that is not part of a name
 UNKNOWN_PID = -2  # unlabelled: neither name nor folder gives an identity
+PERSON = 100  # characters of the name that a person is given
 FOLDER_RULE = ("the first folder that is not named like a camera (cam2, camera_a, c3) is the identity; folders below it may be "
                "cameras, or clips (track_1, seq2, clip3, a date)")
 
@@ -107,6 +108,19 @@ def folder_pid(folder):
     folder = unicodedata.normalize("NFC", folder)  # a Mac writes é as two characters
     digest = hashlib.blake2b(folder.encode("utf-8", "surrogateescape"), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 2) | (1 << 61)
+
+
+def check_person(name, source):
+    """Return a name that is given to a person, without spaces around it; raise ReidError for one that could be misread.
+
+    It must not look like another name, a path, junk or a distractor, and fit into the address of DELETE /people/{name}. source:
+    where it was given, for the message.
+    """
+    name = name.strip()
+    if not (0 < len(name) <= PERSON and name.isprintable()) or "/" in name or re.fullmatch(r"-1|0+|\.\.?", name):
+        raise ReidError(f"{source}: give the person's name, 1 to {PERSON} printable characters without /; -1 and 0 are junk and "
+                        "distractors")
+    return name
 
 
 def order(name):

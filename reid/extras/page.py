@@ -15,6 +15,7 @@ from pydantic import BaseModel, StringConstraints
 
 from reid import ReidError, __version__, images
 from reid.cli import printable
+from reid.data.names import PERSON, check_person
 from reid.extras.searcher import Job, Searcher
 from reid.extras.server import IMAGES, UPLOAD_LIMIT, Uploads, harden
 from reid.retrieval import enrol
@@ -24,7 +25,6 @@ LAST = 1 << 62  # frame number above all others
 NUMBER = r"-?\d{1,6}(\.\d{1,6})?"
 Box = Annotated[str, StringConstraints(pattern=f"^{NUMBER}(,{NUMBER}){{3}}$")]
 ImagePath = Annotated[str, Query(min_length=1, max_length=4096, description="of an image, as in the answers of a search")]
-NAME = 100  # characters of a person's name
 
 
 def _form(**properties):
@@ -36,7 +36,7 @@ def _form(**properties):
 
 
 FORM = _form()
-ENROL_FORM = _form(name={"type": "string", "minLength": 1, "maxLength": NAME, "description": "of the person"})
+ENROL_FORM = _form(name={"type": "string", "minLength": 1, "maxLength": PERSON, "description": "of the person"})
 
 
 class Error(BaseModel):
@@ -184,7 +184,10 @@ def _add_people(app, searcher, crops, writer):
     @app.post("/people", openapi_extra=ENROL_FORM, dependencies=[Depends(writing)])
     async def enrol_person(request: Request, queries: Annotated[list, Depends(crops)]) -> Change:
         """Enrol images, or boxes of one image, as those of a person."""
-        name = _check_name(request.state.name)
+        try:
+            name = check_person(request.state.name if isinstance(request.state.name, str) else "", "name")
+        except ReidError as error:
+            raise HTTPException(400, str(error)) from error
         embeddings = await searcher.ask([Job(image) for image in queries])
         return await writer.change(lambda gallery: writer.enrol(gallery, name, queries, embeddings))
 
@@ -233,14 +236,6 @@ def _add_pages(app, searcher, decoders, topk_limit, writer):
         """State of the server, also without a token."""
         return {"status": "ok", "images": len(searcher.gallery.index), "model": searcher.extractor.describe(),
                 "waiting": len(searcher.waiting)}
-
-
-def _check_name(name):
-    """Return the name of a person from a form; it must fit into the address of DELETE /people/{name}."""
-    name = name.strip() if isinstance(name, str) else ""
-    if not (0 < len(name) <= NAME and name == printable(name)) or "/" in name or name in (".", ".."):
-        raise HTTPException(400, f"name: give the person's name, 1 to {NAME} printable characters without /")
-    return name
 
 
 async def _run(pool, function, *args):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from reid import ReidError
 from reid.cli import check_ranges
+from reid.data.names import check_person
 from reid.files import REPORT, RESULTS, check_outputs
 from reid.retrieval.protocol import SPLITS
 from reid.retrieval.stored import FORMAT, check_replaceable, default_uri, is_milvus
@@ -65,6 +66,10 @@ def check_search(args):
         given = [f"--{other}" for other in replaced if other != option and getattr(args, option) and getattr(args, other)]
         if given:
             raise ReidError(f"--{option} and {given[0]}: give one of them")
+    if args.name:
+        args.name = check_person(args.name, "--name")
+    if args.rename:
+        args.rename[1] = check_person(args.rename[1], "--rename")
     if args.positions and min(args.positions) > args.topk:
         raise ReidError(f"--positions {min(args.positions)}: beyond --topk {args.topk}, so nothing would be drawn")
     if (args.serve or args.export) and not (args.output is args.json is None):

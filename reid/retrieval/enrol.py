@@ -6,7 +6,7 @@ keep their paths relative to it; others are stored with their absolute paths.
 
 import os
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +21,7 @@ from reid.retrieval import stored
 from reid.retrieval.index import GalleryIndex
 from reid.retrieval.stored import is_milvus
 
-NOBODY = "neither a person nor an image of the gallery; --list prints its people"
+NOBODY = "neither a person nor an image of the gallery; --list prints its people, and a path has a /, such as ./crops"
 DAY = 86400 * 10**9  # ns
 
 
@@ -60,11 +60,18 @@ def enrol(gallery, new, name=None):
     records = Records(Path(gallery.data_root), paths, pids, new.camids, new.seqs, new.frames)
     more = GalleryIndex(new.embeddings, records, new.fingerprint, new.mirror, torch.stack([new.sizes, new.mtimes, new.contents]))
     more.names = {} if name is None else {folder_pid(name): name}
-    known, like = len({*paths} & {*gallery.listing()[1]}), _likeness(gallery, more)
+    wanted, (_, there, before, _) = dict(zip(paths, pids.tolist())), gallery.listing()
+    known, like = len(wanted.keys() & {*there}), _likeness(gallery, more)
+    taken = Counter(person(gallery, path, pid) for path, pid in zip(there, before) if 0 < pid != wanted.get(path, pid))
     gallery.replace(more)
-    names = sorted({more.hit(row)[1] or "unlabelled" for row in range(len(more))})
-    who = ", ".join(names[:5]) + f" and {len(names) - 5:,} more" * (len(names) > 5)
-    return f"{len(paths) - known:,} images enrolled and {known:,} replaced: {who}{like}; {len(gallery):,} images in the gallery"
+    who = _some(sorted({more.hit(row)[1] or "unlabelled" for row in range(len(more))}))
+    lost = f" ({_some([f'{count:,} taken from {name}' for name, count in sorted(taken.items())])})" * bool(taken)
+    return (f"{len(paths) - known:,} images enrolled and {known:,} replaced{lost}: {who}{like}; {len(gallery):,} images in the "
+            "gallery")
+
+
+def _some(texts):
+    return ", ".join(texts[:5]) + f" and {len(texts) - 5:,} more" * (len(texts) > 5)
 
 
 def _likeness(gallery, more):
@@ -92,9 +99,11 @@ def erase(gallery, what=None, days=None, by_name=False):
     for part, rows in found:
         if rows:
             part.erase(rows)
+    count, queries = len(found[0][1]), sum(len(rows) for _, rows in found[1:])
+    more = f" and {queries:,} queries" * (queries > 0)
     what, unknown = what or f"older than {days:g} days", sum(written < 0 for written in gallery.listing()[3])
     kept = f" ({unknown:,} of unknown age)" * (days is not None and unknown > 0)
-    return f"{what}: {sum(len(rows) for _, rows in found):,} images erased, {len(gallery):,} left{kept}"
+    return f"{what}: {count:,} images{more} erased, {len(gallery):,} left{kept}"
 
 
 def _older(gallery, days):
@@ -111,11 +120,11 @@ def rename(gallery, old, new):
 
 
 def find(gallery, what):
-    """Return the rows of the person of a name, as `table` has it, or, where nobody has it, of the images at a path or below."""
+    """Return the rows of the person of a name, as `table` has it, or those of the images at a path, which has a /, or below."""
     rows, paths, pids, _ = gallery.listing()
     number, shown = folder_pid(what), printable(what)  # 0007 is the number 7
     found = [row for row, path, pid in zip(rows, paths, pids) if pid == number or person(gallery, path, pid) == shown]
-    if not found and what:  # the path "" would be the working folder
+    if not found and "/" in what:  # the name of nobody, such as "" or ".", must not mean a folder that happens to be there
         wanted = {os.path.abspath(what), os.path.realpath(what), os.path.abspath(os.path.join(gallery.data_root, what))}
         root = os.path.abspath(gallery.data_root)
         files = [os.path.join(root, path) if path else "" for path in paths]

@@ -78,7 +78,7 @@ def test_enrol_and_erase(index, tmp_path, kind, monkeypatch):
         assert shown.status_code == 200 and os.path.isabs(found["path"])
         assert torch.allclose(Colours().embed([images.decode(found["path"])]), embedding(picture(2)), atol=1e-6)
 
-        assert "0 images enrolled and 1 replaced: ben" in enrolled(site, "ben", picture(2)).json()["change"]
+        assert "0 images enrolled and 1 replaced (1 taken from anna b): ben" in enrolled(site, "ben", picture(2)).json()["change"]
         assert people(site) == GALLERY | {"anna b": 1, "ben": 1}
         answer = erased(site, "ben")
         assert answer.json() == {"change": "ben: 1 images erased, 38 left", "images": 38}
@@ -107,7 +107,7 @@ def test_a_server_that_may_not_write(site, crop, index):
     assert people(site) == GALLERY and '"writable": false' in site.get("/").text
 
 
-@pytest.mark.parametrize("name", ["", " ", "a/b", "..", "a\x1b[1m", "x" * 101, None])
+@pytest.mark.parametrize("name", ["", " ", "a/b", "..", "a\x1b[1m", "x" * 101, "0", "-1", "an\u200bna", None])
 def test_bad_names(door, crop, name):
     answer = enrolled(door, name, crop)
     assert answer.status_code == 400 and answer.json()["error"].startswith("name: give the person's name")

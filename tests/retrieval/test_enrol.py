@@ -258,7 +258,7 @@ def test_another_writer_that_does_not_end_is_one_clear_error(tmp_path, monkeypat
 def test_erasing_reaches_the_queries_of_an_evaluation(tmp_path):
     index = embedded(crops(tmp_path / "crops", "anna/p1_a.png", "ben/p2_a.png"))
     index.queries = embedded(crops(tmp_path / "queries", "anna/p1_b.png"))
-    assert enrol.erase(index, "anna").startswith("anna: 2 images erased, 1 left")
+    assert enrol.erase(index, "anna").startswith("anna: 1 images and 1 queries erased, 1 left")
     assert index.pids.tolist() == [folder_pid("ben")] and len(index.queries) == 0
 
 
@@ -284,8 +284,27 @@ def test_an_empty_value_is_refused(options):
         check_search(inference.get_args_parser().parse_args(options))
 
 
-def test_an_empty_name_is_nobody(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    index = embedded(crops(tmp_path / "crops", "anna/p1_a.png"))
-    with pytest.raises(ReidError, match="neither a person nor an image"):
-        enrol.rename(index, "", "eve")
+@pytest.mark.parametrize("name", ["0", "000", "-1", "an\u200bna", "a\x1bb", "a/b", "..", "x" * 101])
+def test_a_name_that_could_be_misread_is_refused(name):
+    for option, given in (("--name", ["--add", "door", f"--name={name}"]), ("--rename", ["--rename", "anna", name])):
+        with pytest.raises(ReidError, match=f"{option}: give the person's name"):
+            check_search(inference.get_args_parser().parse_args(given))
+
+
+def test_only_what_has_a_slash_is_a_path(tmp_path, monkeypatch):
+    """The name of nobody is not the folder of that name, whose images would be erased."""
+    monkeypatch.chdir(crops(tmp_path / "crops", "anna/p1_a.png", "ben/p2_a.png"))
+    index = embedded(tmp_path)
+    for name in ("", ".", "crops"):
+        with pytest.raises(ReidError, match="neither a person nor an image"):
+            enrol.erase(index, name)
+        with pytest.raises(ReidError, match="neither a person nor an image"):
+            enrol.rename(index, name, "eve")
+    assert "./anna: 1 images erased, 1 left" in enrol.erase(index, "./anna")
+    assert "../crops/: 1 images erased, 0 left" in enrol.erase(index, "../crops/")
+
+
+def test_an_image_that_is_taken_from_another_person_is_reported(tmp_path):
+    index = embedded(crops(tmp_path / "crops", "anna/p1_a.png", "ben/p2_a.png", "p3_a.png"))
+    text = enrol.enrol(index, embedded(tmp_path / "crops"), "ben")
+    assert text.startswith("0 images enrolled and 3 replaced (1 taken from anna): ben; 3")  # nobody had the last one
