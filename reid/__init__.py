@@ -12,6 +12,10 @@ class ReidError(Exception):
     """An error that the user can correct. The message is one line: what is wrong, where, and what to do about it."""
 
 
+class BusyError(ReidError):
+    """A ReidError that may pass by itself, such as another process that holds a lock."""
+
+
 def __getattr__(name):
     """Import the public classes and functions on first use: `import reid` alone loads neither PyTorch nor Pillow."""
     if name not in _EXPORTS:

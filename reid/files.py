@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from reid import ReidError
+from reid import BusyError, ReidError
 from reid.cli import first_line, lacks_memory, printable
 
 try:
@@ -164,7 +164,7 @@ def copy(source, target):
 def locked(path, message, wait=0):
     """Lock `path`, an existing folder or a file, which is created, for the time of the block.
 
-    The lock ends with its process, so it is never stale. If another process holds it for more than `wait` seconds, ReidError is
+    The lock ends with its process, so it is never stale. If another process holds it for more than `wait` seconds, BusyError is
     raised with `message`. On a file system without locks, the block runs without one.
     """
     path = Path(path)
@@ -180,7 +180,7 @@ def locked(path, message, wait=0):
             time.sleep(0.05)
             taken = _lock(fd)
         if taken is False or not (path.exists() and os.path.samestat(os.fstat(fd), path.stat())):  # just moved away
-            raise ReidError(f"{path}: {message}")
+            raise BusyError(f"{path}: {message}")
         yield
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from reid import ReidError
+from reid import BusyError, ReidError
 from reid.cli import first_line, without_secrets
 
 TOKEN = "MILVUS_TOKEN"  # environment variable with `user:password` or an API key
@@ -54,7 +54,7 @@ def connect(uri):
     except Exception as error:  # MilvusException, and anything from the embedded engine
         advice = ("does another process use it? Only one can: start `milvus-lite server` for more"
                   if is_file(uri) else f"check the address, whether the server runs, and {TOKEN} if it wants one")
-        raise ReidError(f"{uri}: no Milvus engine ({_reason(error)}); {advice}") from None
+        raise BusyError(f"{uri}: no Milvus engine ({_reason(error)}); {advice}") from None
 
 
 class Collection:

@@ -11,7 +11,8 @@ from typing import Annotated
 
 from fastapi import Depends, FastAPI, HTTPException, Path, Query, Request
 from fastapi.responses import HTMLResponse, Response
-from pydantic import BaseModel, StringConstraints
+from pydantic import AfterValidator, BaseModel, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
 from reid import ReidError, __version__, images
 from reid.cli import printable
@@ -22,9 +23,18 @@ from reid.retrieval import enrol
 from reid.retrieval.crops import cut, load_batch
 
 LAST = 1 << 62  # frame number above all others
-NUMBER = r"-?\d{1,6}(\.\d{1,6})?"
-Box = Annotated[str, StringConstraints(pattern=f"^{NUMBER}(,{NUMBER}){{3}}$")]
+NUMBER = r"-?[0-9]{1,6}(\.[0-9]{1,6})?"
+BOX = f"^{NUMBER}(,{NUMBER}){{3}}$"
 ImagePath = Annotated[str, Query(min_length=1, max_length=4096, description="of an image, as in the answers of a search")]
+
+
+def _check_box(text):
+    if not re.fullmatch(BOX, text):
+        raise PydanticCustomError("box", "give x1,y1,x2,y2 in pixels")
+    return text
+
+
+Box = Annotated[str, AfterValidator(_check_box), WithJsonSchema({"type": "string", "pattern": BOX})]
 
 
 def _form(**properties):
@@ -107,20 +117,41 @@ def create_app(extractor, index, allowed_hosts=(), index_file=None, topk_limit=2
     """Create the ASGI application for an Extractor and a GalleryIndex or MilvusGallery.
 
     allowed_hosts: names, beside IP addresses and localhost, that requests may address the server by. index_file: the file
-    that `index` maps into memory: nothing is answered after another process has changed it. topk_limit: highest number of
-    results. token: what clients must give, or None. writable: None, or what makes a Writer of a Searcher, to change people.
+    that `index` maps into memory: after another process has changed it, a Writer reads it again, and without one nothing is
+    answered. topk_limit: highest number of results. token: what clients must give, or None. writable: None, or what makes a
+    Writer of a Searcher, to change people.
     """
+    searcher, decoders = Searcher(extractor, index, index_file), ThreadPoolExecutor(2, "decode")  # 50 megapixels: up to 0.75 GB
+    writer = writable and writable(searcher)
+
+    async def current():
+        if searcher.changed() and not writer:
+            raise HTTPException(503, "the index file has changed; restart the search page")
+        if searcher.changed():
+            await writer.reload()
+
     app = FastAPI(title="Human Re-Identification", version=__version__, docs_url=None, redoc_url=None,
+                  dependencies=[Depends(_check_parameters), Depends(current)],
                   responses={"4XX": {"model": Error, "description": "one line of what is wrong"},
                              "503": {"model": Error, "description": "one line of why not now"}})
     harden(app, "default-src 'none'; frame-ancestors 'none'", {"localhost", *(name.lower() for name in allowed_hosts)}, token)
-    searcher, decoders = Searcher(extractor, index, index_file), ThreadPoolExecutor(2, "decode")  # 50 megapixels: up to 0.75 GB
-    app.state.changed, writer = searcher.changed, writable and writable(searcher)
+    app.state.outdated = lambda: not writer and searcher.changed()
     crops = _crops(extractor, decoders)
     _add_search(app, searcher, crops, topk_limit)
     _add_people(app, searcher, crops, writer)
     _add_pages(app, searcher, decoders, topk_limit, writer)
     return app
+
+
+def _check_parameters(request: Request):
+    """Refuse parameters that an operation does not have, such as a misspelt filter. Those of the page are its own."""
+    operations = request.app.openapi()["paths"].get(request.scope["route"].path_format)
+    if operations:
+        parameters = operations[request.method.lower()].get("parameters", ())
+        known = [parameter["name"] for parameter in parameters if parameter["in"] == "query"]
+        if unknown := sorted({*request.query_params}.difference(known)):
+            raise HTTPException(400, f"{printable(unknown[0])}: no parameter of this operation, which has "
+                                f"{', '.join(known) or 'none'}")
 
 
 def _crops(extractor, decoders):
@@ -226,7 +257,8 @@ def _add_pages(app, searcher, decoders, topk_limit, writer):
         return {"images": await _run(searcher.thread, lambda: searcher.gallery.sample(searcher.extractor.dim))}
 
     @app.get("/image", response_class=Response, responses={200: {"content": {"image/jpeg": {}}}})
-    async def picture(path: ImagePath):
+    async def picture(path: ImagePath, v: Annotated[str, Query(
+            max_length=100, description="has no effect; another value is another image for the cache of a browser")] = ""):
         """An image of the gallery as JPEG."""
         jpeg = await _run(decoders, lambda: searcher.gallery.picture(path))
         return Response(jpeg, headers={"Cache-Control": "private, max-age=86400"}, media_type="image/jpeg")

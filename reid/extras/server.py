@@ -47,6 +47,7 @@ def connection_limit():
 
 CONNECTIONS = connection_limit()  # open ones; more are closed at once
 ANSWERED = CONNECTIONS // 2  # open ones up to which requests are answered; beyond them they get 503
+ADDRESSES = {"Not Found": "no such address; /docs lists all", "Method Not Allowed": "no such method here; /docs lists all"}
 
 
 def harden(app, policy, names, token=None):
@@ -58,7 +59,8 @@ def harden(app, policy, names, token=None):
         return JSONResponse({"error": message}, status, headers)
 
     app.add_exception_handler(ReidError, lambda request, error: failed(400, str(error)))
-    app.add_exception_handler(AnyHTTPException, lambda request, error: failed(error.status_code, error.detail, error.headers))
+    app.add_exception_handler(AnyHTTPException, lambda request, error: failed(
+        error.status_code, ADDRESSES.get(error.detail, error.detail), error.headers))
     app.add_exception_handler(RequestValidationError, lambda request, error: failed(
         400, "; ".join(f"{e['loc'][1]}: {e['msg']}" for e in error.errors())))
     app.add_exception_handler(Exception, lambda request, error: failed(500, "the server failed; its log has the reason"))
@@ -70,10 +72,11 @@ def harden(app, policy, names, token=None):
         elif token and request.url.path != "/healthz" and not _has_token(request, token):
             response = failed(401, "give the token: as Authorization: Bearer TOKEN, or as the password in a browser",
                               {"WWW-Authenticate": 'Basic realm="reid"'})
-        elif app.state.changed():
-            response = failed(503, "the index file has changed; restart the search page")
         else:
-            response = await call_next(request)
+            try:
+                response = await call_next(request)
+            except asyncio.CancelledError:
+                response = failed(503, "the server stops; a change that was asked for may have been stored")
         response.headers.setdefault("Content-Security-Policy", policy)
         response.headers.update({"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
                                  "Cross-Origin-Resource-Policy": "same-origin"})
@@ -104,7 +107,7 @@ def _has_token(request, token):
     if scheme.lower() == "basic":
         with suppress(ValueError):
             given = base64.b64decode(given).decode().partition(":")[2]
-    return hmac.compare_digest(given.encode(), token.encode())
+    return scheme.lower() in ("basic", "bearer") and hmac.compare_digest(given.encode(), token.encode())
 
 
 class Uploads:
@@ -202,23 +205,29 @@ def listen(host, port, token=None):
     except (OSError, OverflowError, UnicodeError) as error:
         reason = str(getattr(error, "strerror", None) or error).split(" (")[0]
         raise ReidError(f"--host {host} --port {port}: {reason}; stop what uses it, or choose another --port") from error
-    local = ipaddress.ip_address(listener.getsockname()[0]).is_loopback
-    if (token or not local) and len(token or "") < TOKEN_LENGTH:
+    local, wrong = ipaddress.ip_address(listener.getsockname()[0]).is_loopback, None
+    if not token:
+        wrong = None if local else f"--host {host}: set REID_TOKEN to"
+    elif len(token) < TOKEN_LENGTH:
+        wrong = "REID_TOKEN: is too short; give"
+    elif not (token.isascii() and token.isprintable() and token == token.strip()):
+        wrong = "REID_TOKEN: has characters that a header cannot carry; give"
+    if wrong:
         listener.close()
-        raise ReidError(f"--host {host}: set REID_TOKEN to a secret of {TOKEN_LENGTH} or more characters that clients must give, "
-                        'such as: export REID_TOKEN="$(openssl rand -hex 16)"')
+        raise ReidError(f"{wrong} a secret of {TOKEN_LENGTH} or more ASCII characters that clients must give, such as: "
+                        'export REID_TOKEN="$(openssl rand -hex 16)"')
     return listener
 
 
 def make_server(app):
-    """Return a uvicorn.Server with these limits, which stops when the index file changes."""
-    async def stop_if_changed():
-        server.should_exit |= app.state.changed()
+    """Return a uvicorn.Server with these limits, which stops when the index file changes and it must not read it again."""
+    async def stop_if_outdated():
+        server.should_exit |= app.state.outdated()
 
     server = uvicorn.Server(uvicorn.Config(
         app, http=Protocol, ws="none", lifespan="off", log_level="error", log_config=None, access_log=False, server_header=False,
         backlog=CONNECTIONS // 8 + 1,  # asyncio accepts so many connections at once, and again before `Protocol` can close them
-        limit_concurrency=ANSWERED, timeout_graceful_shutdown=5, callback_notify=stop_if_changed, timeout_notify=1))
+        limit_concurrency=ANSWERED, timeout_graceful_shutdown=5, callback_notify=stop_if_outdated, timeout_notify=1))
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a bad form is answered, not logged
     logging.getLogger("uvicorn.error").addFilter(  # no tracebacks of the requests that are cancelled when the server stops
         lambda record: not record.exc_info or not isinstance(record.exc_info[1], asyncio.CancelledError))
@@ -228,7 +237,7 @@ def make_server(app):
 def serve(app, listener):
     """Serve `app` on the socket of `listen` until Ctrl-C or TERM; requests in progress get five seconds to finish.
 
-    Raises ReidError if the index file changes meanwhile.
+    Raises ReidError if the index file changes meanwhile, unless the server is writable.
     """
     address, port = listener.getsockname()[:2]
     address = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(address, f"[{address}]" if ":" in address else address)
@@ -237,6 +246,6 @@ def serve(app, listener):
     print(f"search page: http://{address}:{port} (Ctrl-C stops it)", flush=True)
     with suppress(KeyboardInterrupt):  # uvicorn has shut down and passes the signal on
         make_server(app).run(sockets=[listener])
-    if app.state.changed():
+    if app.state.outdated():
         raise ReidError("the index file has changed while it was searched; start the search page again")
     print("search page: stopped", flush=True)

@@ -3,12 +3,13 @@
 import asyncio
 import io
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 from fastapi import HTTPException
 from PIL import Image
 
-from reid import ReidError
+from reid import BusyError, ReidError
 from reid.cli import first_line
 from reid.data.datasets import Records
 from reid.data.names import UNKNOWN
@@ -19,15 +20,27 @@ from reid.retrieval.index import GalleryIndex
 WAITING = 16  # changes that wait; more are refused
 
 
+@contextmanager
+def _as_answers():
+    """Answer 503 to what may pass by itself, such as another process that changes the gallery, and 409 to other weights."""
+    try:
+        yield
+    except (BusyError, OSError) as error:  # OSError: such as a full disk
+        raise HTTPException(503, first_line(error)) from error
+    except ReidError as error:
+        raise HTTPException(409, str(error)) from error
+
+
 class Writer:
     """Change the stored gallery that a Searcher searches, one change after the other, on one thread.
 
-    uri, open_gallery: where it is stored and what loads it, as of `enrol.changing`. prepare: makes of it what is searched.
+    uri, open_gallery: where it is stored and what loads it, as of `enrol.changing`. prepare: turns the stored gallery into the
+    one that is searched.
     """
 
     def __init__(self, uri, open_gallery, prepare, searcher):
         self.uri, self.open_gallery, self.prepare, self.searcher = uri, open_gallery, prepare, searcher
-        self.thread, self.waiting = ThreadPoolExecutor(1, "write"), 0
+        self.thread, self.waiting, self.reloading = ThreadPoolExecutor(1, "write"), 0, None
         with stored.changing(uri):
             stored.delete_images(uri, open_gallery())  # what a server that was killed has left
 
@@ -41,15 +54,25 @@ class Writer:
         finally:
             self.waiting -= 1
 
+    async def reload(self):
+        """Search what another process has stored from now on. Requests that come meanwhile wait for the same reading."""
+        if self.reloading is None or self.reloading.done():
+            self.reloading = asyncio.get_running_loop().run_in_executor(self.thread, self._reload)
+        await asyncio.shield(self.reloading)
+
+    def _reload(self):
+        with _as_answers(), stored.changing(self.uri):
+            if self.searcher.changed():  # a change may have read it already
+                self.searcher.follow(self.prepare(self.open_gallery()))
+
     def _change(self, function):
         searcher, before = self.searcher, self.searcher.stamp
         searcher.stamp = None  # it is this process that replaces the file
         try:
-            with enrol.changing(self.uri, self.open_gallery, lambda gallery: searcher.follow(self.prepare(gallery))) as gallery:
+            with _as_answers(), enrol.changing(
+                    self.uri, self.open_gallery, lambda gallery: searcher.follow(self.prepare(gallery))) as gallery:
                 text = function(gallery)
             return {"change": text, "images": len(gallery)}
-        except (ReidError, OSError) as error:  # such as another process that changes it, or a full disk
-            raise HTTPException(503, first_line(error)) from error
         finally:
             searcher.stamp = searcher.stamp or before
 

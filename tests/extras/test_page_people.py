@@ -1,7 +1,9 @@
 """POST /people and DELETE /people/{name}: what is enrolled and erased is stored and searched, and nothing else may change."""
 
+import errno
 import io
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -15,10 +17,11 @@ pytest.importorskip("fastapi", reason="fastapi is not installed")
 
 from page_lab import PRINT, Colours, Site, embedding, hits, writable
 
-from reid import ReidError, images
+from reid import images
 from reid.extras import writer
 from reid.retrieval import enrol
 from reid.retrieval.index import GalleryIndex
+from reid.retrieval.stored import changing
 
 
 def picture(number):
@@ -166,20 +169,60 @@ def test_changes_of_another_process(door, index, uri, crop, monkeypatch):
 def test_a_change_includes_that_of_another_process(door, uri, crop):
     with enrol.changing(uri, partial(GalleryIndex.load, uri, PRINT)) as gallery:
         enrol.erase(gallery, "1")
-        door.server.config.app.state.changed.__self__.stamp = None  # as while it waits for the other process
     assert enrolled(door, "anna", crop).status_code == 200
     assert people(door) == stored(uri) == {name: 6 for name in GALLERY if name != "1"} | {"anna": 1}
 
 
+def test_what_another_process_changes_is_read_again(door, uri, crop, index):
+    """By a server that may write; one without --writable stops. An index of other weights is refused, until it is replaced."""
+    with enrol.changing(uri, partial(GalleryIndex.load, uri, PRINT)) as gallery:
+        enrol.erase(gallery, "3")
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: hits(door.post(crop, topk=50)), range(8)))
+    assert all(len(found) == 31 and "id 3" not in {hit["label"] for hit in found} for found in answers)
+    assert people(door) == {name: 6 for name in GALLERY if name != "3"} == stored(uri)
+    before, other = uri.read_bytes(), GalleryIndex(index.embeddings, index.records(), "1" * 16, False)
+    uri.unlink()
+    other.save(uri)
+    for answer in (door.post(crop), enrolled(door, "anna", crop), erased(door, "1")):
+        assert answer.status_code == 409 and "made by other weights" in answer.json()["error"]
+    uri.write_bytes(before)
+    assert enrolled(door, "anna", crop).status_code == 200 and stored(uri)["anna"] == 1
+
+
+def test_a_change_while_the_server_stops(door, uri, crop, monkeypatch, capsys):
+    """One that takes longer than a stop waits for is answered, and stored all the same."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(_, gallery, *__):
+        begun.set()
+        go_on.wait(60)
+        return enrol.erase(gallery, "1")
+
+    monkeypatch.setattr(writer.Writer, "enrol", slow)
+    door.server.config.timeout_graceful_shutdown = 0.1
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(enrolled, door, "anna", crop)
+        begun.wait(60)
+        door.server.should_exit = True
+        answer = answer.result(60)
+    door.thread.join(60)
+    go_on.set()
+    with changing(uri):  # when the change has ended
+        assert "1" not in stored(uri)
+    assert "Traceback" not in capsys.readouterr().err and answer.status_code == 503
+    assert answer.json() == {"error": "the server stops; a change that was asked for may have been stored"}
+
+
 def test_a_change_that_fails_changes_nothing(door, uri, crop, monkeypatch):
     def full(*_):
-        raise ReidError("door.pt: no space left")
+        raise OSError(errno.ENOSPC, "no space left", "door.pt")
 
     enrolled(door, "anna", crop)
     with monkeypatch.context() as patch:
         patch.setattr(GalleryIndex, "save", full)
         for answer in (enrolled(door, "ben", picture(3)), erased(door, "anna")):
-            assert (answer.status_code, answer.json()) == (503, {"error": "door.pt: no space left"})
+            assert (answer.status_code, answer.json()) == (503, {"error": "[Errno 28] no space left: 'door.pt'"})
     assert people(door) == stored(uri) == GALLERY | {"anna": 1}
     assert len(os.listdir(f"{uri}.enrolled")) == 1  # the image of the failed change is gone
     assert hits(door.post(crop))[0]["label"] == "anna"

@@ -66,7 +66,8 @@ def test_what_is_no_form_with_images(site, crop, body, headers, status, reason):
 
 
 @pytest.mark.parametrize("box, reason", [
-    ("1,2,3", "box"), ("a,b,c,d", "box"), ("1,2,3,4,5", "box"), ("nan,0,1,1", "box"), ("0,0,1e9,1", "box"), ("", "box"),
+    *((box, "box: give x1,y1,x2,y2 in pixels")
+      for box in ("1,2,3", "a,b,c,d", "1,2,3,4,5", "nan,0,1,1", "0,0,1e9,1", "", "1,2,3,4\n")),
     ("5,5,5,9", "empty"), ("100,0,200,50", "outside of the image"), ("-9,-9,-1,-1", "outside"), ("9,9,2,2", "empty"),
     (["0,0,9,9"] * 65, "box"),
 ])
@@ -123,6 +124,18 @@ def test_addresses_from_outside(site, path, status):
     found, body = site.raw(path)
     assert found == status
     assert b'{"error":"' in body and b"root:" not in body
+
+
+@pytest.mark.parametrize("path, error", [
+    ("/search?path=x.png&cameras=1", "cameras: no parameter of this operation, which has path, topk, camera, first_frame, "
+     "last_frame, rerank"),
+    ("/people?topk=1", "topk: no parameter of this operation, which has none"),
+    ("/healthz?%0a=1", "\\n: no parameter of this operation, which has none"),
+    ("/people/a%0Ab", "no such address; /docs lists all"), ("/embed", "no such method here; /docs lists all"),
+])
+def test_what_no_operation_has(site, path, error):
+    answer = requests.get(site.url(path), timeout=60)
+    assert answer.status_code in (400, 404, 405) and answer.json() == {"error": error}
 
 
 @pytest.mark.parametrize("host, allowed", [

@@ -40,11 +40,15 @@ TOKEN = "sixteen letters!"
 
 
 def test_other_machines_need_a_token():
-    for host, token, refused in [("0.0.0.0", None, True), ("::", "", True), ("0.0.0.0", "short", True),
-                                 ("127.0.0.1", "short", True),
-                                 ("0.0.0.0", TOKEN, False), ("127.0.0.1", TOKEN, False), ("localhost", None, False)]:
+    short, odd = "REID_TOKEN: is too short; give", "REID_TOKEN: has characters that a header cannot carry; give"
+    for host, token, refused in [("0.0.0.0", None, "--host 0.0.0.0: set REID_TOKEN to"),
+                                 ("::", "", "--host ::: set REID_TOKEN to"),
+                                 ("0.0.0.0", "short", short), ("127.0.0.1", "short", short),
+                                 ("0.0.0.0", "geheimes Schl\xfcsselwort", odd), ("127.0.0.1", f"{TOKEN}\n", odd),
+                                 ("127.0.0.1", f" {TOKEN}", odd),
+                                 ("0.0.0.0", TOKEN, ""), ("127.0.0.1", TOKEN, ""), ("localhost", None, "")]:
         if refused:
-            with pytest.raises(ReidError, match="set REID_TOKEN to a secret of 16 or more characters"):
+            with pytest.raises(ReidError, match=f"^{refused} a secret of 16 or more ASCII characters"):
                 server.listen(host, 0, token)
         else:
             server.listen(host, 0, token).close()
@@ -60,6 +64,7 @@ def test_the_token(index, crop):
             assert answer.status_code == status and ("error" in answer.json()) == (status == 401)
             assert requests.get(site.url("/healthz"), auth=given, timeout=60).status_code == 200
         for header, status in [(f"Bearer {TOKEN}", 200), (f"bearer {TOKEN}", 200), (f"Bearer {TOKEN}x", 401), ("Bearer", 401),
+                               (f"Digest {TOKEN}", 401), (TOKEN, 401),
                                ("Basic !", 401), ("Basic /w==", 401), (f"Bearer {TOKEN[:-1]}", 401), ("Bearer \xe9", 401)]:
             assert site.raw("/sample", Authorization=header)[0] == status
 
