@@ -39,10 +39,8 @@ def get_args_parser():
     add("--eval_freq", type=int, default=5, help="epochs between validations")
     add = parser.add_argument_group("data").add_argument
     add("--data_root", nargs="+", default=["data/market-1501-grouped"], help="grouped dataset; several are trained on jointly")
-    add("--held_out", type=float, default=0.1, help="share of the identities, 100 at most, that are not trained on: val/mAP and "
-        "val/rank1 look for each of their images among the others, and val/mAP chooses best.pth. So few identities are easier to "
-        "find than a test set's: compare only runs with the same ones. With fewer than two, val/accuracy of val/ chooses. The "
-        "classifier has outputs for all identities")
+    add("--held_out", type=float, default=0.1, help="share of the identities, 100 at most, to hold out of the training. "
+        "val/mAP, measured on them, chooses best.pth")
     add("--train_all", action="store_true", help="train on all identities and on val/, without validation; the last epoch is "
         "the best")
     add("--batch_size", type=int, default=64, help="over all GPUs")
@@ -74,7 +72,7 @@ def get_args_parser():
         "255, or RGB minus ImageNet's mean over its deviation")
     add("--unlabelled_teacher", metavar="FILE", help="embeddings of the crops of --unlabelled, if not in the file of --teacher")
     add("--distill", type=float, default=1.0, help="weight of the losses that follow --teacher")
-    add("--cosine", type=float, default=5.0, help="weight, among these, of the cosine to the teacher's embeddings")
+    add("--cosine", type=float, default=5.0, help="weight of the cosine loss, relative to the other distillation losses")
     add("--clip", type=float, default=0.0, help="largest norm of the gradient; 0 is off")
     add = parser.add_argument_group("schedule").add_argument
     add("--num_epochs", type=int, default=60, help="of training")
@@ -171,7 +169,9 @@ def validate(trainer, cache, val_set):
     """Measure the weights on images that they were not trained on, the last ones of `cache`; exact for any number of ranks.
 
     val/mAP, val/rank1: each image of the identities that are held out is a query, and the others are its gallery (protocol
-    "market" of `evaluate`). val/accuracy, val/loss: the classifier on the other images, whose identities it was trained on.
+    "market" of `evaluate`). So few identities are easier to find than a test set's: compare only runs that hold out the same.
+    val/accuracy, val/loss: the classifier, which has outputs for all identities, on the other images, whose identities it was
+    trained on; val/accuracy chooses best.pth where fewer than two identities are held out.
     """
     model, rows = trainer.best_model, distributed.shard(len(val_set.files))
     embeddings = torch.zeros(len(val_set.files), model.config["embedding_size"], device=trainer.device)

@@ -28,7 +28,7 @@ MISTAKES = [
     ("eval", "--exp_name foreign --data_root set",
      r"models/foreign/best.pth: not a checkpoint of this project; .*: python train.py --weights models/foreign/best.pth$"),
     ("inference", "--exp_name pickled --data_root set", r"pickled/best.pth: not a checkpoint .*: python train.py --weights \S+$"),
-    ("eval", f"{SET} --network n.onnx", r"--network and --network_input: give both"),
+    ("eval", f"{SET} --network n.onnx", r"--network needs --network_input, the pixels"),
     ("eval", "--network none.onnx --network_input rgb255 --data_root set", r"--network none.onnx: no such file$"),
     ("inference", f"{SET} --device cuda:7", r"--device cuda:7 is not available here; use auto, cpu"),
     # which images?
@@ -64,7 +64,7 @@ MISTAKES = [
     ("eval", f"{SET} --save_index --gallery_uri note.txt", r"note.txt: exists and is not a reid-index file; choose another name"),
     ("eval", "--exp_name tiny --data_root grown --save_index", r"index of set would be replaced by one of grown; add --over"),
     ("inference", f"{SET} --save_index", r"eval.py's index, whose queries would be lost; search it with --load_index, bring it"),
-    ("inference", f"{SET} --index_type HNSW", r"--index_type HNSW: of a gallery kept in Milvus; give --save_index and --gal"),
+    ("inference", f"{SET} --index_type HNSW", r"--index_type HNSW needs a gallery in Milvus: give --save_index and --gal"),
     # how?
     ("eval", f"{SET} --far 0", r"--far 0.0: must lie between"),
     ("eval", f"{SET} --single_shot 0", r"--single_shot 0: must lie between 1 and"),
@@ -91,8 +91,8 @@ MISTAKES = [
     ("eval", f"{SET} --json out.txt", r"--json out.txt: give a file that ends in .json"),
     ("inference", f"{LOAD} --output out.txt", r"--output out.txt: give a file that ends in .png, .jpg"),
     ("inference", f"{LOAD} --output out.png --positions 9", r"--positions 9: beyond --topk 5, so nothing would be drawn"),
-    ("inference", f"{LOAD} --positions 1", r"--positions: is of --output; give both"),
-    ("inference", f"{SET} --onnx_input float", r"--onnx_input: is of --export; give both"),
+    ("inference", f"{LOAD} --positions 1", r"--positions needs --output"),
+    ("inference", f"{SET} --onnx_input float", r"--onnx_input needs --export"),
 ]
 
 

@@ -177,7 +177,7 @@ def test_a_server_that_may_write(here, people, workplace, tmp_path, monkeypatch)
     here.works(*options, "--load_index", "--writable")
     here.works(*options, "--load_index", "--writable", "--tracklets")
     assert found == [("anna", 1.0)] * 2 and len(GalleryIndex.load(file)) == before + 1
-    assert "--writable: is of --load_index; give both" in here.refused(*options, "--writable")
+    assert "--writable needs --load_index" in here.refused(*options, "--writable")
 
 
 def test_python_api(people, workplace):

@@ -60,7 +60,7 @@ def check_search(args):
     for option, other in (("positions", "output"), ("onnx_input", "export"), ("name", "add"), ("threshold", "group"),
                           ("writable", "serve"), ("writable", "load_index")):
         if getattr(args, option) is not None and not getattr(args, other):
-            raise ReidError(f"--{option}: is of --{other}; give both")
+            raise ReidError(f"--{option} needs --{other}")
     replaced = ("query_paths", "serve", "export", "output", "json", "rerank", "spacetime", *CHANGES)
     for option in ("group", *CHANGES):
         given = [f"--{other}" for other in replaced if other != option and getattr(args, option) and getattr(args, other)]
@@ -82,15 +82,17 @@ def check_search(args):
     if args.gallery and args.spacetime and not args.data_root:
         raise ReidError("--spacetime: learned on a dataset by eval.py; give its --data_root beside --gallery")
     if args.index_type != "FLAT" and not (args.save_index and is_milvus(uri)):
-        raise ReidError(f"--index_type {args.index_type}: of a gallery kept in Milvus; give --save_index and --gallery_uri")
+        raise ReidError(f"--index_type {args.index_type} needs a gallery in Milvus: give --save_index and --gallery_uri")
     if args.save_index and not is_milvus(uri):
         check_replaceable(uri, args.gallery or args.data_root or DATA_ROOT, queries=False, overwrite=args.overwrite)
 
 
 def _check_common(args):
     """Check what both scripts have. The name of the file of --network takes the place of the run's in `args.exp_name`."""
-    if (args.network is None) != (args.network_input is None):
-        raise ReidError("--network and --network_input: give both, the file and the pixels that it expects")
+    if args.network and not args.network_input:
+        raise ReidError("--network needs --network_input, the pixels that the network expects")
+    if args.network_input and not args.network:
+        raise ReidError("--network_input needs --network, the file")
     if args.network:
         if args.engine == "torch":
             raise ReidError("--engine torch: --network is computed by OpenVINO; leave --engine out")

@@ -60,8 +60,10 @@ def load_teacher(args, model, files, unlabelled):
         return None
     name, size = f"--teacher {args.teacher}", model.config["embedding_size"]
     is_network = Path(args.teacher).suffix == ".xml"
-    if is_network != bool(args.teacher_input):
-        raise ReidError(f"{name}: --teacher_input is for a network (.xml), the pixels that it expects; give both or neither")
+    if is_network and not args.teacher_input:
+        raise ReidError(f"{name} needs --teacher_input, the pixels that the network expects")
+    if args.teacher_input and not is_network:
+        raise ReidError(f"{name}: is no network (.xml), so leave --teacher_input out")
     if is_network:
         _refuse_file_of_crops(args)
         return Teacher(size, network=OpenVinoNetwork(args.teacher, args.teacher_input))

@@ -189,7 +189,7 @@ def test_a_peer_is_evaluated_compared_and_searched(people, network, files, tmp_p
 
 
 @pytest.mark.parametrize("args, message", [
-    (["--network", "n.onnx"], "give both"), (["--network_input", "rgb255"], "give both"),
+    (["--network", "n.onnx"], "needs --network_input"), (["--network_input", "rgb255"], "needs --network, "),
     (["--network", "n.onnx", "--network_input", "rgb255", "--engine", "torch"], "computed by OpenVINO"),
     (["--network", "n.onnx", "--network_input", "rgb255"], "no such file")])
 def test_options_that_contradict(tmp_path, args, message):

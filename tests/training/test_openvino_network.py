@@ -83,7 +83,7 @@ def test_a_network_as_the_teacher(network):
 
 
 @pytest.mark.parametrize("given, reason", [
-    ({"teacher_input": None}, "--teacher_input is for a network"), ({"teacher": "t.pt"}, "--teacher_input is for a network"),
+    ({"teacher_input": None}, "needs --teacher_input"), ({"teacher": "t.pt"}, "t.pt: is no network .*leave --teacher_input out"),
     ({"teacher": None, "unlabelled": None}, "--teacher_input needs a --teacher"),
     ({"unlabelled_teacher": "t.pt"}, "embeds the crops itself; leave it out")])
 def test_options_that_do_not_fit(network, given, reason):
