@@ -221,6 +221,7 @@ class MilvusGallery:
         written, self.bad = sum(count for count, _ in ranks), [item for _, bad in ranks for item in bad]
         if distributed.rank == 0:
             self.collection.call("flush")
+        distributed.gather_objects(None)  # a rank that counts rows during the flush may see none
         if progress:
             seconds = time.monotonic() - started
             print(f"{self.uri}: {written:,} rows written in {seconds:.1f} s ({written / max(seconds, 1e-9):,.0f} rows/s), "

@@ -12,7 +12,6 @@ from typing import Annotated
 from fastapi import Depends, FastAPI, HTTPException, Path, Query, Request
 from fastapi.responses import HTMLResponse, Response
 from pydantic import AfterValidator, BaseModel, WithJsonSchema
-from pydantic_core import PydanticCustomError
 
 from reid import ReidError, __version__, images
 from reid.cli import printable
@@ -30,7 +29,7 @@ ImagePath = Annotated[str, Query(min_length=1, max_length=4096, description="of 
 
 def _check_box(text):
     if not re.fullmatch(BOX, text):
-        raise PydanticCustomError("box", "give x1,y1,x2,y2 in pixels")
+        raise ValueError("give x1,y1,x2,y2 in pixels")
     return text
 
 

@@ -62,7 +62,7 @@ def harden(app, policy, names, token=None):
     app.add_exception_handler(AnyHTTPException, lambda request, error: failed(
         error.status_code, ADDRESSES.get(error.detail, error.detail), error.headers))
     app.add_exception_handler(RequestValidationError, lambda request, error: failed(
-        400, "; ".join(f"{e['loc'][1]}: {e['msg']}" for e in error.errors())))
+        400, "; ".join(f"{e['loc'][1]}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors())))
     app.add_exception_handler(Exception, lambda request, error: failed(500, "the server failed; its log has the reason"))
 
     @app.middleware("http")

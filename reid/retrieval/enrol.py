@@ -1,4 +1,4 @@
-"""A stored gallery that lives: enrol, rename, erase and expire people, in an index file and in Milvus alike.
+"""A stored gallery that changes: enrol, rename, erase and expire people, in an index file and in Milvus alike.
 
 Each change is whole or did not happen, and those of several processes follow each other. Images of the gallery's own folder
 keep their paths relative to it; others are stored with their absolute paths.

@@ -1,4 +1,4 @@
-"""A gallery that lives: enrol, rename, erase, expire and list, in the index file and in Milvus alike; concurrent writers."""
+"""A gallery that changes: enrol, rename, erase, expire and list, in the index file and in Milvus alike; concurrent writers."""
 
 import os
 import threading
