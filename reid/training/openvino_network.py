@@ -87,6 +87,9 @@ class OpenVinoNetwork(nn.Module):
         self.steps = []  # (result, function, inputs, attributes, results to forget)
         for name, values in ("mean", MEAN), ("std", STD):
             self.register_buffer(name, 255 * torch.tensor(values).view(3, 1, 1), persistent=False)
+        for file in (Path(path), Path(path).with_suffix(".bin")):
+            if not file.is_file():
+                raise ReidError(f"--teacher {path}: no such file as {file}")
         try:
             root, weights = ElementTree.parse(path).getroot(), bytearray(Path(path).with_suffix(".bin").read_bytes())
             source = {(edge.get("to-layer"), edge.get("to-port")): edge.get("from-layer") for edge in root.iter("edge")}
@@ -102,8 +105,9 @@ class OpenVinoNetwork(nn.Module):
                 raise ValueError(f"the output for 2 images is {list(found.shape)}")
             self.config = {"embedding_size": found.shape[1]}
         except (ElementTree.ParseError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
-            raise ReidError(f"{path}: cannot teach ({type(error).__name__}: {first_line(error)}); embed the images once with "
-                            "inference.py --network, and give the files to --teacher") from error
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise ReidError(f"--teacher {path}: cannot teach ({reason}); embed the images once with inference.py --network, and "
+                            "give the files to --teacher") from error
 
     def _add(self, layer, inputs, weights):
         """Add a layer as a step, or its value where it is a constant."""

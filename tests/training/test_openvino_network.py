@@ -53,22 +53,27 @@ def test_the_precision_of_the_student_does_not_reach_it(network):
 
 
 @pytest.mark.parametrize("how, reason", [
-    ("no weights", "No such file"), ("short weights", "ValueError"), ("no xml", "ParseError"),
+    ("short weights", "ValueError"), ("no xml", "ParseError"),
     ("padding", "padding that differs between the sides"), ("layer", "layers of the kind SoftMax"),
     ("outputs", "2 layers of the kind Result"), ("batch", r"the output for 2 images is \[8, 5\]")])
 def test_what_cannot_teach(tmp_path, how, reason):
     path = write(tmp_path / "net.xml", last="SoftMax" if how == "layer" else "Sigmoid", padding=2 if how == "padding" else 1,
                  end=how if how in ("outputs", "batch") else None)
     weights = path.with_suffix(".bin")
-    if how == "no weights":
-        weights.unlink()
-    elif how == "short weights":
+    if how == "short weights":
         weights.write_bytes(weights.read_bytes()[:64])
     elif how == "no xml":
         path.write_text("<net")
     with pytest.raises(ReidError, match=f"net.xml: cannot teach .*{reason}.*give the files to --teacher") as caught:
         OpenVinoNetwork(path, "rgb255")
     assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file(network, tmp_path):
+    (tmp_path / "net.xml").write_bytes(network.read_bytes())
+    for path, missing in (tmp_path / "net.xml", "net.bin"), (tmp_path / "other.xml", "other.xml"):
+        with pytest.raises(ReidError, match=f"--teacher .*: no such file as .*{missing}$"):
+            OpenVinoNetwork(path, "rgb255")
 
 
 def test_a_network_as_the_teacher(network):
