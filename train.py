@@ -16,6 +16,7 @@ from tqdm import tqdm
 from reid import ReidError, cli, distributed
 from reid.checkpoint import load_weights
 from reid.data.datasets import load_training_set, read_folder
+from reid.images import PIXELS
 from reid.model import EMBEDDING_SIZES, build_model, default_config, pick_device
 from reid.retrieval.metrics import evaluate
 from reid.training import augment
@@ -68,7 +69,7 @@ def get_args_parser():
     add("--teacher", metavar="FILE", help="distil from it: a network (OpenVINO, .xml) or a checkpoint trained on the same "
         "identities, which see each image as it is cropped and erased, before its colours change; or embeddings of the "
         "images by any model, an index or a dict of paths and embeddings (docs/your-cameras.md)")
-    add("--teacher_input", choices=["bgr255", "rgb255", "imagenet"], help="pixels that the network of --teacher expects: 0 to "
+    add("--teacher_input", choices=PIXELS, help="pixels that the network of --teacher expects: 0 to "
         "255, or RGB minus ImageNet's mean over its deviation")
     add("--unlabelled_teacher", metavar="FILE", help="embeddings of the crops of --unlabelled, if not in the file of --teacher")
     add("--distill", type=float, default=1.0, help="weight of the losses that follow --teacher")

@@ -14,6 +14,7 @@ from PIL import ExifTags, Image, ImageOps
 from reid import ReidError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for RGB in 0..1
+PIXELS = ("bgr255", "rgb255", "imagenet")  # what networks of other origins expect: 0 to 255, or RGB minus MEAN over STD
 MAX_PIXELS = 50_000_000  # larger images are refused before they are decoded (decompression bombs)
 MAX_BYTES = 256 << 20  # larger files are refused before they are read; no image of MAX_PIXELS needs more
 MAX_SCANS = 100  # of a JPEG: a scan of a few bytes costs a pass over all pixels; progressive files of cameras have about 10

@@ -19,8 +19,8 @@ import train
 from reid.model import DTYPES, EMBEDDING_SIZES, build_model, cast_network, default_config
 from reid.retrieval.extract import Extractor
 from reid.training import augment
-from reid.training.openvino_network import OpenVinoNetwork
 from reid.training.teacher import Teacher
+from reid.training.teacher_network import TeacherNetwork
 from reid.training.trainer import Trainer
 
 CUDA = torch.device("cuda")
@@ -144,7 +144,7 @@ def test_the_step_with_an_openvino_teacher_stays_on_the_gpu(traced, tmp_path, mo
     """A CUDA graph cannot be recorded while something is copied from the host."""
     pytest.importorskip("openvino")
     with unset_fake_temporarily():
-        network = OpenVinoNetwork(write(tmp_path / "net.xml"), pixels)
+        network = TeacherNetwork(write(tmp_path / "net.xml"), pixels)
     found, copied = teacher(1024, network=network), []
 
     class Watch(TorchDispatchMode):

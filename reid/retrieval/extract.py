@@ -18,6 +18,7 @@ from reid.checkpoint import checkpoint_path, fingerprint, load_checkpoint, resto
 from reid.cli import first_line
 from reid.data.datasets import read_folder
 from reid.folded import FoldedDenseNet
+from reid.images import PIXELS
 from reid.model import DTYPES, cast_network, pick_device, pick_precision, plain_network
 from reid.retrieval.crops import cut, load_batch, to_pixels
 
@@ -262,7 +263,7 @@ def add_arguments(parser):
     add = parser.add_argument_group("network of another origin").add_argument
     add("--network", metavar="FILE", help="embed with an OpenVINO (.xml) or ONNX network on the CPU, instead of a run's; the "
         "name of the file takes the place of the run's (default: off)")
-    add("--network_input", choices=["bgr255", "rgb255", "imagenet"], help="pixels that it expects: 0 to 255, or RGB minus "
+    add("--network_input", choices=PIXELS, help="pixels that it expects: 0 to 255, or RGB minus "
         "ImageNet's mean over its deviation")
 
 

@@ -11,7 +11,7 @@ from reid import ReidError
 from reid.checkpoint import FORMAT, load_checkpoint, load_foreign, restore_model
 from reid.data.paths import Paths
 from reid.model import ReidModel
-from reid.training.openvino_network import OpenVinoNetwork
+from reid.training.teacher_network import TeacherNetwork
 
 KINDS = "a checkpoint, an OpenVINO network (.xml), an index or a dict of paths and embeddings"
 
@@ -20,7 +20,7 @@ class Teacher(nn.Module):
     """Call `teacher(images, rows)` for the embeddings, and perhaps the logits, that a batch has to follow.
 
     embeddings: float [N, T], one row for each image of the training, or None where `network` computes them, a ReidModel or an
-    OpenVinoNetwork. size: dimension D of the embeddings of the network that learns. `map` is linear, from these to the
+    TeacherNetwork. size: dimension D of the embeddings of the network that learns. `map` is linear, from these to the
     teacher's; it learns, too.
     """
 
@@ -66,7 +66,7 @@ def load_teacher(args, model, files, unlabelled):
         raise ReidError(f"{name}: is no network (.xml), so leave --teacher_input out")
     if is_network:
         _refuse_file_of_crops(args)
-        return Teacher(size, network=OpenVinoNetwork(args.teacher, args.teacher_input))
+        return Teacher(size, network=TeacherNetwork(args.teacher, args.teacher_input))
     record = _load(args.teacher, name)
     if record.get("format") == FORMAT:
         _refuse_file_of_crops(args)

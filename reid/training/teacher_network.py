@@ -72,7 +72,7 @@ LAYERS = {
 }
 
 
-class OpenVinoNetwork(nn.Module):
+class TeacherNetwork(nn.Module):
     """Compute embeddings, float32 [N, T], of float images [N, 3, H, W], RGB in 0..255 and of any size.
 
     path: an .xml file with its .bin beside it, of one input [1 or any, 3, H, W] and one output. pixels: what the network

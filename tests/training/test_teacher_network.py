@@ -11,8 +11,8 @@ from train_lab import tiny_batches, tiny_trainer
 import train
 from reid import ReidError
 from reid.training import augment
-from reid.training.openvino_network import LAYERS, OpenVinoNetwork
 from reid.training.teacher import load_teacher
+from reid.training.teacher_network import LAYERS, TeacherNetwork
 
 pytest.importorskip("openvino")
 from reid.extras.network import ForeignNetwork
@@ -29,7 +29,7 @@ def images(count=3, size=SIZE):
 
 @pytest.mark.parametrize("pixels", ["bgr255", "rgb255", "imagenet"])
 def test_the_same_embeddings_as_openvino(network, pixels):
-    ours, theirs = OpenVinoNetwork(network, pixels), ForeignNetwork(network, pixels, "fp32", 1)
+    ours, theirs = TeacherNetwork(network, pixels), ForeignNetwork(network, pixels, "fp32", 1)
     assert ours.config == {"embedding_size": 5} and ours.size == SIZE
     torch.testing.assert_close(ours(images().float()), theirs(images()), rtol=1e-4, atol=1e-4)
 
@@ -41,12 +41,12 @@ def test_every_kind_of_layer_is_tried(network):
 
 def test_images_of_another_size_are_resized(network):
     larger = images(size=(64, 48)).float()
-    ours = OpenVinoNetwork(network, "rgb255")
+    ours = TeacherNetwork(network, "rgb255")
     assert torch.equal(ours(larger), ours(F.interpolate(larger, SIZE, mode="bilinear")))
 
 
 def test_the_precision_of_the_student_does_not_reach_it(network):
-    ours = OpenVinoNetwork(network, "rgb255")
+    ours = TeacherNetwork(network, "rgb255")
     with torch.autocast("cpu", torch.bfloat16):
         embeddings = ours(images().float())
     assert torch.equal(embeddings, ours(images().float()))
@@ -65,7 +65,7 @@ def test_what_cannot_teach(tmp_path, how, reason):
     elif how == "no xml":
         path.write_text("<net")
     with pytest.raises(ReidError, match=f"net.xml: cannot teach .*{reason}.*give the files to --teacher") as caught:
-        OpenVinoNetwork(path, "rgb255")
+        TeacherNetwork(path, "rgb255")
     assert "\n" not in str(caught.value)
 
 
@@ -73,7 +73,7 @@ def test_a_missing_file(network, tmp_path):
     (tmp_path / "net.xml").write_bytes(network.read_bytes())
     for path, missing in (tmp_path / "net.xml", "net.bin"), (tmp_path / "other.xml", "other.xml"):
         with pytest.raises(ReidError, match=f"--teacher .*: no such file as .*{missing}$"):
-            OpenVinoNetwork(path, "rgb255")
+            TeacherNetwork(path, "rgb255")
 
 
 def test_a_network_as_the_teacher(network):
