@@ -6,6 +6,7 @@ import random
 import shutil
 import socket
 import threading
+import time
 
 import pytest
 import torch
@@ -100,6 +101,7 @@ def test_a_resumed_run_goes_on(folder):
     with Tracker("two", {"lr": 0.05, "num_epochs": 4}) as first:
         for step in (1, 2, 3):
             first.log({"train/loss": 10.0 + step}, step)
+    time.sleep(1 - time.time() % 1)  # TensorBoard orders its files by the second in their names, then by a number as text
     with Tracker("two", {"lr": 0.05, "num_epochs": 6, "new": 1}, run_id=first.run_id) as second:
         assert second.client.get_run(second.run_id).info.status == "RUNNING"
         for step in (3, 4):
